@@ -1,0 +1,236 @@
+"""A small GPU out of a large one: `with budget("2 GiB"):` runs out of memory where a 2 GiB device would."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import time
+import weakref
+from collections.abc import Iterator
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from memlab.ledger import COLUMNS, PRIORITY
+from memlab.meters.columns import Observer, live_storages, storages, tensors_in
+from memlab.units import format_bytes, parse_bytes
+
+# What to try when a column is the largest. The numbers are the course's notebooks.
+ADVICE = {
+    "parameters": "16-bit weights (notebook 02), sharding (05) or offloading (08)",
+    "gradients": "the optimizer in backward (notebook 04), 16-bit gradients (02) or sharding (05)",
+    "optimizer_state": "a leaner optimizer (notebook 09), sharding (05) or offloading its state (08)",
+    "activations": "mixed precision (notebook 01), gradient checkpointing (03) or smaller micro-batches (04)",
+    "batch": "smaller micro-batches (notebook 04) or streaming the data (06)",
+    "temporaries": "a fused optimizer or in-place operators (notebook 07), a fused loss (10) or smaller micro-batches (04)",
+    "unattributed": "`del` for tensors that are no longer needed (notebook 00)",
+}
+
+_active: Budget | None = None
+
+
+def active_budget() -> Budget | None:
+    """The budget that is in force, if any."""
+    return _active
+
+
+def bytes_alive(device: torch.device) -> int:
+    """Bytes that count against a budget now: live tensors' storages on the CPU, what the allocator holds on CUDA."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_reserved(device)
+    return sum(storage.nbytes() for storage in live_storages(device).values())
+
+
+@contextlib.contextmanager
+def budget(size: int | str, *, device: str | torch.device | None = None) -> Iterator[Budget]:
+    """Allow at most `size` bytes ("2 GiB", "600 MiB") on a device; the allocation that passes it raises.
+
+    Everything alive on the device counts, also what was there before. On CUDA the allocator enforces it
+    (`torch.cuda.set_per_process_memory_fraction`). On the CPU every operator's result is counted as it is made; what an
+    operator takes for itself and gives back is not seen here, but `memlab.measure` inside the budget sees it and
+    raises the same error afterwards.
+
+    Raises:
+        torch.OutOfMemoryError: inside, when the budget is passed. The message names the columns, the module and what
+            to try.
+        ValueError: the size is not a size, or more than that is alive already.
+        RuntimeError: a budget is in force already.
+    """
+    global _active
+    limit = parse_bytes(size)
+    if _active is not None:
+        raise RuntimeError(f"a budget of {format_bytes(_active.limit)} is in force already, and budgets do not nest")
+    device = resolve_device(device)
+    alive = bytes_alive(device)
+    if alive > limit:
+        raise ValueError(
+            f"a budget of {format_bytes(limit)} is below what is alive already: {format_bytes(alive)}. "
+            f"Delete what is not needed (`del model`), or allow more."
+        )
+    _active = Budget(limit, device)
+    try:
+        with _active:
+            yield _active
+    finally:
+        _active = None
+
+
+def resolve_device(device: str | torch.device | None = None) -> torch.device:
+    """The device to measure: the one given, else the current CUDA device, else the CPU.
+
+    Raises:
+        ValueError: the device is not there, or memlab has no meter for it.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f'{device!r} is not a device. Write "cpu" or "cuda"') from error
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if device.type == "meta":
+        raise ValueError('the "meta" device has no memory: nothing can be measured on it. Use "cpu" or "cuda"')
+    if device.type != "cuda":
+        raise ValueError(f'memlab has no meter for {device.type!r}. Use "cpu" or "cuda"')
+    if not torch.cuda.is_available():
+        raise ValueError("no CUDA device is there (torch.cuda.is_available() is False). Use device='cpu'")
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if index >= torch.cuda.device_count():
+        raise ValueError(f"cuda:{index} is not there: this machine has {torch.cuda.device_count()} CUDA device(s)")
+    return torch.device("cuda", index)
+
+
+class Budget:
+    """A budget in force: `limit` bytes on `device`."""
+
+    def __init__(self, limit: int, device: torch.device):
+        self.limit = limit
+        self.device = device
+        self._observer = Observer(device)
+        self._counter: _Counter | None = None
+
+    def __enter__(self) -> Budget:
+        if self.device.type == "cuda":
+            total = torch.cuda.get_device_properties(self.device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, self.limit / total), self.device)
+        else:
+            self._counter = _Counter(self)
+            self._counter.__enter__()
+        self._observer.__enter__()
+        self._observer.look_around(data=True)
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
+        self._observer.__exit__()
+        if self._counter is not None:
+            self._counter.__exit__(kind, error, traceback)
+            self._counter.forget()
+        else:
+            torch.cuda.set_per_process_memory_fraction(1.0, self.device)
+            if isinstance(error, torch.OutOfMemoryError) and not getattr(error, "memlab", False):
+                alive = {address: storage.nbytes() for address, storage in live_storages(self.device).items()}
+                first_line = str(error).split(". ")[0]
+                where = f"{self._observer.failed_in or 'an operator outside any module'}: {first_line}"
+                raise out_of_memory(self.limit, where, self._columns(alive, {})) from error
+
+    def check(self, peak: int, where: str, columns: dict[str, int]) -> None:
+        """Raise if a measured peak passes the budget: it counts what operators took for themselves, too."""
+        if peak > self.limit:
+            raise out_of_memory(self.limit, f"{where}: {format_bytes(peak)} at the measured peak", columns)
+
+    def alive(self) -> int:
+        """Bytes alive now, as this budget counts them."""
+        if self._counter is not None:
+            return self._counter.total
+        return torch.cuda.memory_reserved(self.device)
+
+    def _columns(self, alive: dict[int, int], born: dict[int, int]) -> dict[str, int]:
+        """Bytes alive by column, as far as what they are was seen."""
+        self._observer.look_around()
+        seen: dict[int, str] = {}
+        for moment, address, column, _ in self._observer.observations:
+            strongest = PRIORITY[column] <= PRIORITY.get(seen.get(address, ""), len(PRIORITY))
+            if moment >= born.get(address, 0) and strongest:
+                seen[address] = column
+        columns = dict.fromkeys(COLUMNS, 0)
+        for address, size in alive.items():
+            # What nobody saw is what the step made: during training nearly all of it is activations.
+            columns[seen.get(address, "activations")] += size
+        return columns
+
+    def _passed(self, asked: int, operator: str) -> torch.OutOfMemoryError:
+        counter = self._counter
+        module = self._observer.stack[-1][0] if self._observer.stack else "outside any module"
+        where = (
+            f"{operator} in {module} asked for {format_bytes(asked)} while {format_bytes(counter.total - asked)} "
+            f"were alive"
+        )
+        alive = {address: size for address, (size, _, _) in counter.alive.items()}
+        born = {address: moment for address, (_, moment, _) in counter.alive.items()}
+        return out_of_memory(self.limit, where, self._columns(alive, born))
+
+
+def out_of_memory(limit: int, where: str, columns: dict[str, int]) -> torch.OutOfMemoryError:
+    """The error for a passed budget: what asked, what was alive by column, what to try."""
+    held = ", ".join(f"{name} {format_bytes(columns[name])}" for name in COLUMNS if columns[name])
+    largest = max(COLUMNS, key=lambda name: columns[name])
+    error = torch.OutOfMemoryError(
+        f"out of memory: the budget is {format_bytes(limit)}. {where}.\n"
+        f"Alive by column: {held}.\n"
+        f"The largest column is {largest}. Try {ADVICE[largest]}."
+    )
+    error.memlab = True
+    error.columns = columns
+    return error
+
+
+class _Counter(TorchDispatchMode):
+    """Counts the storages that operators return, and raises when the budget is passed."""
+
+    def __init__(self, owner: Budget):
+        super().__init__()
+        self.owner = owner
+        self.alive: dict[int, tuple[int, int, weakref.ref]] = {}
+        self.total = 0
+        for storage in live_storages(owner.device).values():
+            self._add(storage)
+
+    def _add(self, storage: torch.UntypedStorage) -> int:
+        """Count a storage that was not counted yet; how many bytes it adds."""
+        address, size = storage.data_ptr(), storage.nbytes()
+        known = self.alive.get(address)
+        if not size or (known is not None and known[0] == size):
+            return 0
+        if known is not None:
+            self._remove(address, known[2])
+
+        def gone(reference: weakref.ref, address: int = address) -> None:
+            self._remove(address, reference)
+
+        self.alive[address] = (size, time.time_ns(), weakref.ref(storage, gone))
+        self.total += size
+        return size
+
+    def _remove(self, address: int, reference: weakref.ref) -> None:
+        known = self.alive.get(address)
+        if known is not None and known[2] is reference:
+            del self.alive[address]
+            self.total -= known[0]
+
+    def forget(self) -> None:
+        """Stop following the storages that are still alive."""
+        self.alive.clear()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tensors_in(result):
+            if tensor.device != self.owner.device:
+                continue
+            for storage in storages(tensor):
+                added = self._add(storage)
+                if added and self.total > self.owner.limit:
+                    raise self.owner._passed(added, str(function.overloadpacket))
+        return result

@@ -1,0 +1,497 @@
+"""`measure(build)` and `watch(model, optimizer)`: the two ways to a ledger."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import html
+import platform
+import statistics
+import subprocess
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from memlab.budget import active_budget, resolve_device
+from memlab.ledger import COLUMNS, Block, Ledger, Span, Timeline, build_ledger
+from memlab.meters.columns import Observer, live_storages, storages
+from memlab.meters.cpu import Trace
+from memlab.meters.cuda import CudaTrace
+from memlab.units import KiB, format_bytes
+
+# Small constants that PyTorch keeps for good once they were needed are not a leak.
+_LEAK_TOLERANCE = 64 * KiB
+
+_measuring = False
+
+
+class Seconds(NamedTuple):
+    """Seconds of one step: the median of `repeats` steps, and their spread (slowest minus fastest)."""
+
+    median: float
+    spread: float
+    repeats: int
+
+    def __str__(self) -> str:
+        return f"{self.median:.4g} s (spread {self.spread:.2g} s over {self.repeats})"
+
+
+class MemoryLeakError(RuntimeError):
+    """Memory allocated inside a measured run was still alive after the run was over and its step deleted."""
+
+
+@dataclass
+class Measurement:
+    """What a run needed: the peak in bytes, what the bytes were for, and when.
+
+    Attributes:
+        peak_bytes: the most bytes allocated at once during the run. Exact on the CPU; on CUDA the allocator's counter.
+        columns: bytes by column at the moment of the peak; they sum to `peak_bytes`.
+        phase: the phase that held the peak: forward, backward, optimizer or other.
+        reserved_bytes: the most that the allocator held from the driver, whole process (None on the CPU).
+        device_bytes: what the driver says is in use on the whole device at the end of the run (None on the CPU).
+        bytes_after_step: bytes alive after each step. In a loop that leaks they grow.
+        seconds: median and spread of one step, from separate runs with nothing switched on (None: not asked for).
+        losses: what each step returned, when it returned a number or a tensor with one element (else None).
+        outside_bytes: bytes of tensors that the run used and this device's allocator did not hand out during it:
+            memory maps, shared memory, NumPy arrays, other threads. Not counted in anything above.
+        environment: device, GPU, torch, driver, Python.
+        ledger: every block with its life (`memlab.ledger.Ledger`).
+    """
+
+    peak_bytes: int
+    columns: dict[str, int]
+    phase: str
+    ledger: Ledger
+    environment: dict[str, object]
+    reserved_bytes: int | None = None
+    device_bytes: int | None = None
+    bytes_after_step: tuple[int, ...] = ()
+    seconds: Seconds | None = None
+    losses: tuple[float, ...] | None = None
+    outside_bytes: int = 0
+    _timeline: Timeline | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def timeline(self) -> Timeline:
+        """Bytes by column over time."""
+        if self._timeline is None:
+            self._timeline = self.ledger.timeline()
+        return self._timeline
+
+    def largest(self, count: int = 10) -> list[Block]:
+        """The largest blocks alive at the peak: what they are, and which operator in which module made them."""
+        return self.ledger.alive_at(self.ledger.peak_time)[:count]
+
+    def _rows(self) -> list[tuple[str, str, str]]:
+        rows = [
+            (name.replace("_", " "), format_bytes(self.columns[name]), f"{self.columns[name] / self.peak_bytes:6.1%}")
+            for name in COLUMNS
+            if self.columns[name]
+        ]
+        return rows
+
+    def _notes(self) -> list[str]:
+        notes = []
+        if self.reserved_bytes is not None:
+            notes.append(
+                f"allocated {format_bytes(self.peak_bytes)} · reserved {format_bytes(self.reserved_bytes)} · "
+                f"device {format_bytes(self.device_bytes)}"
+            )
+        if self.seconds is not None:
+            notes.append(f"{self.seconds} a step")
+        if self.losses:
+            notes.append("loss " + " → ".join(f"{loss:.4f}" for loss in (self.losses[0], self.losses[-1])))
+        if self.outside_bytes:
+            notes.append(
+                f"not counted: {format_bytes(self.outside_bytes)} of tensors that this allocator did not hand out "
+                f"(memory maps, shared memory, NumPy, other threads, or from before the run)"
+            )
+        return notes
+
+    def _headline(self) -> str:
+        gpu = self.environment.get("gpu")
+        return f"Peak {format_bytes(self.peak_bytes)} ({self.peak_bytes:,} bytes), in {self.phase}, on {gpu or 'cpu'}"
+
+    def __str__(self) -> str:
+        lines = [self._headline()]
+        lines += [f"  {name:<16} {size:>12} {share}" for name, size, share in self._rows()]
+        lines += [f"  {note}" for note in self._notes()]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><td style='text-align:left'>{name}</td><td>{size}</td><td>{share}</td></tr>"
+            for name, size, share in self._rows()
+        )
+        notes = "".join(f"<div>{html.escape(note)}</div>" for note in self._notes())
+        return (
+            f"<div><b>{html.escape(self._headline())}</b></div>"
+            f"<table><thead><tr><th style='text-align:left'>column</th><th>at the peak</th><th>share</th></tr></thead>"
+            f"<tbody>{rows}</tbody></table>{notes}"
+        )
+
+
+def measure(
+    build: Callable[[], Callable[[], object]],
+    *,
+    steps: int = 2,
+    repeats: int = 0,
+    device: str | torch.device | None = None,
+) -> Measurement:
+    """Measure the memory that a training run needs, from its first byte on.
+
+    Args:
+        build: makes everything the run needs (model, optimizer, batch) and returns the step to call. It is called
+            inside the measurement, so the ledger starts at zero and sees the model being built.
+        steps: how many times the step is called. Two show the steady state: from the second step on, the optimizer's
+            state is there.
+        repeats: how many steps to time as well, in a separate run with nothing switched on (one more warms up).
+        device: `"cpu"` or `"cuda"`; by default CUDA if there is a device, else the CPU.
+
+    Returns:
+        A `Measurement`: the peak, its columns, the timeline, seconds, losses.
+
+    Raises:
+        ValueError: something given cannot be measured; the message says what and what to do.
+        RuntimeError: another measurement, or PyTorch's profiler, is running.
+        MemoryLeakError: something outside the run still holds memory that was allocated in it.
+        torch.OutOfMemoryError: a `memlab.budget` around this call was passed.
+    """
+    if not callable(build):
+        raise ValueError(
+            f"build has to be a function that makes the model, the optimizer and the batch and returns the step to "
+            f"call, not {_describe(build)}"
+        )
+    for name, value, least in (("steps", steps, 1), ("repeats", repeats, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} has to be a whole number of at least {least}, not {value!r}")
+    device = resolve_device(device)
+
+    recording = _Recording(device)
+    losses: list[float] = []
+    after: list[int] = []
+    try:
+        with recording:
+            gc.collect()
+            step = _build(build)
+            recording.observer.look_around(data=True)
+            for _ in range(steps):
+                result = recording.run_step(step)
+                loss = _number(result)
+                if loss is not None:
+                    losses.append(loss)
+                recording.check_gradients(result)
+                del result
+                after.append(time.time_ns())
+            recording.observer.look_around()
+            del step
+            gc.collect()
+    except RuntimeError as error:
+        if "does not require grad" in str(error):
+            raise ValueError(
+                "the step calls backward on a loss that needs no gradient. Is every parameter frozen, or does the "
+                "model run under torch.no_grad()?"
+            ) from error
+        raise
+    measurement = recording.measurement()
+    measurement.bytes_after_step = tuple(sum(measurement.ledger.columns_at(moment).values()) for moment in after)
+    measurement.losses = tuple(losses) if len(losses) == steps else None
+    recording.check_leaks(measurement)
+    recording.check_budget(measurement)
+    if repeats:
+        measurement.seconds = _time(build, repeats, device)
+    return measurement
+
+
+class watch:  # noqa: N801 - read as a verb: `with watch(model, optimizer) as w:`
+    """Measure a stretch of existing training code, in mid-life: `with watch(model, optimizer) as w: ...`.
+
+    What was alive at the start is counted and its end is seen. Afterwards `w.measurement` holds the `Measurement`
+    (also when the code inside raised).
+
+    Args:
+        things: any number of models and optimizers. They name what is alive at the start; models and optimizers that
+            are first used inside are found without being named.
+        device: `"cpu"` or `"cuda"`; by default that of the first model's parameters.
+
+    Raises:
+        ValueError: something given is neither a model nor an optimizer.
+        RuntimeError: another measurement, or PyTorch's profiler, is running.
+    """
+
+    def __init__(self, *things: nn.Module | torch.optim.Optimizer, device: str | torch.device | None = None):
+        for thing in things:
+            if not isinstance(thing, (nn.Module, torch.optim.Optimizer)):
+                raise ValueError(f"watch() takes models and optimizers, not {_describe(thing)}")
+        if device is None:
+            parameters = (p for thing in things if isinstance(thing, nn.Module) for p in thing.parameters())
+            first = next(parameters, None)
+            device = None if first is None or first.device.type == "meta" else first.device
+        self._things = things
+        self._device = resolve_device(device)
+        self._measurement: Measurement | None = None
+
+    def __enter__(self) -> watch:
+        self._recording = _Recording(self._device, count_alive=True)
+        self._recording.__enter__()
+        try:
+            observer = self._recording.observer
+            observer.look_around(data=True)
+            for thing in self._things:
+                if isinstance(thing, nn.Module):
+                    for name, module in thing.named_modules():
+                        observer.see_module(module, name)
+                else:
+                    observer.see_optimizer(thing)
+            observer.see_gradients()
+        except BaseException:
+            self._recording.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._recording.observer.see_gradients()
+        self._recording.__exit__()
+        self._measurement = self._recording.measurement()
+
+    @property
+    def measurement(self) -> Measurement:
+        """What was measured, once the `with` block has ended."""
+        if self._measurement is None:
+            raise RuntimeError("there is no measurement yet: read it after the `with watch(...)` block has ended")
+        return self._measurement
+
+
+class _Recording:
+    """The meter and the observer, switched on together and off together."""
+
+    def __init__(self, device: torch.device, count_alive: bool = False):
+        self.device = device
+        self.observer = Observer(device)
+        self.meter = CudaTrace(device) if device.type == "cuda" else Trace()
+        self._count_alive = count_alive
+
+    def __enter__(self) -> _Recording:
+        global _measuring
+        if _measuring:
+            raise RuntimeError(
+                "a measurement is running already, and there can be one at a time. Measure one run after the other."
+            )
+        _measuring = True
+        try:
+            gc.collect()
+            self._note_alive()
+            self.meter.start()
+            self.start = time.time_ns()
+            self.observer.__enter__()
+        except BaseException:
+            _measuring = False
+            raise
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        global _measuring
+        try:
+            self.observer.__exit__()
+            self.end = time.time_ns()
+            self.meter.stop()
+        finally:
+            _measuring = False
+            # The references to storages from before have done their work.
+            self._references.clear()
+
+    def _note_alive(self) -> None:
+        """Note the storages that are alive before the recording, and (to count them) see each one's end."""
+        before = time.time_ns()
+        self.alive: list[Block] = []
+        self._references: list[weakref.ref] = []
+        self._addresses_before: set[int] = set()
+        budget = active_budget()
+        self._budget_before = budget.alive() if budget is not None else 0
+        if self.device.type == "cuda" and self._count_alive:
+            return  # the allocator's own map says it better: CudaTrace.start() reads it
+        for address, storage in live_storages(self.device).items():
+            self._addresses_before.add(address)
+            if self._count_alive:
+                block = Block(storage.nbytes(), address, before)
+
+                def gone(reference: weakref.ref, block: Block = block) -> None:
+                    block.died = time.time_ns()
+
+                self.alive.append(block)
+                self._references.append(weakref.ref(storage, gone))
+
+    def run_step(self, step: Callable[[], object]) -> object:
+        """Run one step, and see the gradients it leaves behind."""
+        began = time.time_ns()
+        result = step()
+        self.observer.see_gradients()
+        self.observer.spans.append(Span(began, time.time_ns(), "step"))
+        return result
+
+    def check_gradients(self, result: object) -> None:
+        """Refuse a step that was meant to train (a model ran with grad mode on) and in which nothing needs a gradient."""
+        if not isinstance(result, torch.Tensor) or result.requires_grad or not self.observer.forward_with_grad:
+            return
+        parameters = [reference() for reference in self.observer.parameters.values()]
+        if any(p is not None and (p.requires_grad or p.grad is not None) for p in parameters):
+            return  # the loss came back detached: that is fine
+        raise ValueError(
+            "nothing in this step needs a gradient: every parameter of the model is frozen, and yet it runs with "
+            "gradients enabled. Unfreeze what is to be trained; to measure inference, run the step under "
+            "torch.no_grad() or torch.inference_mode()."
+        )
+
+    def measurement(self) -> Measurement:
+        """Join what was recorded."""
+        cuda = isinstance(self.meter, CudaTrace)
+        alive = self.alive
+        if cuda and self._count_alive:
+            alive = [Block(b.bytes, b.address, self.start - 1) for b in self.meter.alive]
+        spans = self.meter.spans + self.observer.spans
+        ledger, missed = build_ledger(
+            self.meter.events, self.observer.observations, spans, alive, start=self.start, end=self.end
+        )
+        self._refuse_foreign_parameters(missed)
+        peak, columns = ledger.peak_bytes, ledger.peak_columns()
+        if cuda:
+            counted = self.meter.peak_allocated - (0 if self._count_alive else self.meter.allocated_before)
+            if not self.meter.complete:
+                columns = dict.fromkeys(COLUMNS, 0)
+            # The counter is the truth. What the history does not explain (rounding, other libraries) is unattributed.
+            peak = max(counted, sum(columns.values()))
+            columns["unattributed"] += peak - sum(columns.values())
+        missed_addresses = {observation.address for observation in missed}
+        return Measurement(
+            peak_bytes=peak,
+            columns=columns,
+            phase=ledger.peak_phase,
+            ledger=ledger,
+            environment=environment(self.device),
+            reserved_bytes=self.meter.reserved_bytes if cuda else None,
+            device_bytes=self.meter.device_bytes if cuda else None,
+            outside_bytes=sum(self.observer.used.get(address, 0) for address in missed_addresses),
+        )
+
+    def _refuse_foreign_parameters(self, missed: list) -> None:
+        """A model from before the measurement would be missing in the ledger without a word."""
+        if self._count_alive:
+            return
+        used = {storage.data_ptr() for p in self.observer.used_parameters() for storage in storages(p)}
+        foreign = {o.address: o.name for o in missed if o.column == "parameters"}
+        foreign = {address: name for address, name in foreign.items() if address in used & self._addresses_before}
+        if foreign:
+            size = sum(self.observer.used[address] for address in foreign)
+            raise ValueError(
+                f"the model was built before the measurement began: {format_bytes(size)} of its parameters would be "
+                f"missing ({next(iter(foreign.values()))!r} is one). Build it inside build(), or put "
+                f"`with watch(model, optimizer)` around the code you have."
+            )
+        devices = self.observer.devices
+        if devices and self.device not in devices:
+            raise ValueError(
+                f"the model's parameters are on {', '.join(sorted(map(str, devices)))}, but {self.device} is measured. "
+                f"Move the model in build(), or pass device=."
+            )
+
+    def check_leaks(self, measurement: Measurement) -> None:
+        """After the step was deleted, nothing of the run may be alive."""
+        left = [block for block in measurement.ledger.blocks if block.died is None]
+        size = sum(block.bytes for block in left)
+        if size > _LEAK_TOLERANCE:
+            by_column: dict[str, int] = {}
+            for block in left:
+                by_column[block.column] = by_column.get(block.column, 0) + block.bytes
+            held = ", ".join(f"{column} {format_bytes(count)}" for column, count in by_column.items())
+            raise MemoryLeakError(
+                f"{format_bytes(size)} allocated in this run are still alive after it ({held}): something outside "
+                f"build() holds them, a global list or a variable declared nonlocal, say. The next measurement would "
+                f"start with them. Let build() return nothing but the step, and keep numbers (loss.item()), not tensors."
+            )
+
+    def check_budget(self, measurement: Measurement) -> None:
+        """The ledger also counts what operators took for themselves, which a budget on the CPU does not see live."""
+        budget = active_budget()
+        if budget is not None and budget.device == self.device and self.device.type == "cpu":
+            largest = max(measurement.ledger.alive_at(measurement.ledger.peak_time), key=lambda b: b.born, default=None)
+            where = f"{largest.operator} in {largest.module or 'the step'}" if largest else "the run"
+            budget.check(measurement.peak_bytes + self._budget_before, where, measurement.columns)
+
+
+def _build(build: Callable) -> Callable:
+    step = build()
+    if not callable(step):
+        raise ValueError(
+            f"build() has to return the step to call, a function without arguments; it returned {_describe(step)}"
+        )
+    if isinstance(step, nn.Module):
+        raise ValueError(
+            "build() returned a model. It has to return the step to call: a function without arguments that runs "
+            "forward, backward and optimizer.step()"
+        )
+    return step
+
+
+def _number(result: object) -> float | None:
+    """A step's loss as a number, when it returned one."""
+    if isinstance(result, torch.Tensor) and result.numel() == 1:
+        return float(result.detach())
+    if isinstance(result, (int, float)) and not isinstance(result, bool):
+        return float(result)
+    return None
+
+
+def _time(build: Callable, repeats: int, device: torch.device) -> Seconds:
+    """Time steps of a fresh run with nothing switched on."""
+    step = _build(build)
+    step()  # the first step makes the optimizer's state and warms caches
+    times = []
+    for _ in range(repeats):
+        _synchronize(device)
+        began = time.perf_counter()
+        step()
+        _synchronize(device)
+        times.append(time.perf_counter() - began)
+    del step
+    gc.collect()
+    return Seconds(statistics.median(times), max(times) - min(times), repeats)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _describe(thing: object) -> str:
+    return "nothing (None)" if thing is None else f"{type(thing).__name__} {thing!r:.60}"
+
+
+def environment(device: str | torch.device | None = None) -> dict[str, object]:
+    """What a number depends on: device, GPU, its memory in bytes, torch, driver, Python, threads."""
+    device = resolve_device(device)
+    cuda = device.type == "cuda"
+    return {
+        "device": device.type,
+        "gpu": torch.cuda.get_device_name(device) if cuda else None,
+        "gpu_bytes": torch.cuda.get_device_properties(device).total_memory if cuda else None,
+        "torch": torch.__version__,
+        "driver": _driver() if cuda else None,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _driver() -> str | None:
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        answer = subprocess.run(asked, capture_output=True, text=True, timeout=20, check=True).stdout.split("\n")
+        return answer[0].strip() or None
+    return None
