@@ -33,7 +33,7 @@ COLUMNS = (
 PHASES = ("forward", "backward", "optimizer", "other")
 
 #: When one block was seen as several things, the first of these wins: a weight that autograd saved is a parameter.
-PRIORITY = {"parameters": 0, "optimizer_state": 1, "gradients": 2, "batch": 3}
+PRIORITY = {"parameters": 0, "optimizer_state": 1, "gradients": 2, "batch": 3, "activations": 4}
 
 _FOREVER = 2**63 - 1
 
@@ -201,7 +201,7 @@ def build_ledger(
         The ledger, and the observations that fall on no block: memory that this allocator did not hand out.
     """
     spans = list(spans)
-    blocks = _lives(events, alive)
+    blocks = lives(events, alive)
     times = [block.born for block in blocks] + [block.died for block in blocks if block.died is not None]
     start = start if start is not None else min(times, default=0)
     end = end if end is not None else max(times, default=0)
@@ -212,8 +212,8 @@ def build_ledger(
     return Ledger(blocks, phases, start, end), missed
 
 
-def _lives(events: Iterable[Event], alive: Sequence[Block]) -> list[Block]:
-    """Pair every hand-out with its return."""
+def lives(events: Iterable[Event], alive: Sequence[Block] = ()) -> list[Block]:
+    """The blocks of some events: every hand-out paired with its return."""
     blocks = list(alive)
     at: dict[int, Block] = {block.address: block for block in blocks}
     last = -_FOREVER
@@ -234,18 +234,16 @@ def _lives(events: Iterable[Event], alive: Sequence[Block]) -> list[Block]:
 
 
 def _phases(spans: list[Span], start: int, end: int) -> tuple[list[Span], list[Span], list[Span]]:
-    """Turn raw spans into phases. Also given: the backwards whole, and the recomputations (modules run inside one)."""
+    """Turn raw spans into phases. Also given: the backwards whole, and the recomputations inside them."""
     steps = sorted(span for span in spans if span.kind == "step")
     nodes = _outermost(span for span in spans if span.kind == "backward")
     modules = _outermost(span for span in spans if span.kind == "module")
+    operators = [span for span in spans if span.kind == "operator"]
     optimizers = []
     for span in _outermost(span for span in spans if span.kind == "optimizer"):
-        # `optimizer.step(closure)` runs forward and backward inside the step: its own work begins after them.
-        inner = max((node.end for node in nodes if span.start <= node.start < span.end), default=span.start)
-        optimizers.append(span._replace(start=inner))
+        optimizers += _own_work(span, nodes, modules, operators)
 
     in_node = _finder(nodes)
-    recomputations = [span for span in modules if in_node(span.start)]
     forwards = [span for span in modules if not in_node(span.start)]
     nested = [span for span in optimizers if in_node(span.start)]
     optimizers = [span for span in optimizers if not in_node(span.start)]
@@ -264,24 +262,87 @@ def _phases(spans: list[Span], start: int, end: int) -> tuple[list[Span], list[S
     phases: list[Span] = []
     previous = start
     for span in sorted(optimizers + backwards) + [Span(end + 1, end + 1, "end")]:
-        calls = [call for call in forwards if previous <= call.start < span.start]
+        # (A module that calls backward itself goes on with its forward after that.)
+        calls = [call for call in forwards if previous < call.end and call.start < span.start]
         if span.kind == "backward":
             step = max((step.start for step in steps if step.start < span.start), default=start)
-            begin = calls[0].start if calls else max(previous, step)
+            begin = max(previous, calls[0].start if calls else step)
             phases.append(Span(begin, span.start, "forward"))
         else:
-            phases += [Span(call.start, call.end, "forward") for call in calls]
+            phases += [Span(max(previous, c.start), min(c.end, span.start), "forward") for c in calls]
         phases.append(span)
         previous = span.end
     phases.pop()
 
     # An optimizer that steps inside the backward is a phase of its own for as long as it runs.
-    for inner in nested:
-        for index, span in enumerate(phases):
-            if span.kind == "backward" and span.start <= inner.start < span.end:
-                phases[index : index + 1] = [span._replace(end=inner.start), inner, span._replace(start=inner.end)]
-                break
-    return [span for span in phases if span.start < span.end], backwards, recomputations
+    cut: list[Span] = []
+    nested.sort()
+    begins = [inner.start for inner in nested]
+    for span in phases:
+        if span.kind == "backward":
+            for inner in nested[bisect.bisect_left(begins, span.start) : bisect.bisect_left(begins, span.end)]:
+                cut += [span._replace(end=inner.start), inner]
+                span = span._replace(start=inner.end)
+        cut.append(span)
+    phases = [span for span in cut if span.start < span.end]
+    return phases, backwards, _recomputations(spans, nodes, backwards, modules, operators)
+
+
+def _own_work(
+    optimizer: Span, nodes: list[Span], modules: list[Span], operators: list[Span]
+) -> list[Span]:
+    """The parts of an optimizer's step that are its own: `optimizer.step(closure)` runs forward and backward inside.
+
+    Optimizers compute without gradients, so an operator with a sequence number is the closure's forward.
+    """
+    inside = [node for node in nodes if optimizer.start <= node.start < optimizer.end]
+    if not inside:
+        return [optimizer]
+    in_node = _finder(inside)
+    closure = [
+        span
+        for span in (*modules, *(span for span in operators if span.sequence >= 0))
+        if optimizer.start <= span.start < optimizer.end and not in_node(span.start)
+    ]
+    parts, begin, last = [], optimizer.start, optimizer.start
+    for span in sorted(closure + inside):
+        if span.kind != "backward" and begin is not None:
+            parts.append(optimizer._replace(start=begin, end=span.start))
+        begin = span.end if span.kind == "backward" else None
+        last = max(last, span.end)
+    parts.append(optimizer._replace(start=last))
+    return [part for part in parts if part.start < part.end]
+
+
+def _recomputations(
+    spans: list[Span], nodes: list[Span], backwards: list[Span], modules: list[Span], operators: list[Span]
+) -> list[Span]:
+    """Where a forward runs again inside a node of a backward, as checkpointing does: at most one stretch a node.
+
+    It is known by its modules, and by its operators: they run with gradients enabled, so autograd gives them sequence
+    numbers, which the operators of a backward do not have. (All have them in a backward with `create_graph=True`.)
+    """
+    in_node, in_backward = _finder(nodes), _finder(backwards)
+    of_nodes = {(span.name, span.sequence) for span in spans if span.kind == "backward"}
+    found: dict[Span, tuple[int, int]] = {}
+    begun: set[Span] = set()
+    without_graph: set[Span] = set()
+    candidates = []
+    for span in sorted(operators, key=lambda span: (span.start, -span.end)):
+        node = in_node(span.start)
+        if node is None or (span.name, span.sequence) in of_nodes:
+            continue
+        if span.sequence >= 0:
+            candidates.append((node, span))
+        elif node not in begun:
+            without_graph.add(in_backward(node.start))
+        begun.add(node)
+    computed = [(node, span) for node, span in candidates if in_backward(node.start) in without_graph]
+    computed += [(node, span) for span in modules if (node := in_node(span.start)) is not None]
+    for node, span in computed:
+        begin, end = found.get(node, (span.start, span.end))
+        found[node] = min(begin, span.start), max(end, span.end)
+    return sorted(Span(begin, end, "recomputation") for begin, end in found.values())
 
 
 def _outermost(spans: Iterable[Span]) -> list[Span]:
@@ -376,7 +437,7 @@ def _label(blocks: list[Block], observations: Iterable[Observation]) -> list[Obs
         if rank <= best.get(id(block), len(PRIORITY)):
             best[id(block)] = rank
             block.column = seen.column
-            block.name = seen.name
+            block.name = seen.name or block.name
     return missed
 
 
@@ -408,7 +469,8 @@ def _label_by_life(
     - born in backward and alive when the phase after it begins: a *gradient*;
     - born in the optimizer's step and alive after it: *optimizer state*;
     - gone within the phase it was born in: a *temporary*;
-    - born outside the step and alive inside it, and nobody saw what it is: *unattributed*.
+    - born between the phases and alive when a forward begins: the *batch*, made for it;
+    - born between the phases and alive in any other, and nobody saw what it is: *unattributed*.
     """
     starts = [span.start for span in phases]
     recomputing, backward_at = _finder(recomputations), _finder(backwards)
@@ -421,7 +483,8 @@ def _label_by_life(
         current = phases[index] if index >= 0 and block.born < phases[index].end else None
         following = starts[index + 1] if index + 1 < len(phases) else _FOREVER - 1
         if current is None:
-            block.column = "temporaries" if died <= following else "unattributed"
+            given = index + 1 < len(phases) and phases[index + 1].kind == "forward"
+            block.column = "temporaries" if died <= following else "batch" if given else "unattributed"
         elif current.kind == "forward":
             block.column = "activations" if died > current.end else "temporaries"
         elif current.kind == "optimizer":

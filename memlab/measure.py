@@ -8,18 +8,20 @@ import html
 import platform
 import statistics
 import subprocess
+import threading
 import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from memlab.budget import active_budget, resolve_device
-from memlab.ledger import COLUMNS, Block, Ledger, Span, Timeline, build_ledger
-from memlab.meters.columns import Observer, live_storages, storages
+from memlab.ledger import COLUMNS, Block, Event, Ledger, Observation, Span, Timeline, build_ledger, lives
+from memlab.meters.columns import Observer, Use, live_storages
 from memlab.meters.cpu import Trace
 from memlab.meters.cuda import CudaTrace
 from memlab.units import KiB, format_bytes
@@ -58,8 +60,9 @@ class Measurement:
         bytes_after_step: bytes alive after each step. In a loop that leaks they grow.
         seconds: median and spread of one step, from separate runs with nothing switched on (None: not asked for).
         losses: what each step returned, when it returned a number or a tensor with one element (else None).
-        outside_bytes: bytes of tensors that the run used and this device's allocator did not hand out during it:
-            memory maps, shared memory, NumPy arrays, other threads. Not counted in anything above.
+        outside_bytes: the most bytes at once of tensors that the run used and this device's allocator did not hand
+            out during it, as far as they were seen: memory maps, shared memory (a data loader's workers), NumPy
+            arrays, what other threads made. Not counted in anything above.
         environment: device, GPU, torch, driver, Python.
         ledger: every block with its life (`memlab.ledger.Ledger`).
     """
@@ -165,6 +168,11 @@ def measure(
         MemoryLeakError: something outside the run still holds memory that was allocated in it.
         torch.OutOfMemoryError: a `memlab.budget` around this call was passed.
     """
+    if isinstance(build, nn.Module):
+        raise ValueError(
+            "measure() was given a model. Give it a function that makes the model, the optimizer and the batch and "
+            "returns the step to call; for a model that is there already, use `with watch(model, optimizer)`"
+        )
     if not callable(build):
         raise ValueError(
             f"build has to be a function that makes the model, the optimizer and the batch and returns the step to "
@@ -180,18 +188,17 @@ def measure(
     after: list[int] = []
     try:
         with recording:
-            gc.collect()
             step = _build(build)
-            recording.observer.look_around(data=True)
+            recording.observer.look_around(before=True)
             for _ in range(steps):
                 result = recording.run_step(step)
                 loss = _number(result)
                 if loss is not None:
                     losses.append(loss)
-                recording.check_gradients(result)
+                recording.note_gradients(result)
                 del result
                 after.append(time.time_ns())
-            recording.observer.look_around()
+            recording.observer.look_around(after=True)
             del step
             gc.collect()
     except RuntimeError as error:
@@ -202,6 +209,7 @@ def measure(
             ) from error
         raise
     measurement = recording.measurement()
+    recording.check_gradients()
     measurement.bytes_after_step = tuple(sum(measurement.ledger.columns_at(moment).values()) for moment in after)
     measurement.losses = tuple(losses) if len(losses) == steps else None
     recording.check_leaks(measurement)
@@ -238,13 +246,14 @@ class watch:  # noqa: N801 - read as a verb: `with watch(model, optimizer) as w:
         self._things = things
         self._device = resolve_device(device)
         self._measurement: Measurement | None = None
+        self._refusal: Exception | None = None
 
     def __enter__(self) -> watch:
         self._recording = _Recording(self._device, count_alive=True)
         self._recording.__enter__()
         try:
             observer = self._recording.observer
-            observer.look_around(data=True)
+            observer.look_around(before=True)
             for thing in self._things:
                 if isinstance(thing, nn.Module):
                     for name, module in thing.named_modules():
@@ -258,13 +267,25 @@ class watch:  # noqa: N801 - read as a verb: `with watch(model, optimizer) as w:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._recording.observer.see_gradients()
-        self._recording.__exit__()
-        self._measurement = self._recording.measurement()
+        self._measurement = self._refusal = None
+        try:
+            self._recording.observer.look_around(after=True)
+            self._recording.__exit__()
+            self._measurement = self._recording.measurement()
+        except (RuntimeError, ValueError) as error:
+            self._refusal = error  # the training goes on: whoever asks for the measurement is told
+        self._things = ()  # a finished watch keeps no model alive
+        del self._recording
 
     @property
     def measurement(self) -> Measurement:
-        """What was measured, once the `with` block has ended."""
+        """What was measured, once the `with` block has ended.
+
+        Raises:
+            RuntimeError: it has not ended, or what ran in it cannot be measured; the message says why.
+        """
+        if self._refusal is not None:
+            raise self._refusal
         if self._measurement is None:
             raise RuntimeError("there is no measurement yet: read it after the `with watch(...)` block has ended")
         return self._measurement
@@ -291,6 +312,7 @@ class _Recording:
             self._note_alive()
             self.meter.start()
             self.start = time.time_ns()
+            self.thread = threading.get_ident()
             self.observer.__enter__()
         except BaseException:
             _measuring = False
@@ -313,13 +335,13 @@ class _Recording:
         before = time.time_ns()
         self.alive: list[Block] = []
         self._references: list[weakref.ref] = []
-        self._addresses_before: set[int] = set()
+        self._without_gradient = False
         budget = active_budget()
         self._budget_before = budget.alive() if budget is not None else 0
         if self.device.type == "cuda" and self._count_alive:
             return  # the allocator's own map says it better: CudaTrace.start() reads it
         for address, storage in live_storages(self.device).items():
-            self._addresses_before.add(address)
+            self.observer.before.add(address)
             if self._count_alive:
                 block = Block(storage.nbytes(), address, before)
 
@@ -334,21 +356,27 @@ class _Recording:
         began = time.time_ns()
         result = step()
         self.observer.see_gradients()
+        self.observer.stack.clear()  # of calls that something other than an Exception ended
         self.observer.spans.append(Span(began, time.time_ns(), "step"))
         return result
 
-    def check_gradients(self, result: object) -> None:
-        """Refuse a step that was meant to train (a model ran with grad mode on) and in which nothing needs a gradient."""
+    def note_gradients(self, result: object) -> None:
+        """Note a step that looks as if it was meant to train (a model ran with grad mode on) and had nothing to train."""
         if not isinstance(result, torch.Tensor) or result.requires_grad or not self.observer.forward_with_grad:
             return
-        parameters = [reference() for reference in self.observer.parameters.values()]
-        if any(p is not None and (p.requires_grad or p.grad is not None) for p in parameters):
-            return  # the loss came back detached: that is fine
-        raise ValueError(
-            "nothing in this step needs a gradient: every parameter of the model is frozen, and yet it runs with "
-            "gradients enabled. Unfreeze what is to be trained; to measure inference, run the step under "
-            "torch.no_grad() or torch.inference_mode()."
-        )
+        parameters = self.observer.used_parameters()
+        # A loss may come back detached: that is fine as long as something needed a gradient.
+        if parameters and not any(p.requires_grad or p.grad is not None for p in parameters):
+            self._without_gradient = True
+
+    def check_gradients(self) -> None:
+        """Refuse such a step, unless autograd ran after all: for an input, say, through a frozen model."""
+        if self._without_gradient and not any(span.kind == "backward" for span in self.meter.spans):
+            raise ValueError(
+                "nothing in this step needs a gradient: every parameter of the model is frozen, and yet it runs with "
+                "gradients enabled. Unfreeze what is to be trained; to measure inference, run the step under "
+                "torch.no_grad() or torch.inference_mode()."
+            )
 
     def measurement(self) -> Measurement:
         """Join what was recorded."""
@@ -361,6 +389,7 @@ class _Recording:
             self.meter.events, self.observer.observations, spans, alive, start=self.start, end=self.end
         )
         self._refuse_foreign_parameters(missed)
+        self._refuse_other_threads()
         peak, columns = ledger.peak_bytes, ledger.peak_columns()
         if cuda:
             counted = self.meter.peak_allocated - (0 if self._count_alive else self.meter.allocated_before)
@@ -369,7 +398,7 @@ class _Recording:
             # The counter is the truth. What the history does not explain (rounding, other libraries) is unattributed.
             peak = max(counted, sum(columns.values()))
             columns["unattributed"] += peak - sum(columns.values())
-        missed_addresses = {observation.address for observation in missed}
+        outside = _outside(self.meter.mapped, self.observer.uses, missed)
         return Measurement(
             peak_bytes=peak,
             columns=columns,
@@ -378,21 +407,23 @@ class _Recording:
             environment=environment(self.device),
             reserved_bytes=self.meter.reserved_bytes if cuda else None,
             device_bytes=self.meter.device_bytes if cuda else None,
-            outside_bytes=sum(self.observer.used.get(address, 0) for address in missed_addresses),
+            outside_bytes=Ledger(outside).peak_bytes,
         )
 
     def _refuse_foreign_parameters(self, missed: list) -> None:
         """A model from before the measurement would be missing in the ledger without a word."""
         if self._count_alive:
             return
-        used = {storage.data_ptr() for p in self.observer.used_parameters() for storage in storages(p)}
-        foreign = {o.address: o.name for o in missed if o.column == "parameters"}
-        foreign = {address: name for address, name in foreign.items() if address in used & self._addresses_before}
-        if foreign:
-            size = sum(self.observer.used[address] for address in foreign)
+        foreign: dict[int, str] = {}
+        for seen in missed:
+            if seen.column == "parameters" and seen.address in self.observer.before:
+                foreign[seen.address] = foreign.get(seen.address) or seen.name
+        sizes = {use.address: use.bytes for use in self.observer.uses if use.address in foreign}
+        if sizes:  # else the run did not use them: another model that lives in this process
+            name = next((foreign[address] for address in sizes if foreign[address]), "the optimizer's")
             raise ValueError(
-                f"the model was built before the measurement began: {format_bytes(size)} of its parameters would be "
-                f"missing ({next(iter(foreign.values()))!r} is one). Build it inside build(), or put "
+                f"the model was built before the measurement began: {format_bytes(sum(sizes.values()))} of its "
+                f"parameters would be missing ({name!r} is one). Build it inside build(), or put "
                 f"`with watch(model, optimizer)` around the code you have."
             )
         devices = self.observer.devices
@@ -402,19 +433,38 @@ class _Recording:
                 f"Move the model in build(), or pass device=."
             )
 
+    def _refuse_other_threads(self) -> None:
+        """What a model allocates in another thread, the CPU's meter does not see."""
+        elsewhere = [name for thread, name in self.observer.threads.items() if thread != self.thread]
+        if elsewhere and self.device.type == "cpu":
+            raise RuntimeError(
+                f"{elsewhere[0]} ran in another thread than the measurement, and on the CPU PyTorch's profiler reports "
+                f"the allocations of one thread only. Run the step in the thread that measures; a thread that "
+                f"prepares data may stay."
+            )
+
     def check_leaks(self, measurement: Measurement) -> None:
         """After the step was deleted, nothing of the run may be alive."""
         left = [block for block in measurement.ledger.blocks if block.died is None]
         size = sum(block.bytes for block in left)
         if size > _LEAK_TOLERANCE:
+            held = live_storages(self.device).keys() & {block.address for block in left}
+            if self.device.type == "cpu" and not held:
+                raise RuntimeError(
+                    f"{format_bytes(size)} allocated in this run never came back in the thread that measures, and yet "
+                    f"no tensor holds them: another thread freed them, unseen by PyTorch's profiler, and the ledger "
+                    f"would count them for ever. Let the step free what it makes in its own thread."
+                )
             by_column: dict[str, int] = {}
             for block in left:
                 by_column[block.column] = by_column.get(block.column, 0) + block.bytes
             held = ", ".join(f"{column} {format_bytes(count)}" for column, count in by_column.items())
             raise MemoryLeakError(
                 f"{format_bytes(size)} allocated in this run are still alive after it ({held}): something outside "
-                f"build() holds them, a global list or a variable declared nonlocal, say. The next measurement would "
-                f"start with them. Let build() return nothing but the step, and keep numbers (loss.item()), not tensors."
+                f"build() holds them, a global list or a variable declared nonlocal, say, or a hook on a tensor that "
+                f"refers to it (Python's garbage collector does not see that cycle). The next measurement would start "
+                f"with them. Let build() return nothing but the step, keep numbers (loss.item()), not tensors, and let "
+                f"hooks refer to models and optimizers weakly."
             )
 
     def check_budget(self, measurement: Measurement) -> None:
@@ -424,6 +474,18 @@ class _Recording:
             largest = max(measurement.ledger.alive_at(measurement.ledger.peak_time), key=lambda b: b.born, default=None)
             where = f"{largest.operator} in {largest.module or 'the step'}" if largest else "the run"
             budget.check(measurement.peak_bytes + self._budget_before, where, measurement.columns)
+
+
+def _outside(mapped: list[Event], uses: list[Use], missed: list[Observation]) -> list[Block]:
+    """What was used and is not the allocator's, each with its life: memory maps, and what fell on no block."""
+    maps = lives(mapped)
+    unseen = {(observation.time, observation.address) for observation in missed}
+    others = [
+        Block(use.bytes, use.address, use.seen, use.gone)
+        for use in uses
+        if (use.seen, use.address) in unseen and not any(m.address <= use.address < m.address + m.bytes for m in maps)
+    ]
+    return maps + others
 
 
 def _build(build: Callable) -> Callable:
@@ -444,7 +506,7 @@ def _number(result: object) -> float | None:
     """A step's loss as a number, when it returned one."""
     if isinstance(result, torch.Tensor) and result.numel() == 1:
         return float(result.detach())
-    if isinstance(result, (int, float)) and not isinstance(result, bool):
+    if isinstance(result, Real) and not isinstance(result, bool):
         return float(result)
     return None
 

@@ -7,12 +7,15 @@ alive, and knows nothing of allocators: `memlab.ledger` joins what it saw with w
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import threading
 import time
 import warnings
 import weakref
+from collections import UserDict
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -40,21 +43,24 @@ def storages(tensor: torch.Tensor) -> Iterator[torch.UntypedStorage]:
 
 
 def tensors_in(value: object) -> Iterator[torch.Tensor]:
-    """The tensors in nested tuples, lists and dictionaries (and objects with a `.items()`, such as model outputs)."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (list, tuple, set)):
-        for part in value:
-            yield from tensors_in(part)
-    elif isinstance(value, dict):
-        for part in value.values():
-            yield from tensors_in(part)
+    """The tensors in nested tuples, lists, sets and dictionaries (model outputs too), also where they hold themselves."""
+    containers, seen = [value], set()
+    while containers:
+        value = containers.pop()
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple, set, dict, UserDict)) and id(value) not in seen:
+            seen.add(id(value))
+            containers.extend(value.values() if isinstance(value, (dict, UserDict)) else value)
 
 
 def live_objects(*kinds: type) -> list:
     """Every live object of some classes that Python's garbage collector knows."""
-    # The class is asked, not the object: asking some lazily imported objects would import whole packages.
-    return [thing for thing in gc.get_objects() if issubclass(type(thing), kinds)]
+    # The class is asked, not the object: asking some lazily imported objects would import whole packages. And each
+    # class is asked once, since a process that has imported a few libraries holds half a million objects.
+    things = gc.get_objects()
+    wanted = {kind for kind in set(map(type, things)) if issubclass(kind, kinds)}
+    return [thing for thing in things if type(thing) in wanted]
 
 
 def live_storages(device: torch.device) -> dict[int, torch.UntypedStorage]:
@@ -63,18 +69,28 @@ def live_storages(device: torch.device) -> dict[int, torch.UntypedStorage]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # asking some tensors for their gradient warns
         for tensor in live_objects(torch.Tensor):
-            try:
+            # These are strangers: half-built, lazy, fake, of any class. What they raise means that they hold nothing.
+            with contextlib.suppress(Exception):
                 if tensor.device != device:
                     continue
                 parts = list(storages(tensor))
                 if tensor.is_leaf and tensor.grad is not None:
                     parts += storages(tensor.grad)
-            except (RuntimeError, NotImplementedError):
-                continue  # a tensor with no memory of its own: functional, fake, not yet materialised
-            for storage in parts:
-                if storage.nbytes() and storage.filename is None:
-                    found[storage.data_ptr()] = storage
+                for storage in parts:
+                    if storage.nbytes() and storage.filename is None:
+                        found[storage.data_ptr()] = storage
     return found
+
+
+@dataclass(slots=True, eq=False)
+class Use:
+    """A storage that the run used: from when it was first seen until it was gone (nanoseconds; None: not yet)."""
+
+    address: int
+    bytes: int
+    seen: int
+    gone: int | None = None
+    reference: weakref.ref | None = None
 
 
 class Observer:
@@ -85,15 +101,25 @@ class Observer:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.observations: list[Observation] = []
+        # Kept in four plain lists. A tuple for each would be an object that Python's garbage collector counts: it
+        # would then run more often than without the meter, and free reference cycles that the run itself keeps.
+        self._seen_times: list[int] = []
+        self._seen_addresses: list[int] = []
+        self._seen_columns: list[str] = []
+        self._seen_names: list[str] = []
         self.spans: list[Span] = []
         self.parameters: dict[int, weakref.ref] = {}
-        self.used: dict[int, int] = {}
+        self.uses: list[Use] = []
+        self.before: set[int] = set()
         self.devices: set[torch.device] = set()
+        self.threads: dict[int, str] = {}
         self.forward_with_grad = False
         self.failed_in = ""
+        self.optimizer = ""
         self._names: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
         self._local = threading.local()
+        self._in_use: dict[int, Use] = {}
+        self._inputs: set[int] = set()
         self._optimizer_started: dict[int, int] = {}
         self._handles: list = []
 
@@ -101,7 +127,8 @@ class Observer:
         self._handles = [
             register_module_forward_pre_hook(self._enter_module),
             # `always_call`: a checkpoint's recomputation stops early by an exception, and the call has to be closed.
-            register_module_forward_hook(self._leave_module, always_call=True),
+            # `with_kwargs`: a batch may be given by keyword, and only this hook is told.
+            register_module_forward_hook(self._leave_module, with_kwargs=True, always_call=True),
             register_optimizer_step_pre_hook(self._enter_optimizer),
             register_optimizer_step_post_hook(self._leave_optimizer),
         ]
@@ -111,6 +138,14 @@ class Observer:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        for use in self.uses:
+            use.reference = None  # has done its work
+
+    @property
+    def observations(self) -> list[Observation]:
+        """What was seen so far."""
+        seen = zip(self._seen_times, self._seen_addresses, self._seen_columns, self._seen_names, strict=True)
+        return [Observation(*one) for one in seen]
 
     # What is seen ----------------------------------------------------------------------------------------------------
 
@@ -120,15 +155,28 @@ class Observer:
         """Note that these tensors are of `column`, now. `outside=False`: the run may have nothing to do with them."""
         now = time.time_ns()
         for tensor in tensors:
-            try:
+            with contextlib.suppress(Exception):  # no memory of its own (lazy, functional, fake)
                 for storage in storages(tensor):
                     if storage.device == self.device and storage.nbytes():
                         address = storage.data_ptr()
-                        self.observations.append(Observation(now, address, column, name))
+                        self._seen_times.append(now)
+                        self._seen_addresses.append(address)
+                        self._seen_columns.append(column)
+                        self._seen_names.append(name)
                         if outside:
-                            self.used[address] = storage.nbytes()
-            except (RuntimeError, NotImplementedError):
-                continue  # no memory of its own (functional, fake): nothing to account for
+                            self._use(storage, address, now)
+
+    def _use(self, storage: torch.UntypedStorage, address: int, now: int) -> None:
+        use = self._in_use.get(address)
+        if use is not None and use.gone is None and use.bytes == storage.nbytes():
+            return
+        self._in_use[address] = use = Use(address, storage.nbytes(), now)
+        self.uses.append(use)
+
+        def gone(reference: weakref.ref, use: Use = use) -> None:
+            use.gone = time.time_ns()
+
+        use.reference = weakref.ref(storage, gone)
 
     def see_module(self, module: nn.Module, prefix: str) -> None:
         """Note a module's own parameters and buffers (not its children's)."""
@@ -140,12 +188,13 @@ class Observer:
     def _see_parameter(self, parameter: torch.Tensor, name: str) -> None:
         if parameter.device.type == "meta":
             raise ValueError(
-                f"parameter {name!r} is on the meta device: it has a shape but no bytes, so there is nothing to "
+                f"{f'parameter {name!r}' if name else 'a parameter of the optimizer'} is on the meta device: it has a shape but no bytes, so there is nothing to "
                 f"measure. Build the model on {self.device}, or call .to_empty(device={str(self.device)!r}) first."
             )
         self.see((parameter,), "parameters", name)
         self.devices.add(parameter.device)
-        if id(parameter) not in self.parameters:
+        known = self.parameters.get(id(parameter))
+        if known is None or known() is None:  # the id of what is gone is given out again
             self.parameters[id(parameter)] = weakref.ref(parameter)
 
     def used_parameters(self) -> list[torch.Tensor]:
@@ -168,40 +217,59 @@ class Observer:
         for state in list(optimizer.state.values()):
             self.see(tensors_in(state), "optimizer_state")
 
-    def look_around(self, data: bool = False) -> None:
+    def look_around(self, *, before: bool = False, after: bool = False) -> None:
         """Note what every live model, optimizer and data set holds, whether or not it was used while we watched.
 
-        With `data`, every other tensor that Python holds and that needs no gradient is noted as the batch: at the
-        moment before the steps begin, that is what it is (inputs, targets, a data set kept on the device).
+        Args:
+            before: the steps have not begun: any other tensor that Python holds is the batch (inputs, targets, a data
+                set kept on the device) if it needs no gradient, and an activation if autograd made it.
+            after: the steps are over: a tensor that was trained, and that no module was given, is a parameter; and
+                what was not there before the run was used by it.
         """
-        for module in live_objects(nn.Module):
-            name = self._names.get(module, type(module).__name__)
-            own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-            for part, tensor in own:
-                self.see((tensor,), "parameters", f"{name}.{part}", outside=False)
-                if tensor.is_leaf and tensor.grad is not None:
-                    self.see((tensor.grad,), "gradients", outside=False)
-        for optimizer in live_objects(torch.optim.Optimizer):
-            for group in optimizer.param_groups:
-                self.see(group["params"], "parameters", outside=False)
-            for state in list(optimizer.state.values()):
-                self.see(tensors_in(state), "optimizer_state", outside=False)
-        for dataset in live_objects(torch.utils.data.Dataset):
-            self.see(tensors_in(vars(dataset)), "batch", type(dataset).__name__, outside=False)
-        # A parameter whose module is still being built is known by its class.
-        self.see(live_objects(nn.Parameter), "parameters", outside=False)
-        if data:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                tensors = [t for t in live_objects(torch.Tensor) if t.is_leaf and not t.requires_grad]
-            self.see(tensors, "batch", outside=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # asking some tensors for their gradient warns
+            for thing in live_objects(nn.Module, torch.optim.Optimizer, torch.utils.data.Dataset, torch.Tensor):
+                with contextlib.suppress(Exception):  # strangers, as above: half-built, lazy, fake, of any class
+                    if isinstance(thing, nn.Module):
+                        name = self._names.get(thing, type(thing).__name__)
+                        own = [*thing.named_parameters(recurse=False), *thing.named_buffers(recurse=False)]
+                        for part, tensor in own:
+                            self.see((tensor,), "parameters", f"{name}.{part}", outside=False)
+                            if tensor.is_leaf and tensor.grad is not None:
+                                self.see((tensor.grad,), "gradients", outside=False)
+                    elif isinstance(thing, torch.optim.Optimizer):
+                        for group in thing.param_groups:
+                            self.see(group["params"], "parameters", outside=False)
+                        for state in list(thing.state.values()):
+                            self.see(tensors_in(state), "optimizer_state", outside=False)
+                    elif isinstance(thing, torch.utils.data.Dataset):
+                        self.see(tensors_in(vars(thing)), "batch", type(thing).__name__, outside=False)
+                    elif isinstance(thing, nn.Parameter):
+                        # A parameter whose module is still being built is known by its class.
+                        self.see((thing,), "parameters", outside=False)
+                    elif before or after:
+                        self._look_at(thing, after)
         self.see_gradients()
+
+    def _look_at(self, tensor: torch.Tensor, after: bool) -> None:
+        """Note a tensor that belongs to no model, optimizer or data set."""
+        addresses = {storage.data_ptr() for storage in storages(tensor)}
+        outside = after and not addresses & self.before
+        if tensor.grad_fn is not None:
+            if not after:
+                self.see((tensor,), "activations", outside=outside)
+        elif not tensor.requires_grad:
+            self.see((tensor,), "batch", outside=outside)
+        elif after and not addresses & self._inputs:
+            self.see((tensor,), "parameters", outside=outside)
+        if tensor.is_leaf and tensor.grad is not None:
+            self.see((tensor.grad,), "gradients", outside=outside)
 
     # Hooks -----------------------------------------------------------------------------------------------------------
 
     @property
-    def stack(self) -> list[tuple[str, int]]:
-        """The modules that run forward in this thread now: (name, start), outermost first."""
+    def stack(self) -> list[tuple[str, int, int]]:
+        """The modules that run forward in this thread now: (name, start, id), outermost first."""
         if not hasattr(self._local, "stack"):
             self._local.stack = []
         return self._local.stack
@@ -214,29 +282,46 @@ class Observer:
                 self._names.setdefault(part, name or type(module).__name__)
         name = self._names.get(module, type(module).__name__)
         self.failed_in = ""
-        self.stack.append((name, time.time_ns()))
+        self.threads.setdefault(threading.get_ident(), name)
+        self.stack.append((name, time.time_ns(), id(module)))
         self.forward_with_grad |= torch.is_grad_enabled()
         self.see_module(module, name)
-        self.see((tensor for tensor in tensors_in(inputs) if tensor.grad_fn is None), "batch", "input")
+        self._see_inputs(inputs)
 
-    def _leave_module(self, module: nn.Module, inputs: tuple, output: object) -> None:
-        if torch.compiler.is_compiling() or not self.stack:
+    def _leave_module(self, module: nn.Module, inputs: tuple, *rest: object) -> None:
+        # `rest` is the keyword arguments and the output, or a lone None while an exception is on its way up.
+        if torch.compiler.is_compiling() or id(module) not in (entry[2] for entry in self.stack):
             return
-        name, start = self.stack.pop()
+        while True:
+            # A call that ended by something other than an Exception was never closed. It lies above this one.
+            name, start, identity = self.stack.pop()
+            if identity == id(module):
+                break
         self.spans.append(Span(start, time.time_ns(), "module", name, threading.get_ident()))
-        if output is None and not self.failed_in:
-            self.failed_in = name  # most likely an exception is on its way up; the innermost module is left first
+        if len(rest) > 1:
+            self._see_inputs(rest[0])
+        elif not self.failed_in:
+            self.failed_in = name  # the innermost module is left first
+
+    def _see_inputs(self, inputs: object) -> None:
+        for tensor in tensors_in(inputs):
+            if tensor.grad_fn is None:
+                self.see((tensor,), "batch", "input")
+                with contextlib.suppress(Exception):
+                    self._inputs.update(storage.data_ptr() for storage in storages(tensor))
 
     def _enter_optimizer(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         if torch.compiler.is_compiling():
             return
+        self.optimizer = type(optimizer).__name__
+        self.threads.setdefault(threading.get_ident(), f"{self.optimizer}.step()")
         self.see_optimizer(optimizer)
         self._optimizer_started[id(optimizer)] = time.time_ns()
 
     def _leave_optimizer(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        self.optimizer = ""
         started = self._optimizer_started.pop(id(optimizer), None)
         if torch.compiler.is_compiling() or started is None:
             return
         self.spans.append(Span(started, time.time_ns(), "optimizer", type(optimizer).__name__))
         self.see_optimizer(optimizer)
-

@@ -1,7 +1,10 @@
 """The CPU's bytes, exactly: PyTorch's profiler reports every event of the CPU allocator, with address and size.
 
 Its trace also says which operator ran when, and when autograd evaluated which node. The trace is read through the
-public `export_chrome_trace`; nothing private is used.
+public `export_chrome_trace`. The profiler sees the thread that started it, and autograd's; not Python's other threads.
+
+Private is only what PyTorch has no public word for: whether a profiler runs already (`_profiler_enabled`; a second one
+would end the first, or the process), and the level of its logger.
 """
 
 from __future__ import annotations
@@ -13,15 +16,18 @@ import tempfile
 from pathlib import Path
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerAction, ProfilerActivity, profile
 
 from memlab.ledger import Event, Span
+from memlab.meters.columns import live_objects
 
 _BACKWARD = "autograd::engine::evaluate_function: "
 
 
 class Trace:
-    """Records with PyTorch's profiler between `start()` and `stop()`; then `events` and `spans` are filled.
+    """Records with PyTorch's profiler between `start()` and `stop()`; then `events`, `mapped` and `spans` are filled.
+
+    `mapped` are the events of memory maps: files and shared memory, which the allocator did not hand out.
 
     Args:
         memory: whether the CPU allocator's events are wanted (they are not when a GPU is measured).
@@ -29,6 +35,7 @@ class Trace:
 
     def __init__(self, memory: bool = True):
         self.events: list[Event] = []
+        self.mapped: list[Event] = []
         self.spans: list[Span] = []
         # The profiler announces itself on standard error, which a notebook would show. 99 is silence.
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")
@@ -39,41 +46,54 @@ class Trace:
         """Begin to record.
 
         Raises:
-            RuntimeError: a profiler records already; there can be one at a time.
+            RuntimeError: a profiler records already, or is about to; there can be one at a time.
         """
-        try:
-            self._profile.start()
-        except RuntimeError as error:
+        if _profiler_enabled() or any(p.current_action is ProfilerAction.WARMUP for p in live_objects(profile)):
             raise RuntimeError(
                 "PyTorch's profiler is recording already, and there can be one at a time. Measure outside of "
                 "`torch.profiler.profile(...)`."
-            ) from error
+            )
+        self._profile.start()
         # A block from before the recording that is freed in it makes the allocator log a warning. It is expected here.
         if self._log_level is not None:
             self._level_before, self._log_level.value = self._log_level.value, 2
 
     def stop(self) -> None:
-        """Stop recording and read what was recorded."""
+        """Stop recording and read what was recorded.
+
+        Raises:
+            RuntimeError: another profiler was started in between, which ends this one.
+        """
         if self._log_level is not None:
             self._log_level.value = self._level_before
+        if not _profiler_enabled():
+            # Asking the profiler for a trace now would end the process.
+            raise RuntimeError(
+                "the measurement was ended by another `torch.profiler.profile(...)` that ran inside it: there can be "
+                "one at a time. Measure without it."
+            )
         self._profile.stop()
         with tempfile.TemporaryDirectory(prefix="memlab-") as folder:
             path = Path(folder) / "trace.json"
             self._profile.export_chrome_trace(str(path))
             trace = json.loads(path.read_bytes())
-        self.events, self.spans = read_trace(trace)
+        self.events, self.mapped, self.spans = read_trace(trace)
 
 
-def read_trace(trace: dict) -> tuple[list[Event], list[Span]]:
-    """The allocator's events and the operators' spans in a Chrome trace of PyTorch's profiler, times in nanoseconds."""
+def read_trace(trace: dict) -> tuple[list[Event], list[Event], list[Span]]:
+    """The events of the allocator, those of memory maps and the operators' spans in a Chrome trace of PyTorch's profiler.
+
+    Times are in nanoseconds.
+    """
     base = int(trace.get("baseTimeNanoseconds", 0))
-    events, spans = [], []
+    reports, spans = [], []
     for entry in trace["traceEvents"]:
         if entry.get("name") == "[memory]":
             arguments = entry["args"]
             if arguments["Device Type"] == 0:  # 0 is the CPU
                 time = base + round(entry["ts"] * 1000)
-                events.append((time, arguments["Ev Idx"], arguments["Addr"], arguments["Bytes"]))
+                total = arguments["Total Allocated"]
+                reports.append((time, arguments["Ev Idx"], arguments["Addr"], arguments["Bytes"], total))
         elif entry.get("ph") == "X" and entry.get("cat") == "cpu_op":
             start = base + round(entry["ts"] * 1000)
             end = start + round(entry["dur"] * 1000)
@@ -82,8 +102,19 @@ def read_trace(trace: dict) -> tuple[list[Event], list[Span]]:
             if name.startswith(_BACKWARD):
                 kind, name = "backward", name.removeprefix(_BACKWARD)
             spans.append(Span(start, end, kind, name, entry["tid"], sequence))
-    events.sort()
-    return [Event(time, address, size) for time, _, address, size in events], spans
+    events: list[Event] = []
+    mapped: list[Event] = []
+    maps: set[int] = set()
+    for time, _, address, size, total in sorted(reports):
+        # A memory map is reported like an allocation, but the allocator's running total knows nothing of it.
+        if size > 0:
+            (maps.add if total < size else maps.discard)(address)
+        (mapped if address in maps else events).append(Event(time, address, size))
+    return events, mapped, spans
+
+
+def _profiler_enabled() -> bool:
+    return torch._C._autograd._profiler_enabled()
 
 
 def _log_level() -> ctypes.c_int | None:

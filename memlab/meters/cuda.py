@@ -24,6 +24,7 @@ class CudaTrace:
     def __init__(self, device: torch.device):
         self.device = device
         self.events: list[Event] = []
+        self.mapped: list[Event] = []  # as on the CPU; memory maps are the host's
         self.spans: list[Span] = []
         self.alive: list[Block] = []
         self.complete = True
@@ -38,6 +39,7 @@ class CudaTrace:
         self.allocated_before = torch.cuda.memory_allocated(self.device)
         self.alive = _active_blocks(self.device)
         self._trace.start()
+        torch.cuda.memory._record_memory_history(enabled=None)  # forget what someone else recorded
         # Context None: addresses, sizes and times without stack traces, which would slow the run down.
         torch.cuda.memory._record_memory_history("all", context=None, max_entries=_MAX_ENTRIES)
 

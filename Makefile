@@ -1,0 +1,112 @@
+# The commands of the course. `make` lists them.
+#
+# Every command makes the environment (.venv) if it is missing, and renews it when the dependencies changed.
+
+# The first Python of a version that the course supports. Another one: make lab PYTHON=/path/to/python3.12
+PYTHON ?= $(or $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c '$(SUPPORTED)' 2>/dev/null && echo $$p && break; done),python3)
+SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+
+# More for JupyterLab, for example: make lab LAB_FLAGS="--no-browser --port=9000"
+LAB_FLAGS ?=
+# Jupyter refuses to run as root, which is who one is in most containers, unless it is told.
+AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
+
+# Notebooks for `make measure`; all of them when empty: make measure NOTEBOOKS=notebooks/03_gradient_checkpointing.ipynb
+NOTEBOOKS ?=
+
+# Tests and notebooks run in this many processes, and these share the cores.
+JOBS ?= 2
+THREADS = OMP_NUM_THREADS=$$(( ($$(getconf _NPROCESSORS_ONLN) + $(JOBS) - 1) / $(JOBS) ))
+NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout=120 --nbval-sanitize-with tests/nbval_sanitize.cfg
+
+.DEFAULT_GOAL := help
+.PHONY: help lab measure report doctor test lint test-unit test-notebooks test-gpu test-browser test-colab \
+	address constraints clean
+
+help:
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
+
+lab: .venv/.installed ## open the course in JupyterLab
+	.venv/bin/python -m jupyterlab $(AS_ROOT) $(LAB_FLAGS) notebooks/00_measuring_memory.ipynb
+
+measure: .venv/.installed ## run the notebooks on this machine's device and print the before/after table
+	.venv/bin/python -m memlab measure $(NOTEBOOKS)
+
+doctor: .venv/.installed ## show the device, its scale, and whether the meter measures right here
+	.venv/bin/python -m memlab doctor
+
+report: .venv/.installed ## write the results tables into README.md and the capstone
+	.venv/bin/python -m memlab report
+
+test: lint test-unit test-notebooks ## run everything that CI runs
+
+lint: .venv/.installed ## check the style of the code and of the notebooks
+	@echo "==> Style (a second)"
+	.venv/bin/python -m ruff check .
+
+test-unit: .venv/.installed ## run the tests of the package and of the repository's rules
+	@echo "==> Tests, in $(JOBS) processes (a few minutes; what is skipped is listed at the end with its reason)"
+	$(THREADS) .venv/bin/python -m pytest -n $(JOBS) --dist=loadscope -rs -m "not browser" tests
+
+test-notebooks: .venv/.installed ## run every notebook from top to bottom
+	@echo "==> Notebooks, in $(JOBS) processes (about a minute each on two cores)"
+	$(THREADS) .venv/bin/python -m pytest -n $(JOBS) --dist=loadscope -rs $(NBVAL) notebooks
+
+test-gpu: .venv/.installed ## run the tests that need a CUDA device
+	.venv/bin/python -m pytest -rs -m gpu tests
+
+test-browser: .venv/.installed ## run a notebook in a real browser (needs chromium; skipped without it)
+	@echo "==> A notebook in a real browser (up to a minute)"
+	.venv/bin/python -m pytest -rs -m browser tests/test_browser.py
+
+test-colab: .venv-colab/.installed ## run notebook 00 on the versions that Google Colab has
+	.venv-colab/bin/python -m pytest -rs $(NBVAL) notebooks/00_measuring_memory.ipynb
+
+address: .venv/.installed ## write the repository's address (pyproject.toml) into the badges and wherever it is named
+	.venv/bin/python tools/address.py
+
+constraints: ## pin anew the versions that CI uses (torch stays as constraints.txt has it)
+	@$(CHECK_PYTHON)
+	@echo "==> Solving the dependencies in a fresh environment (about two minutes)"
+	rm -rf build/constraints && mkdir -p build/constraints
+	grep '^torch==' constraints.txt > build/constraints/torch.txt
+	$(PYTHON) -m venv build/constraints/venv
+	build/constraints/venv/bin/python -m pip install --constraint build/constraints/torch.txt \
+		--editable '.[course,dev]'
+	grep '^#' constraints.txt > build/constraints/new.txt
+	build/constraints/venv/bin/python -m pip freeze --all --exclude-editable | grep -v '^pip==' \
+		| sed 's/+[^=]*$$//' | LC_ALL=C sort -f >> build/constraints/new.txt
+	mv build/constraints/new.txt constraints.txt
+	rm -rf build/constraints
+
+clean: ## remove the environments and what runs left behind
+	rm -rf .venv .venv-colab build memlab.egg-info .pytest_cache .ruff_cache
+
+# The environments. The stamp is written last, so an interrupted installation is taken up again.
+
+.venv/.installed: pyproject.toml constraints.txt
+	@$(CHECK_PYTHON)
+	@echo "==> Making the environment .venv with $(PYTHON) (about two minutes and 2 GB; with PyTorch for CUDA 7 GB)"
+	@.venv/bin/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
+	.venv/bin/python -m pip install --constraint constraints.txt --editable '.[course,dev]'
+	@touch $@
+
+.venv-colab/.installed: pyproject.toml constraints-colab.txt
+	@$(CHECK_PYTHON)
+	@echo "==> Making the environment .venv-colab with $(PYTHON) (about two minutes)"
+	@.venv-colab/bin/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear .venv-colab
+	.venv-colab/bin/python -m pip install --constraint constraints-colab.txt --editable . \
+		ipykernel nbval pytest scikit-learn
+	@touch $@
+
+define CHECK_PYTHON
+	$(PYTHON) -c '$(SUPPORTED)' 2> /dev/null || { \
+	    echo "The course needs Python 3.11, 3.12 or 3.13; '$(PYTHON)' is `$(PYTHON) --version 2> /dev/null || echo not there`."; \
+	    echo "Install one of them and run this again, or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3.13"; \
+	    exit 1; }; \
+	$(PYTHON) -c 'import ensurepip, venv' 2> /dev/null || { \
+	    echo "$(PYTHON) cannot make environments: its 'venv' module is missing."; \
+	    echo "On Debian and Ubuntu: sudo apt install python3-venv"; \
+	    exit 1; }
+endef

@@ -1,0 +1,614 @@
+"""Records: what the notebooks measured, kept in files, and the tables that are made from them.
+
+A results file is one JSON object, one file for each kind of device (`results/cpu.json`, `results/nvidia-h200.json`):
+
+    schema       the version of this form, 1
+    environment  device, gpu, gpu_bytes, torch, driver, python, threads, commit, date
+    records      one for each comparison: notebook, technique, scale, sizes, variants
+
+A variant has a name, predicted and measured bytes, the ledger's columns at the peak, the phase of the peak, reserved and
+device bytes, seconds, tokens per second, loss and largest gradient difference. What does not apply, or was not measured,
+is null. A notebook that is run again replaces its own records only: a record that stays from an earlier run then carries
+an `environment` of its own, which holds what differs from the file's.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import os
+import re
+import subprocess
+from collections.abc import Callable, Iterable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from memlab.ledger import COLUMNS, PHASES
+from memlab.measure import environment as measured_environment
+from memlab.units import format_bytes
+
+if TYPE_CHECKING:
+    from memlab.compare import Comparison
+
+#: The version of the form of a results file. It grows when a reader of the old form would misread the new one.
+SCHEMA = 1
+
+#: The environment variable that names the file to which `record` appends, one JSON object a line.
+VARIABLE = "MEMLAB_RECORDS"
+
+#: The figure that opens README.md, drawn from the records.
+FIGURE = "results/figures/headline.png"
+
+
+class Record(dict):
+    """A record, a plain dictionary, which a notebook shows as one line."""
+
+    def _repr_pretty_(self, printer, cycle: bool) -> None:
+        count = len(self["variants"])
+        printer.text(f"recorded: {count} variant{'s' * (count > 1)} of {self['technique']}")
+
+
+def record(
+    comparison: Comparison,
+    *,
+    notebook: str,
+    technique: str,
+    sizes: dict[str, object],
+    tokens_per_step: int | None = None,
+    loss: dict[str, float | None] | None = None,
+    max_gradient_difference: dict[str, float | None] | None = None,
+    scale: str | None = None,
+) -> Record:
+    """Make the record of a comparison, and append it to the file that MEMLAB_RECORDS names (if it names one).
+
+    Args:
+        comparison: what `memlab.compare` returned; the first variant is the baseline.
+        notebook: the notebook's file name without `.ipynb`.
+        technique: the technique's name, that of its module in `memlab.techniques`.
+        sizes: what the run's bytes depend on, by name: `{"layers": 6, "batch_size": 8}`. Texts, numbers, true or false.
+        tokens_per_step: tokens in one step, from which tokens per second are made where a step was timed.
+        loss: variant → loss; a variant that is not named gets the last loss of its measurement, if there is one.
+        max_gradient_difference: variant → largest difference of a gradient from the baseline's.
+        scale: `"cpu"`, `"t4"` or `"gpu"`; by default what `memlab.workloads.scale()` chooses here.
+
+    Raises:
+        ValueError: a name that is no variant's, a number that is not finite, or anything else that a results file
+            cannot hold.
+    """
+    names = [variant.name for variant in comparison.variants]
+    loss, differences = loss or {}, max_gradient_difference or {}
+    for what, given in (("loss", loss), ("max_gradient_difference", differences)):
+        if unknown := [name for name in given if name not in names]:
+            raise ValueError(f"{what} names {_listed(unknown)}, but the comparison has {_listed(names)}")
+    if tokens_per_step is not None and (not _is_whole(tokens_per_step) or tokens_per_step == 0):
+        raise ValueError(f"tokens_per_step has to be a positive whole number, not {tokens_per_step!r}")
+    if scale is None:
+        from memlab.workloads import scale as sizes_of_this_device
+
+        scale = sizes_of_this_device().name
+    environments = [variant.measurement.environment for variant in comparison.variants]
+    for environment_ in environments:
+        if any(environment_.get(key) != environments[0].get(key) for key in ("device", "gpu")):
+            raise ValueError("the variants were measured on different devices: compare runs on one device")
+
+    variants = []
+    for variant in comparison.variants:
+        m = variant.measurement
+        last_loss = m.losses[-1] if m.losses else None
+        timed = m.seconds is not None
+        variants.append(
+            {
+                "name": variant.name,
+                "predicted_bytes": variant.predicted_bytes,
+                "peak_bytes": m.peak_bytes,
+                "columns": {column: m.columns[column] for column in COLUMNS},
+                "phase": m.phase,
+                "reserved_bytes": m.reserved_bytes,
+                "device_bytes": m.device_bytes,
+                "seconds": {
+                    "median": _rounded(m.seconds.median),
+                    "spread": _rounded(m.seconds.spread),
+                    "repeats": m.seconds.repeats,
+                }
+                if timed
+                else None,
+                "tokens_per_second": _rounded(tokens_per_step / m.seconds.median)
+                if timed and tokens_per_step is not None
+                else None,
+                "loss": _float(loss.get(variant.name, last_loss)),
+                "max_gradient_difference": _float(differences.get(variant.name)),
+            }
+        )
+    made = Record(notebook=notebook, technique=technique, scale=scale, sizes=dict(sizes), variants=variants)
+    _check_record(made, f"the record of {notebook!r}")
+    if path := os.environ.get(VARIABLE):
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"environment": environments[0], "record": made}) + "\n")
+    return made
+
+
+def _float(value: object) -> float | None:
+    return None if value is None else float(value)
+
+
+def _rounded(value: float) -> float:
+    """Six digits: a clock says no more, and the files stay readable."""
+    return float(f"{value:.6g}")
+
+
+# Results files -------------------------------------------------------------------------------------------------------
+
+
+def environment(root: Path, device: object = None) -> dict[str, object]:
+    """What a result depends on: the device and the libraries, the checkout's commit, today's date (UTC)."""
+    return {**measured_environment(device), "commit": commit(root), "date": datetime.now(UTC).date().isoformat()}
+
+
+def commit(root: Path) -> str | None:
+    """The commit of the checkout in `root`, with `-dirty` where tracked files differ from it; None outside of one."""
+
+    def git(*arguments: str) -> str:
+        asked = ["git", "-C", str(root), *arguments]
+        return subprocess.run(asked, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != Path(root).resolve():
+            return None  # memlab lies inside somebody else's repository, whose commit says nothing about it
+        dirty = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("-dirty" if dirty else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def file_name(environment: dict[str, object]) -> str:
+    """The name of a device's results file: `cpu.json`, `nvidia-h200.json`."""
+    name = str(environment["gpu"] or environment["device"])
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ".json"
+
+
+def environment_of(data: dict, one: dict) -> dict[str, object]:
+    """The environment in which one record of a results file was measured."""
+    return {**data["environment"], **one.get("environment", {})}
+
+
+def merge(data: dict | None, environment: dict, notebook: str, lines: Iterable[dict]) -> dict:
+    """A results file in which a notebook's fresh records stand in the place of its old ones.
+
+    Args:
+        data: the results file so far, None for a new one.
+        environment: the environment of the fresh records; it becomes the file's.
+        notebook: the notebook that was run.
+        lines: what it appended to the file of MEMLAB_RECORDS (`read_lines`).
+    """
+    found = []
+    for one in (data or {"records": []})["records"]:
+        if one["notebook"] != notebook:
+            found.append((environment_of(data, one), one))
+    found += [({**environment, **line["environment"]}, line["record"]) for line in lines]
+    records = []
+    for its_environment, one in found:
+        differing = {key: value for key, value in its_environment.items() if value != environment.get(key)}
+        one = {key: value for key, value in one.items() if key != "environment"}
+        records.append(one | ({"environment": differing} if differing else {}))
+    records.sort(key=lambda one: one["notebook"])  # a stable sort: a notebook's records stay in their order
+    return {"schema": SCHEMA, "environment": environment, "records": records}
+
+
+def read_lines(path: Path) -> list[dict]:
+    """What `record` appended to a file: objects with `environment` and `record`."""
+    if not Path(path).is_file():
+        return []
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line]
+
+
+def load(path: Path) -> dict:
+    """Read a results file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a results file of this version; the message says what is wrong, and where.
+    """
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        validate(data)
+    except ValueError as error:
+        raise ValueError(f"{path} is not a results file: {error}") from error
+    return data
+
+
+def write(path: Path, data: dict) -> None:
+    """Write a results file: checked, its keys in one order, and whole or not at all.
+
+    Raises:
+        ValueError: the data are not those of a results file.
+    """
+    validate(data)
+    ordered = _ordered(data, ("schema", "environment", "records"))
+    ordered["environment"] = _ordered(data["environment"], _ENVIRONMENT)
+    ordered["records"] = []
+    for one in data["records"]:
+        one = _ordered(one, _RECORD)
+        one["variants"] = [_ordered(variant, _VARIANT) for variant in one["variants"]]
+        for variant in one["variants"]:
+            variant["columns"] = _ordered(variant["columns"], COLUMNS)
+            variant["seconds"] = variant["seconds"] and _ordered(variant["seconds"], _SECONDS)
+        if "environment" in one:
+            one["environment"] = _ordered(one["environment"], _ENVIRONMENT)
+        ordered["records"].append(one)
+    replace(path, json.dumps(ordered, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def replace(path: Path, content: str | bytes) -> None:
+    """Write a file whole or not at all, so that an interrupted run leaves the old one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(content.encode() if isinstance(content, str) else content)
+    os.replace(partial, path)
+
+
+def _ordered(value: dict, keys: Iterable[str]) -> dict:
+    return {key: value[key] for key in keys if key in value}
+
+
+# The form ------------------------------------------------------------------------------------------------------------
+
+
+class _Kind(NamedTuple):
+    """What a field may hold, in words and as a test."""
+
+    words: str
+    holds: Callable[[object], bool]
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _or_null(kind: _Kind) -> _Kind:
+    return _Kind(f"{kind.words}, or null", lambda value: value is None or kind.holds(value))
+
+
+_TEXT = _Kind("a text", lambda value: isinstance(value, str) and bool(value.strip()))
+_WHOLE = _Kind("a whole number of at least 0", _is_whole)
+_COUNT = _Kind("a whole number of at least 1", lambda value: _is_whole(value) and value >= 1)
+_NUMBER = _Kind("a finite number", _is_number)
+_POSITIVE = _Kind("a finite number of at least 0", lambda value: _is_number(value) and value >= 0)
+_OBJECT = _Kind("an object", lambda value: isinstance(value, dict))
+_LIST = _Kind("a list", lambda value: isinstance(value, list))
+_DATE = _Kind(
+    "a date such as 2026-01-31",
+    lambda value: isinstance(value, str) and bool(re.fullmatch(r"\d{4}-\d{2}-\d{2}", value)),
+)
+_SIZE = _Kind("a text, a finite number, true or false", lambda v: isinstance(v, (str, bool)) or _is_number(v))
+
+_ENVIRONMENT = {
+    "device": _Kind('"cpu" or "cuda"', lambda value: value in ("cpu", "cuda")),
+    "gpu": _or_null(_TEXT),
+    "gpu_bytes": _or_null(_COUNT),
+    "torch": _TEXT,
+    "driver": _or_null(_TEXT),
+    "python": _TEXT,
+    "threads": _COUNT,
+    "commit": _or_null(_TEXT),
+    "date": _DATE,
+}
+_RECORD = {
+    "notebook": _TEXT,
+    "technique": _TEXT,
+    "scale": _TEXT,
+    "sizes": _OBJECT,
+    "environment": _OBJECT,  # may be absent
+    "variants": _Kind("a list with at least one variant", lambda value: isinstance(value, list) and bool(value)),
+}
+_VARIANT = {
+    "name": _TEXT,
+    "predicted_bytes": _or_null(_COUNT),
+    "peak_bytes": _COUNT,
+    "columns": _OBJECT,
+    "phase": _Kind(f"one of {', '.join(PHASES)}", lambda value: value in PHASES),
+    "reserved_bytes": _or_null(_COUNT),
+    "device_bytes": _or_null(_COUNT),
+    "seconds": _or_null(_OBJECT),
+    "tokens_per_second": _or_null(_POSITIVE),
+    "loss": _or_null(_NUMBER),
+    "max_gradient_difference": _or_null(_POSITIVE),
+}
+_SECONDS = {"median": _POSITIVE, "spread": _POSITIVE, "repeats": _COUNT}
+
+
+def validate(data: object) -> None:
+    """Check that `data` has the form of a results file.
+
+    Raises:
+        ValueError: it has not; the message names the field, what it has to be and what it is.
+    """
+    if not isinstance(data, dict):
+        raise ValueError(f"a results file is a JSON object, not {type(data).__name__}")
+    if data.get("schema") != SCHEMA:
+        raise ValueError(f"its schema is version {data.get('schema')!r}; this memlab reads version {SCHEMA}")
+    _check(data, {"schema": _COUNT, "environment": _OBJECT, "records": _LIST}, "the file")
+    _check(data["environment"], _ENVIRONMENT, "environment")
+    for number, one in enumerate(data["records"]):
+        _check_record(one, f"records[{number}]")
+
+
+def _check_record(one: object, where: str) -> None:
+    _check(one, _RECORD, where, optional=("environment",))
+    own = one.get("environment", {})
+    _check(own, {key: kind for key, kind in _ENVIRONMENT.items() if key in own}, f"{where}.environment")
+    _check(one["sizes"], dict.fromkeys(one["sizes"], _SIZE), f"{where}.sizes")
+    names = []
+    for number, variant in enumerate(one["variants"]):
+        place = f"{where}.variants[{number}]"
+        _check(variant, _VARIANT, place)
+        _check(variant["columns"], dict.fromkeys(COLUMNS, _WHOLE), f"{place}.columns")
+        if variant["seconds"] is not None:
+            _check(variant["seconds"], _SECONDS, f"{place}.seconds")
+        total = sum(variant["columns"].values())
+        if total != variant["peak_bytes"]:
+            raise ValueError(f"{place}: the columns sum to {total}, but peak_bytes is {variant['peak_bytes']}")
+        names.append(variant["name"])
+    if len(set(names)) != len(names):
+        raise ValueError(f"{where}: two variants have one name: {_listed(names)}")
+
+
+def _check(value: object, fields: dict[str, _Kind], where: str, optional: Sequence[str] = ()) -> None:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} has to be an object, not {value!r:.60}")
+    if missing := [name for name in fields if name not in value and name not in optional]:
+        raise ValueError(f"{where} has no {_listed(missing)}")
+    if unknown := [name for name in value if name not in fields]:
+        raise ValueError(f"{where} has fields that the schema does not know: {_listed(unknown)}")
+    for name, held in value.items():
+        if not fields[name].holds(held):
+            raise ValueError(f"{where}.{name} has to be {fields[name].words}, not {held!r:.60}")
+
+
+def _listed(names: Iterable[object]) -> str:
+    return ", ".join(repr(name) for name in names)
+
+
+# Tables --------------------------------------------------------------------------------------------------------------
+
+
+def notebooks(root: Path) -> list[Path]:
+    """The course's notebooks in their order: the core, then the electives."""
+    folder = Path(root) / "notebooks"
+    return [*sorted(folder.glob("[!.]*.ipynb")), *sorted((folder / "electives").glob("[!.]*.ipynb"))]
+
+
+def load_all(root: Path) -> list[dict]:
+    """Every results file of the checkout, the CPU's first."""
+    files = sorted((Path(root) / "results").glob("*.json"), key=lambda path: (path.name != "cpu.json", path.name))
+    return [load(path) for path in files]
+
+
+def rows(one: dict) -> list[dict[str, str]]:
+    """A record in words: for each variant its name, predicted, measured, residual, times less, seconds."""
+    baseline = one["variants"][0]["peak_bytes"]
+    table = []
+    for variant in one["variants"]:
+        predicted, measured, seconds = variant["predicted_bytes"], variant["peak_bytes"], variant["seconds"]
+        table.append(
+            {
+                "variant": variant["name"],
+                "predicted": format_bytes(predicted),
+                "measured": format_bytes(measured),
+                "residual": "-" if predicted is None else f"{100 * (measured - predicted) / predicted:+.2f} %",
+                "× less": f"{baseline / measured:.2f}",
+                "seconds (spread)": "-" if seconds is None else f"{seconds['median']:.3g} ({seconds['spread']:.2g})",
+            }
+        )
+    return table
+
+
+def results_table(data: dict) -> str:
+    """A results file as Markdown: one line that says where it was measured, then a row a variant."""
+    environments = [environment_of(data, one) for one in data["records"]] or [data["environment"]]
+
+    def all_of(key: str) -> list[str]:
+        return sorted({str(each[key]) for each in environments})
+
+    dates, own = all_of("date"), data["environment"]
+    memory = "" if own["gpu_bytes"] is None else f", {format_bytes(own['gpu_bytes'])}"
+    threads = " or ".join(all_of("threads"))
+    where = own["gpu"] or f"CPU, {threads} thread{'s' * (threads != '1')}"
+    scales = sorted({one["scale"] for one in data["records"]})
+    caption = (
+        f"**{where}{memory}** (torch {', '.join(all_of('torch'))}; scale {', '.join(scales) or '-'}; "
+        f"measured {' to '.join(dict.fromkeys((dates[0], dates[-1])))})"
+    )
+    table = []
+    for one in data["records"]:
+        name = one["notebook"] if one["technique"] in one["notebook"] else f"{one['notebook']}: {one['technique']}"
+        for number, row in enumerate(rows(one)):
+            table.append({"notebook": name if number == 0 else "", **row})
+    return f"{caption}\n\n{_markdown(table)}" if table else caption
+
+
+def map_table(paths: Sequence[Path], base: Path) -> str:
+    """The map of the notebooks as Markdown, from their titles and their metadata; links are relative to `base`.
+
+    A notebook's metadata say `"memlab": {"minutes": 20, "needs": ["00"], "column": "activations"}`; what is needed is
+    a notebook (its number or its name), or words.
+    """
+    table = []
+    for path in paths:
+        notebook = json.loads(path.read_text(encoding="utf-8"))
+        about = notebook.get("metadata", {}).get("memlab", {})
+        column = about.get("column") or "-"
+        columns = [column] if isinstance(column, str) else column
+        needs = [_link_to_need(str(need), paths, base) for need in about.get("needs", [])]
+        table.append(
+            {
+                "": path.stem.split("_")[0],
+                "notebook": f"[{_title(notebook) or path.stem}]({_relative(path, base)})",
+                "column": ", ".join(columns).replace("_", " "),
+                "minutes": str(about.get("minutes") or "-"),
+                "read first": ", ".join(needs) or "-",
+            }
+        )
+    return _markdown(table)
+
+
+def _link_to_need(need: str, paths: Sequence[Path], base: Path) -> str:
+    for path in paths:
+        number, _, topic = path.stem.partition("_")
+        if need in (path.stem, number, topic):
+            return f"[{number}]({_relative(path, base)})"
+    return need
+
+
+def _relative(path: Path, base: Path) -> str:
+    return Path(os.path.relpath(path, base)).as_posix()
+
+
+def _title(notebook: dict) -> str:
+    for cell in notebook.get("cells", []):
+        found = re.search(r"^# +(.+)$", "".join(cell["source"]), flags=re.MULTILINE)
+        if cell["cell_type"] == "markdown" and found:
+            return found[1].strip()
+    return ""
+
+
+def _markdown(table: list[dict[str, str]]) -> str:
+    """Rows as a Markdown table; columns of numbers, whose headings stand in the tuple, are set to the right."""
+    if not table:
+        return ""
+    right = ("predicted", "measured", "residual", "× less", "seconds (spread)", "minutes")
+    lines = [list(table[0]), ["---:" if heading in right else "---" for heading in table[0]]]
+    lines += [[cell.replace("|", "\\|").replace("\n", " ") for cell in row.values()] for row in table]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+# What is generated ---------------------------------------------------------------------------------------------------
+
+
+def headline(files: Sequence[dict]) -> dict | None:
+    """The record for README's first figure: on the device with the most memory, the one that saved the most."""
+    largest = max(files, key=lambda data: data["environment"]["gpu_bytes"] or 0, default=None)
+
+    def saved(one: dict) -> float:
+        return one["variants"][0]["peak_bytes"] / one["variants"][-1]["peak_bytes"]
+
+    return max(largest["records"], key=saved, default=None) if largest else None
+
+
+def figure(one: dict):
+    """README's first figure: a record's ledgers on one axis (`memlab.figures.Drawing`; its `.alt` says it in words)."""
+    from memlab import figures  # here, so that a record can be made where nothing is drawn
+
+    first, last = one["variants"][0], one["variants"][-1]
+    title = (
+        f"Peak {format_bytes(first['peak_bytes'])} → {format_bytes(last['peak_bytes'])}: "
+        f"{one['technique'].replace('_', ' ')}"
+    )
+    columns = {variant["name"]: variant["columns"] for variant in one["variants"]}
+    predicted = {variant["name"]: variant["predicted_bytes"] for variant in one["variants"]}
+    return figures.ledgers(columns, title, predicted)
+
+
+def report(root: Path, check: bool = False) -> list[str]:
+    """Write what is generated: the blocks of README.md and of the notebooks, and README's first figure.
+
+    A block stands between `<!-- memlab:NAME:begin -->` and `<!-- memlab:NAME:end -->`, in README.md or in a Markdown
+    cell of a notebook. The names: `results` (the tables), `map` (the notebooks), `figure` (README's first figure, with
+    its alternative text). README.md has to have the first two.
+
+    Args:
+        root: the checkout.
+        check: write nothing, and say what differs.
+
+    Returns:
+        The files that were written; with `check`, a description of every difference.
+
+    Raises:
+        FileNotFoundError: there is no README.md.
+        ValueError: a results file is not valid, markers are missing, or a record is of a notebook that is not there.
+    """
+    root = Path(root)
+    readme, paths, files = root / "README.md", notebooks(root), load_all(root)
+    if not readme.is_file():
+        raise FileNotFoundError(f"there is no README.md in {root}: the tables would have no place")
+    strangers = {one["notebook"] for data in files for one in data["records"]} - {path.stem for path in paths}
+    if strangers:
+        raise ValueError(f"results/ has records of notebooks that are not there: {_listed(sorted(strangers))}")
+    first = headline(files)
+    drawing = figure(first) if first else None
+
+    def block(name: str, base: Path) -> str:
+        if name == "results":
+            return "\n\n".join(results_table(data) for data in files) or "Nothing is recorded yet."
+        if name == "map":
+            return map_table(paths, base)
+        if name == "figure":
+            return f"![{drawing.alt}]({_relative(root / FIGURE, base)})" if drawing else ""
+        raise ValueError(f"<!-- memlab:{name}:begin -->: there is no such block")
+
+    writes: dict[Path, bytes] = {}  # nothing is written before everything is known to be right
+    differences = []
+
+    def fill_in(path: Path, old: str) -> str:
+        name = path.relative_to(root).as_posix()
+        new = fill(old, lambda block_name: block(block_name, path.parent), name)
+        if new != old:
+            lines = difflib.unified_diff(old.splitlines(), new.splitlines(), name, "as generated", n=0, lineterm="")
+            differences.append("\n".join(lines))
+        return new
+
+    old = readme.read_text(encoding="utf-8")
+    for name in ("results", "map"):
+        if f"<!-- memlab:{name}:begin -->" not in old:
+            raise ValueError(f"README.md has no <!-- memlab:{name}:begin --> and <!-- memlab:{name}:end -->")
+    new = fill_in(readme, old)
+    if new != old:
+        writes[readme] = new.encode()
+    for path in paths:
+        notebook = json.loads(path.read_text(encoding="utf-8"))
+        for cell in notebook["cells"]:
+            old = "".join(cell["source"])
+            if cell["cell_type"] == "markdown" and (new := fill_in(path, old)) != old:
+                cell["source"] = new.splitlines(keepends=True)
+                # As nbformat writes it, so that a run in place changes no more than it has to.
+                writes[path] = (json.dumps(notebook, ensure_ascii=False, indent=1, sort_keys=True) + "\n").encode()
+    if drawing:
+        # Pictures differ by library version and font, so a check does not compare them, but the alternative text.
+        path = root / FIGURE
+        there = path.read_bytes() if path.is_file() else None
+        if there is None:
+            differences.append(f"{FIGURE} is not there")
+        if not check and (picture := drawing.png()) != there:
+            writes[path] = picture
+    if check:
+        return differences
+    for path, content in writes.items():
+        replace(path, content)
+    return [path.relative_to(root).as_posix() for path in writes]
+
+
+def fill(text: str, block: Callable[[str], str], place: str) -> str:
+    """Put `block(name)` between every pair of markers of that name in a text.
+
+    Raises:
+        ValueError: a marker stands alone.
+    """
+    pattern = re.compile(r"(<!-- memlab:(\w+):begin -->\n).*?(<!-- memlab:\2:end -->)", re.DOTALL)
+    found = pattern.findall(text)
+    if 2 * len(found) != len(re.findall(r"<!-- memlab:\w+:(?:begin|end) -->", text)):
+        raise ValueError(
+            f"{place}: a marker stands alone. A block begins with a line <!-- memlab:NAME:begin --> and ends with a "
+            f"line <!-- memlab:NAME:end -->"
+        )
+
+    def replaced(match: re.Match) -> str:
+        content = block(match[2])
+        return match[1] + (f"{content}\n" if content else "") + match[3]
+
+    return pattern.sub(replaced, text)

@@ -1,0 +1,721 @@
+"""The rules of the repository, each a function from a folder to a list of what is wrong there.
+
+Every rule is used twice: on this repository, where it must find nothing, and on a small tree made wrong on
+purpose, where it must find that. What a rule is for, and how to satisfy it, is in CONTRIBUTING.md.
+"""
+
+import ast
+import copy
+import functools
+import re
+import runpy
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+
+from memlab import results
+from memlab.course import source_hash
+
+ROOT = Path(__file__).resolve().parents[1]
+
+#: Notebooks that are about no single technique.
+NO_TECHNIQUE = {"measuring_memory", "capstone"}
+
+#: The package from the bottom up: a room may import the rooms before it, and nothing else of memlab.
+ORDER = (
+    "units", "ledger", "meters", "budget", "measure", "proof", "figures", "compare", "widgets", "exercises",
+    "techniques", "workloads", "results", "course",
+)  # fmt: skip
+#: ... but these can be lifted out: they import nothing of memlab at all.
+APART = {"units", "techniques", "workloads"}
+#: Third-party packages, for the rooms that are held to few of them. Others may use every declared dependency.
+FEW_PACKAGES = {"units": set(), "ledger": {"numpy"}, "techniques": {"torch"}}
+
+#: The headings of a technique's notebook, in order, and of the two that are about no technique.
+SECTIONS = (
+    "The problem", "Predict", "The technique", "Measure again", "Proof", "Turn the knob",
+    "When it does not help", "In production", "Exercises", "Takeaways",
+)  # fmt: skip
+FEWER_SECTIONS = ("Predict", "Exercises", "Takeaways")
+
+MAX_NOTEBOOK_BYTES = 1_500_000
+
+# A path of somebody's machine. Not preceded by a word or a dot: https://example.org/home/page is a link.
+MACHINE_PATH = re.compile(
+    r"(?<![\w.~])/(?:root|home|tmp|work|opt|content|mnt|private|Users|var/folders)/\w|\b[A-Z]:\\+Users"
+)
+REGISTRY = re.compile(
+    r"https?://[^\s\"')>]*/simple\b|pythonhosted\.org|https?://(?!127\.)\d+\.\d+\.\d+\.\d+"
+    r"|\b(?:artifactory|devpi|nexus)\b",
+    re.IGNORECASE,
+)
+FORBIDDEN_WORDS = re.compile(r"\b(?:simply|obviously|trivially|TODO|FIXME|XXX)\b")
+DEPRECATED = re.compile(r"\btorch\.cuda\.amp\b|\btorch\.cpu\.amp\b|\bexport_memory_timeline\b")
+
+
+# --- Reading a tree -----------------------------------------------------------------------------------------
+
+
+def tracked_files(root):
+    """The files that git tracks or would track; without git (an unpacked archive), all that is not hidden."""
+    command = ["git", "-C", str(root), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    try:
+        listed = subprocess.run(command, capture_output=True, check=True, text=True).stdout.split("\0")
+    except (OSError, subprocess.CalledProcessError):
+        skip = {"build", "__pycache__"}
+        listed = [str(p.relative_to(root)) for p in root.rglob("*")]
+        listed = [p for p in listed if not any(q in skip or q.startswith(".") for q in Path(p).parts)]
+    return sorted(root / p for p in listed if p and (root / p).is_file())
+
+
+def text_files(root):
+    """(path, text) of every tracked text file but this one, whose patterns match themselves."""
+    for path in tracked_files(root):
+        if path == Path(__file__).resolve() or path.suffix in {".png", ".ipynb"}:
+            continue
+        yield path.relative_to(root).as_posix(), path.read_text(encoding="utf-8")
+
+
+def notebook_paths(root):
+    paths = sorted((root / "notebooks").rglob("*.ipynb"))
+    return [p for p in paths if ".ipynb_checkpoints" not in p.parts]
+
+
+def topic(path):
+    """`03_gradient_checkpointing.ipynb` is about `gradient_checkpointing`."""
+    return re.sub(r"^\d+_", "", path.stem)
+
+
+def code_cells(notebook):
+    return [c for c in notebook.cells if c.cell_type == "code" and c.source.strip()]
+
+
+def output_texts(cell):
+    """Every text in a cell's outputs. A picture is no text: it is encoded."""
+    for output in cell.outputs:
+        yield from (output.get("text", ""), output.get("evalue", ""))
+        yield from (v for k, v in output.get("data", {}).items() if isinstance(v, str) and k != "image/png")
+
+
+def nodes(tree, without):
+    """The nodes of a syntax tree, without the bodies of the statements for which `without` says so."""
+    inside = {id(n) for s in ast.walk(tree) if without(s) for part in s.body for n in ast.walk(part)}
+    return [n for n in ast.walk(tree) if id(n) not in inside]
+
+
+def third_party(tree):
+    """The modules outside the standard library that a syntax tree imports. What is tried may be missing."""
+    names = set()
+    for node in nodes(tree, without=lambda n: isinstance(n, ast.Try)):
+        if isinstance(node, ast.Import):
+            names |= {a.name.split(".")[0] for a in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names.add(node.module.split(".")[0])
+    return names - set(sys.stdlib_module_names) - {"memlab"}
+
+
+def rooms_imported(path, root):
+    """The rooms of memlab (modules or folders at its top level) that a file imports, other than for its types."""
+    package = path.relative_to(root).parent.parts
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in nodes(
+        tree, without=lambda n: isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"
+    ):
+        if isinstance(node, ast.Import):
+            modules = [a.name for a in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join([*base, *filter(None, [node.module])])
+            # `from memlab import figures` names a room.
+            modules = [f"memlab.{a.name}" for a in node.names] if module == "memlab" else [module]
+        else:
+            continue
+        for module in modules:
+            parts = module.split(".")
+            if parts[0] == "memlab":
+                yield parts[1] if len(parts) > 1 else "__init__"
+
+
+def requirements(root):
+    """{"": runtime, "course": …, "dev": …} -> lists of Requirement, from pyproject.toml."""
+    project = pyproject(root)["project"]
+    groups = {"": project["dependencies"], **project.get("optional-dependencies", {})}
+    return {group: [Requirement(line) for line in lines] for group, lines in groups.items()}
+
+
+@functools.lru_cache
+def _toml(path, _modified):
+    return tomllib.loads(path.read_text(encoding="utf-8"))
+
+
+def pyproject(root):
+    path = root / "pyproject.toml"
+    return _toml(path, path.stat().st_mtime_ns)
+
+
+def pins(path):
+    """{name: version} of a constraints file, and the lines that are not plain pins."""
+    lines = [
+        line for line in path.read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")
+    ]
+    plain = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)==([0-9A-Za-z.]+)")
+    found = {canonicalize_name(m[1]): m[2] for m in map(plain.fullmatch, lines) if m}
+    return found, [line for line in lines if not plain.fullmatch(line)]
+
+
+# --- One technique, one name, three places ------------------------------------------------------------------
+
+
+def name_problems(root):
+    notebooks = [p for p in notebook_paths(root) if topic(p) not in NO_TECHNIQUE]
+    places = {
+        "memlab/techniques/{}.py": {p.stem for p in (root / "memlab/techniques").glob("[!_]*.py")},
+        "notebooks/NN_{}.ipynb": {topic(p) for p in notebooks},
+        "tests/techniques/test_{}.py": {p.stem[5:] for p in (root / "tests/techniques").glob("test_*.py")},
+    }
+    for name in sorted(set.union(*places.values())):
+        missing = [place.format(name) for place, names in places.items() if name not in names]
+        if missing:
+            yield f"technique {name}: missing {' and '.join(missing)}"
+    stems = [p.stem for p in notebook_paths(root)]
+    for path in notebook_paths(root):
+        if not re.fullmatch(r"\d\d_[a-z0-9_]+", path.stem):
+            yield f"{path.name}: a notebook is named by two digits and a name, 03_gradient_checkpointing.ipynb"
+        if stems.count(path.stem) > 1:
+            yield f"{path.name}: there are two of this name"
+
+
+def mirror_problems(root):
+    """Unit tests mirror the package."""
+    for path in sorted((root / "memlab").rglob("[!_]*.py")):
+        folder = path.relative_to(root / "memlab").parent
+        test = root / "tests" / folder / f"test_{path.name}"
+        if not test.is_file():
+            yield f"{path.relative_to(root)} has no {test.relative_to(root)}"
+
+
+def test_one_technique_one_name_three_places():
+    assert list(name_problems(ROOT)) == []
+
+
+@pytest.mark.parametrize(
+    "lost", ["memlab/techniques/x.py", "notebooks/01_x.ipynb", "tests/techniques/test_x.py"]
+)
+def test_a_technique_without_one_of_its_places_is_found(good_tree, lost):
+    assert list(name_problems(good_tree)) == []
+    (good_tree / lost).unlink()
+    [problem] = name_problems(good_tree)
+    assert problem.startswith("technique x: missing") and Path(lost).name.lstrip("01") in problem
+
+
+def test_a_notebook_without_a_number_is_found(good_tree):
+    (good_tree / "notebooks/01_x.ipynb").rename(good_tree / "notebooks/x.ipynb")
+    assert ["two digits" in p for p in name_problems(good_tree)] == [True]
+
+
+def test_unit_tests_mirror_the_package():
+    assert list(mirror_problems(ROOT)) == []
+
+
+def test_a_module_without_its_test_is_found(good_tree):
+    assert list(mirror_problems(good_tree)) == []
+    (good_tree / "tests/test_ledger.py").unlink()
+    assert list(mirror_problems(good_tree)) == ["memlab/ledger.py has no tests/test_ledger.py"]
+
+
+# --- Arrows point one way -----------------------------------------------------------------------------------
+
+
+def arrow_problems(root):
+    for path in sorted((root / "memlab").rglob("*.py")):
+        file = path.relative_to(root)
+        room = file.parts[1].removesuffix(".py")
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        if room in FEW_PACKAGES and (extra := third_party(tree) - FEW_PACKAGES[room]):
+            allowed = ", ".join(["the standard library", *FEW_PACKAGES[room]])
+            yield f"{file} imports {', '.join(sorted(extra))}; {room} may import only {allowed}"
+        if room in ("__init__", "__main__"):
+            continue
+        if room not in ORDER:
+            yield f"{file}: {room} has no place in ORDER: say what it may import"
+            continue
+        for other in sorted(set(rooms_imported(path, root)) - {room}):
+            if room in APART:
+                yield f"{file} imports memlab's {other}; {room} must be of use without memlab"
+            elif other not in ORDER[: ORDER.index(room)]:
+                yield f"{file} imports {other}, which is above it or unknown"
+
+
+def test_arrows_point_one_way():
+    assert list(arrow_problems(ROOT)) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "source", "found"),
+    [
+        ("memlab/ledger.py", "import memlab.measure", "imports measure"),
+        ("memlab/ledger.py", "from memlab.measure import measure", "imports measure"),
+        ("memlab/ledger.py", "from memlab import figures", "imports figures"),
+        ("memlab/ledger.py", "def f():\n    from . import figures", "imports figures"),
+        ("memlab/ledger.py", "import torch", "imports torch"),
+        ("memlab/meters/cpu.py", "from ..results import record", "imports results"),
+        ("memlab/techniques/x.py", "from memlab.units import GiB", "without memlab"),
+        ("memlab/techniques/x.py", "import numpy", "imports numpy"),
+        ("memlab/workloads/gpt.py", "from memlab.ledger import COLUMNS", "without memlab"),
+        ("memlab/news.py", "", "no place in ORDER"),
+    ],
+)
+def test_an_import_upwards_is_found(good_tree, file, source, found):
+    assert list(arrow_problems(good_tree)) == []
+    write(good_tree / file, source)
+    [problem] = arrow_problems(good_tree)
+    assert found in problem
+
+
+# --- Notebooks ----------------------------------------------------------------------------------------------
+
+
+def notebook_problems(path):
+    if path.stat().st_size > MAX_NOTEBOOK_BYTES:
+        yield f"{path.stat().st_size:,} bytes; more than {MAX_NOTEBOOK_BYTES:,} is too heavy to read on the web"
+    notebook = nbformat.read(path, as_version=4)
+    try:
+        nbformat.validate(notebook)
+    except nbformat.ValidationError as error:
+        yield f"not valid: {error.message}"
+    cells = code_cells(notebook)
+    counts = [c.execution_count for c in cells]
+    if counts != list(range(1, len(cells) + 1)):
+        yield f"not executed in order from 1: execution counts {counts}"
+    if not any("image/png" in o.get("data", {}) for c in cells for o in c.outputs):
+        yield "no figure among its outputs: execute it before committing it"
+    if notebook.metadata.get("memlab", {}).get("source_hash") != source_hash(notebook):
+        yield "its outputs are older than its code: execute it again in place"
+    if "widgets" in notebook.metadata:
+        yield "carries widget state, with which it does not open on GitHub"
+    if notebook.metadata.get("kernelspec", {}).get("name") != "python3":
+        yield "its kernel has to be python3, the one that everybody has"
+    for number, cell in enumerate(cells, start=1):
+        where = f"code cell {number}"
+        if DEPRECATED.search(cell.source):
+            yield f"{where}: deprecated: {DEPRECATED.search(cell.source)[0]}"
+        if any(o.output_type == "error" for o in cell.outputs):
+            if "raises-exception" not in cell.metadata.get("tags", []):
+                yield f"{where}: the output is an error"
+        for text in output_texts(cell):
+            if found := re.search(r"(?:Deprecation|Future|User)Warning", text):
+                yield f"{where}: a warning in the output: {found[0]}"
+            if found := MACHINE_PATH.search(text):
+                yield f"{where}: a path of a machine in the output: {found[0]}"
+    yield from shape_problems(notebook, SECTIONS if topic(path) not in NO_TECHNIQUE else FEWER_SECTIONS)
+    for cell in notebook.cells:
+        if found := FORBIDDEN_WORDS.search(cell.source) or MACHINE_PATH.search(cell.source):
+            yield f"not to be written in a notebook: {found[0]}"
+        if cell.cell_type == "markdown":
+            yield from link_problems(path, cell.source)
+
+
+def shape_problems(notebook, sections):
+    """The form of notebook.md: a title, a set-up cell, and the sections in their order."""
+    first = notebook.cells[0] if notebook.cells else None
+    if first is None or first.cell_type != "markdown" or not first.source.startswith("# "):
+        yield "the first cell has to be the title: '# ...'"
+    cells = code_cells(notebook)
+    if not cells or not re.search(
+        r"import memlab\b.*(ImportError|ModuleNotFoundError)", cells[0].source, re.DOTALL
+    ):
+        yield "the first code cell has to be the set-up: import memlab, and install it where the import fails"
+    prose = "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown")
+    prose = re.sub(r"^```.*?^```", "", prose, flags=re.MULTILINE | re.DOTALL)
+    headings = iter(re.findall(r"^##+ +(.*)$", prose, flags=re.MULTILINE))
+    for section in sections:
+        if not any(section.lower() in heading.lower() for heading in headings):
+            yield f"no section '{section}', or not in its place; the order is: {', '.join(sections)}"
+            return
+
+
+def link_problems(path, markdown):
+    """Links to files of this repository lead somewhere."""
+    for target in re.findall(r"\]\(([^)\s#]+)[^)]*\)|(?:src|href)=\"([^\"#]+)\"", markdown):
+        target = "".join(target)
+        if not re.match(r"[a-z]+:", target) and not (path.parent / target).exists():
+            yield f"a link leads nowhere: {target}"
+
+
+@pytest.mark.parametrize("path", notebook_paths(ROOT), ids=lambda p: p.stem)
+def test_a_notebook_is_as_it_should_be(path):
+    assert list(notebook_problems(path)) == []
+
+
+def _set(**changes):
+    """A change to the second code cell, the one with a figure."""
+    return lambda nb: code_cells(nb)[1].update(**changes)
+
+
+def _text_output(text):
+    return lambda nb: code_cells(nb)[1].outputs.append(nbformat.v4.new_output("stream", text=text))
+
+
+def _replace(old, new):
+    def change(notebook):
+        for cell in notebook.cells:
+            cell.source = cell.source.replace(old, new)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (_set(execution_count=3), "not executed in order"),
+        (_set(execution_count=None), "not executed in order"),
+        (_set(outputs=[]), "no figure"),
+        (_replace("measure(build)", "measure(other)"), "older than its code"),
+        (lambda nb: nb.metadata.pop("memlab"), "older than its code"),
+        (lambda nb: nb.metadata.update(widgets={}), "widget state"),
+        (lambda nb: nb.metadata.kernelspec.update(name="mine"), "python3"),
+        (lambda nb: code_cells(nb)[1].outputs.append(nbformat.v4.new_output("error")), "is an error"),
+        (_text_output("a.py:3: FutureWarning: old"), "FutureWarning"),
+        (_text_output('File "/home/me/a.py", line 3'), "path of a machine"),
+        (_text_output("x" * MAX_NOTEBOOK_BYTES), "too heavy"),
+        (_replace("# Title", "Title"), "has to be the title"),
+        (lambda nb: nb.cells.insert(0, nbformat.v4.new_markdown_cell("Hello.")), "has to be the title"),
+        (_replace("## Proof", "## Evidence"), "no section 'Proof'"),
+        (_replace("## Predict", "```\n## Predict\n```"), "no section 'Predict'"),
+        (_replace("Words.", "This simply works."), "simply"),
+        (_replace("Words.", "See [there](nowhere.md)."), "leads nowhere: nowhere.md"),
+    ],
+)
+def test_what_is_wrong_in_a_notebook_is_found(good_tree, change, found):
+    path = good_tree / "notebooks/01_x.ipynb"
+    assert list(notebook_problems(path)) == []
+    notebook = nbformat.read(path, as_version=4)
+    change(notebook)
+    nbformat.write(notebook, path)
+    problems = list(notebook_problems(path))
+    assert len(problems) == 1 and found in problems[0], problems
+
+
+def test_sections_out_of_order_are_found():
+    notebook = good_notebook()
+    predict, technique = (
+        i for i, c in enumerate(notebook.cells) if re.match("## (Predict|The tech)", c.source)
+    )
+    wrong = copy.deepcopy(notebook)
+    wrong.cells[predict], wrong.cells[technique] = wrong.cells[technique], wrong.cells[predict]
+    assert list(shape_problems(notebook, SECTIONS)) == []
+    assert len(list(shape_problems(wrong, SECTIONS))) == 1
+
+
+def test_a_notebook_without_its_set_up_cell_is_found():
+    notebook = good_notebook()
+    del notebook.cells[1]
+    assert ["set-up" in p for p in shape_problems(notebook, SECTIONS)] == [True]
+
+
+# --- One source of dependencies -----------------------------------------------------------------------------
+
+# Where a package is imported under another name than it is installed by.
+INSTALLED_AS = {"sklearn": "scikit-learn", "yaml": "pyyaml", "PIL": "pillow", "IPython": "ipython"}
+# Packages that come with a declared one and are part of what it is for.
+COMES_WITH = {
+    "ipython": "ipywidgets",
+    "traitlets": "ipywidgets",
+    "pillow": "matplotlib",
+    "jupyter-client": "nbclient",
+}
+
+
+def dependency_problems(root):
+    groups = requirements(root)
+    every = [r for lines in groups.values() for r in lines]
+    supported = SpecifierSet(pyproject(root)["project"]["requires-python"])
+
+    pinned, other = pins(root / "constraints.txt")
+    yield from (f"constraints.txt: not a plain pin: {line}" for line in other)
+    for r in every:
+        version = pinned.get(canonicalize_name(r.name))
+        if version is None:
+            yield f"constraints.txt does not pin {r.name}"
+        elif version not in r.specifier:
+            yield f"constraints.txt: {r.name}=={version} does not satisfy {r.specifier} of pyproject.toml"
+
+    colab, other = pins(root / "constraints-colab.txt")
+    yield from (f"constraints-colab.txt: not a plain pin: {line}" for line in other)
+    for r in groups[""]:
+        version = colab.get(canonicalize_name(r.name))
+        if version is None:
+            yield f"constraints-colab.txt does not say which {r.name} Colab has"
+        elif version not in r.specifier:
+            yield f"Colab has {r.name} {version}; {r.specifier} would replace it there"
+    if colab.get("torch") != pinned.get("torch"):
+        yield "constraints-colab.txt and constraints.txt have different versions of torch"
+
+    environment = yaml.safe_load((root / "environment.yml").read_text(encoding="utf-8"))["dependencies"]
+    expected = [
+        f"python{supported}",
+        "pip",
+        {"pip": ["--constraint constraints.txt", "--editable .[course]"]},
+    ]
+    # A specifier set has no order of its own.
+    if (
+        SpecifierSet(str(environment[0]).removeprefix("python")) != supported
+        or environment[1:] != expected[1:]
+    ):
+        yield f"environment.yml has {environment}; to follow pyproject.toml it has to have {expected}"
+
+    makefile = (root / "Makefile").read_text(encoding="utf-8")
+    low, high = re.search(r"\(3, (\d+)\) <= \S+ <= \(3, (\d+)\)", makefile).groups()
+    if {m for m in range(30) if f"3.{m}" in supported} != set(range(int(low), int(high) + 1)):
+        yield f"the Makefile takes Python 3.{low} to 3.{high}; pyproject.toml says {supported}"
+
+
+def import_problems(root):
+    """What memlab and the notebooks import is declared as a dependency or in the extra `course`; what the tests
+    import, anywhere."""
+    groups = requirements(root)
+    allowed = {canonicalize_name(r.name) for r in groups[""] + groups["course"]}
+    anywhere = allowed | {canonicalize_name(r.name) for lines in groups.values() for r in lines}
+    sources = [
+        (p, p.read_text(encoding="utf-8"))
+        for d in ("memlab", "tests")
+        for p in sorted((root / d).rglob("*.py"))
+    ]
+    for path in notebook_paths(root):
+        lines = [
+            line for c in code_cells(nbformat.read(path, as_version=4)) for line in c.source.splitlines()
+        ]
+        # What only a notebook understands (%pip, !ls) is no Python: keep its indentation, drop the rest.
+        sources.append((path, "\n".join(re.sub(r"^(\s*)[%!].*", r"\1pass", line) for line in lines)))
+    for path, source in sources:
+        declared = anywhere if path.is_relative_to(root / "tests") else allowed
+        for module in sorted(third_party(ast.parse(source))):
+            package = canonicalize_name(INSTALLED_AS.get(module, module))
+            if not {package, COMES_WITH.get(package)} & declared:
+                yield f"{path.relative_to(root)} imports {module}, which pyproject.toml does not declare for it"
+
+
+def version_problems(root):
+    version = pyproject(root)["project"]["version"]
+    citation = yaml.safe_load((root / "CITATION.cff").read_text(encoding="utf-8"))
+    if str(citation["version"]) != version:
+        yield f"CITATION.cff has version {citation['version']}, pyproject.toml {version}"
+    package = (root / "memlab/__init__.py").read_text(encoding="utf-8")
+    if f'__version__ = "{version}"' not in package:
+        yield f"memlab/__init__.py has another version than pyproject.toml, {version}"
+
+
+def test_dependencies_have_one_source():
+    assert list(dependency_problems(ROOT)) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "found"),
+    [
+        ("constraints.txt", "numpy==2.4", "numpy==1.9", "does not satisfy"),
+        ("constraints.txt", "numpy==2.4\n", "", "does not pin numpy"),
+        ("constraints.txt", "numpy==2.4", "numpy==2.4\n--find-links wheels", "not a plain pin"),
+        ("constraints.txt", "torch==2.13.0", "torch==2.13.0+cpu", "not a plain pin"),
+        ("constraints-colab.txt", "numpy==2.1", "numpy==2.0", "would replace it"),
+        ("constraints-colab.txt", "torch==2.13.0", "torch==2.12.0", "different versions of torch"),
+        ("pyproject.toml", '"torch', '"tqdm", "torch', "does not pin tqdm"),
+        ("environment.yml", "python>=3.11,<3.14", "python>=3.12,<3.14", "environment.yml has"),
+        ("environment.yml", "  - pip:", "  - numpy\n  - pip:", "environment.yml has"),
+        ("Makefile", "(3, 13)", "(3, 14)", "the Makefile takes Python 3.11 to 3.14"),
+    ],
+)
+def test_drifting_dependencies_are_found(good_tree, file, old, new, found):
+    assert list(dependency_problems(good_tree)) == []
+    edit(good_tree / file, old, new)
+    problems = list(dependency_problems(good_tree))
+    assert problems and found in problems[0], problems
+
+
+def test_imports_are_declared():
+    assert list(import_problems(ROOT)) == []
+
+
+@pytest.mark.parametrize("file", ["memlab/ledger.py", "tests/test_ledger.py", "notebooks/01_x.ipynb"])
+def test_an_undeclared_import_is_found(good_tree, file):
+    assert list(import_problems(good_tree)) == []
+    if file.endswith(".ipynb"):
+        edit(good_tree / file, "measure(build)", "import scipy.stats")
+    else:
+        write(good_tree / file, "try:\n    import jax\nexcept ImportError:\n    from scipy import stats\n")
+    assert list(import_problems(good_tree)) == [
+        f"{file} imports scipy, which pyproject.toml does not declare for it"
+    ]
+
+
+def test_versions_agree():
+    assert list(version_problems(ROOT)) == []
+
+
+@pytest.mark.parametrize("file", ["CITATION.cff", "memlab/__init__.py"])
+def test_another_version_is_found(good_tree, file):
+    assert list(version_problems(good_tree)) == []
+    edit(good_tree / file, "0.1.0", "0.2.0")
+    assert len(list(version_problems(good_tree))) == 1
+
+
+# --- Texts --------------------------------------------------------------------------------------------------
+
+
+def text_problems(root):
+    for file, text in text_files(root):
+        for pattern, what in (
+            (MACHINE_PATH, "a path of a machine"),
+            (REGISTRY, "the host of a package registry"),
+            (FORBIDDEN_WORDS, "not to be written"),
+        ):
+            for found in pattern.finditer(text):
+                yield f"{file}:{text.count(chr(10), 0, found.start()) + 1}: {what}: {found[0]}"
+        if file.startswith("memlab/") and (found := DEPRECATED.search(text)):
+            yield f"{file}: deprecated: {found[0]}"
+        if file.endswith(".md"):
+            yield from (f"{file}: {problem}" for problem in link_problems(root / file, text))
+            yield from (f"{file}: {problem}" for problem in command_problems(root, text))
+
+
+def command_problems(root, markdown):
+    """Every `make something` in a text is a target of the Makefile."""
+    targets = set(
+        re.findall(r"^([a-z-]+):", (root / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    )
+    for name in re.findall(r"(?:^|`|\$ )make ([a-z][a-z-]*)", markdown, flags=re.MULTILINE):
+        if name not in targets:
+            yield f"there is no 'make {name}'"
+
+
+def address_problems(root):
+    """The repository's public address is set in pyproject.toml; everything else that names it repeats that."""
+    address = pyproject(root)["project"]["urls"]["Repository"]
+    owner = address.removeprefix("https://github.com/").removesuffix("/memlab")
+    files = [(str(p.relative_to(root)), p.read_text(encoding="utf-8")) for p in notebook_paths(root)]
+    for file, text in [*text_files(root), *files]:
+        for other in sorted(set(re.findall(r"github(?:\.com)?/([\w.-]+)/memlab\b", text)) - {owner}):
+            yield f"{file} names the repository of {other}; pyproject.toml says {owner}: run `make address`"
+
+
+def test_texts_are_as_they_should_be():
+    assert list(text_problems(ROOT)) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "found"),
+    [
+        ("README.md", "See /home/me/notes.", "path of a machine"),
+        ("constraints.txt", "# from https://registry.example.org/simple/numpy", "package registry"),
+        ("memlab/ledger.py", "# This simply adds.", "simply"),
+        ("memlab/ledger.py", "import torch.cuda.amp", "deprecated"),
+        ("README.md", "[Start](notebooks/02_y.ipynb)", "leads nowhere"),
+        ("README.md", "Run `make coffee`.", "no 'make coffee'"),
+        ("README.md", "    \nmake coffee\n", "no 'make coffee'"),
+    ],
+)
+def test_what_is_wrong_in_a_text_is_found(good_tree, file, line, found):
+    assert list(text_problems(good_tree)) == []
+    write(good_tree / file, (good_tree / file).read_text(encoding="utf-8") + line + "\n")
+    [problem] = text_problems(good_tree)
+    assert found in problem
+
+
+def test_the_readme_gives_the_commands():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [c for c in ("make lab", "make test", "make measure") if c not in readme] == []
+
+
+def test_the_address_has_one_source():
+    assert list(address_problems(ROOT)) == []
+
+
+def test_another_address_is_found(good_tree):
+    assert list(address_problems(good_tree)) == []
+    edit(good_tree / "README.md", "OWNER/memlab", "somebody/memlab")
+    assert ["make address" in p for p in address_problems(good_tree)] == [True]
+
+
+def test_make_address_writes_the_address_everywhere(good_tree):
+    edit(good_tree / "pyproject.toml", "OWNER/memlab", "somebody/memlab")
+    assert len(list(address_problems(good_tree))) == 3  # README.md, CITATION.cff and the notebook
+    runpy.run_path(str(ROOT / "tools/address.py"))["main"](good_tree)
+    assert list(address_problems(good_tree)) == []
+    assert list(notebook_problems(good_tree / "notebooks/01_x.ipynb")) == []
+
+
+# --- What is generated --------------------------------------------------------------------------------------
+
+
+def test_the_generated_tables_equal_the_records():
+    # tests/test_results.py shows that `report` finds what differs.
+    assert results.report(ROOT, check=True) == []
+
+
+# --- A tree where every rule holds --------------------------------------------------------------------------
+
+
+def write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def edit(path, old, new):
+    text = path.read_text(encoding="utf-8")
+    assert old in text, f"{old!r} is not in {path.name}: this test would change nothing"
+    write(path, text.replace(old, new))
+
+
+def good_notebook():
+    new = nbformat.v4
+    figure = new.new_output("display_data", data={"image/png": "AAAA", "text/plain": "<Figure>"})
+    install = "%pip install -q git+https://github.com/OWNER/memlab"
+    set_up = f"try:\n    import memlab\nexcept ImportError:\n    {install}"
+    notebook = new.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})
+    notebook.cells = [
+        new.new_markdown_cell("# Title\n\nWords."),
+        new.new_code_cell(set_up, execution_count=1),
+        *(new.new_markdown_cell(f"## {name}") for name in SECTIONS),
+        new.new_code_cell("measure(build)", execution_count=2, outputs=[figure]),
+    ]
+    notebook.metadata["memlab"] = {"source_hash": source_hash(notebook)}
+    return notebook
+
+
+@pytest.fixture
+def good_tree(tmp_path):
+    """The smallest repository in which every rule holds."""
+    files = {
+        "README.md": "[The repository](https://github.com/OWNER/memlab). Run `make lab`.\n",
+        "CITATION.cff": "version: 0.1.0\nrepository-code: https://github.com/OWNER/memlab\n",
+        "Makefile": "SUPPORTED := sys.exit(not (3, 11) <= version <= (3, 13))\nlab:\n\tjupyter lab\n",
+        "constraints.txt": "# CI\nnumpy==2.4\npytest==9.0\ntorch==2.13.0\n",
+        "constraints-colab.txt": "# Colab\nnumpy==2.1\ntorch==2.13.0\n",
+        "environment.yml": "dependencies:\n  - python>=3.11,<3.14\n  - pip\n  - pip:\n"
+        "      - --constraint constraints.txt\n      - --editable .[course]\n",
+        "pyproject.toml": '[project]\nversion = "0.1.0"\nrequires-python = ">=3.11,<3.14"\n'
+        'dependencies = ["torch>=2.11", "numpy>=2.1"]\n'
+        'optional-dependencies = { course = [], dev = ["pytest"] }\n'
+        'urls = { Repository = "https://github.com/OWNER/memlab" }\n',
+        "memlab/__init__.py": '__version__ = "0.1.0"\n',
+        "memlab/ledger.py": "import numpy\n",
+        "memlab/meters/cpu.py": "import torch\nfrom ..ledger import Ledger\nfrom . import columns\n",
+        "memlab/techniques/x.py": "import math\nfrom torch import nn\n",
+        "memlab/workloads/gpt.py": "from . import text\n",
+        "tests/test_ledger.py": "import pytest\n",
+        "tests/meters/test_cpu.py": "",
+        "tests/techniques/test_x.py": "",
+        "tests/workloads/test_gpt.py": "",
+    }
+    for file, text in files.items():
+        write(tmp_path / file, text)
+    (tmp_path / "notebooks").mkdir()
+    nbformat.write(good_notebook(), tmp_path / "notebooks/01_x.ipynb")
+    return tmp_path

@@ -1,0 +1,31 @@
+"""Write the repository's public address, as pyproject.toml has it, wherever it is named: `make address`.
+
+Badges, links and the notebooks' set-up cells name it, as github.com/OWNER/memlab or, for Google Colab,
+github/OWNER/memlab. A notebook whose outputs are up to date stays so: nothing but the address changes in it.
+"""
+
+import json
+import re
+import tomllib
+from pathlib import Path
+
+from memlab.course import source_hash
+
+NAMED = re.compile(r"(github(?:\.com)?/)[\w.-]+/memlab\b")
+
+
+def main(root):
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    slug = project["urls"]["Repository"].removeprefix("https://github.com/")
+    for path in [*root.glob("*.md"), root / "CITATION.cff", *(root / "notebooks").rglob("*.ipynb")]:
+        old = path.read_text(encoding="utf-8")
+        new = NAMED.sub(rf"\g<1>{slug}", old)
+        if path.suffix == ".ipynb":
+            new = new.replace(source_hash(json.loads(old)), source_hash(json.loads(new)))
+        if new != old:
+            path.write_text(new, encoding="utf-8")
+            print("written:", path.relative_to(root))
+
+
+if __name__ == "__main__":
+    main(Path(__file__).resolve().parents[1])
