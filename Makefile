@@ -28,7 +28,9 @@ help:
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
 
 lab: .venv/.installed ## open the course in JupyterLab
-	.venv/bin/python -m jupyterlab $(AS_ROOT) $(LAB_FLAGS) notebooks/00_measuring_memory.ipynb
+	@echo "==> Starting JupyterLab; if no browser opens, open the address that it prints (Control-C twice ends it)"
+	.venv/bin/python -m jupyterlab --ServerApp.root_dir=. \
+		--LabApp.default_url=/lab/tree/notebooks/00_measuring_memory.ipynb $(AS_ROOT) $(LAB_FLAGS)
 
 measure: .venv/.installed ## run the notebooks on this machine's device and print the before/after table
 	.venv/bin/python -m memlab measure $(NOTEBOOKS)

@@ -209,10 +209,10 @@ def overhead(step_seconds: float = 1.0, repeats: int = 3) -> str:
         f"(the fastest of {repeats} each; batch {batch} x {sizes.sequence_length}).\n"
         f"Beside the steps, {beside:.1f} s to begin and to read {len(watched.measurement.ledger.blocks):,} allocations."
     )
-    if max(without) > OVERHEAD_LIMIT * min(without):
+    if ratio < 0.95 or max(without) > OVERHEAD_LIMIT * min(without):
         text += (
-            f"\nNot to be relied on: steps without the meter took {min(without):.3f} to {max(without):.3f} s. "
-            f"Is something else running on this machine?"
+            f"\nNot to be relied on: the steps took {min(without):.3f} to {max(without):.3f} s without the meter, "
+            f"{min(metered):.3f} to {max(metered):.3f} s with it. Is something else running on this machine?"
         )
     elif min(without) < 0.9 * step_seconds:
         text += f"\nThis step is short: the limit of {OVERHEAD_LIMIT} x is for steps of a second or more."

@@ -6,7 +6,8 @@ import contextlib
 import gc
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -48,9 +49,9 @@ def budget(size: int | str, *, device: str | torch.device | None = None) -> Iter
     """Allow at most `size` bytes ("2 GiB", "600 MiB") on a device; the allocation that passes it raises.
 
     Everything alive on the device counts, also what was there before. On CUDA the allocator enforces it
-    (`torch.cuda.set_per_process_memory_fraction`). On the CPU every operator's result is counted as it is made; what an
-    operator takes for itself and gives back is not seen here, but `memlab.measure` inside the budget sees it and
-    raises the same error afterwards.
+    (`torch.cuda.set_per_process_memory_fraction`). On the CPU every operator's result is counted as it is made, in the
+    thread that set the budget; what an operator takes for itself and gives back, and what compiled code makes, is not
+    seen here, but `memlab.measure` inside the budget sees it and raises the same error afterwards.
 
     Raises:
         torch.OutOfMemoryError: inside, when the budget is passed. The message names the columns, the module and what
@@ -109,18 +110,19 @@ class Budget:
     def __init__(self, limit: int, device: torch.device):
         self.limit = limit
         self.device = device
-        self._observer = Observer(device)
+        self._observer = Observer(device, follow_backward=True)
         self._counter: _Counter | None = None
 
     def __enter__(self) -> Budget:
         if self.device.type == "cuda":
             total = torch.cuda.get_device_properties(self.device).total_memory
+            self._fraction_before = torch.cuda.get_per_process_memory_fraction(self.device)
             torch.cuda.set_per_process_memory_fraction(min(1.0, self.limit / total), self.device)
         else:
             self._counter = _Counter(self)
             self._counter.__enter__()
         self._observer.__enter__()
-        self._observer.look_around(data=True)
+        self._observer.look_around(before=True)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
@@ -129,12 +131,15 @@ class Budget:
             self._counter.__exit__(kind, error, traceback)
             self._counter.forget()
         else:
-            torch.cuda.set_per_process_memory_fraction(1.0, self.device)
+            torch.cuda.set_per_process_memory_fraction(self._fraction_before, self.device)
             if isinstance(error, torch.OutOfMemoryError) and not getattr(error, "memlab", False):
-                alive = {address: storage.nbytes() for address, storage in live_storages(self.device).items()}
-                first_line = str(error).split(". ")[0]
-                where = f"{self._observer.failed_in or 'an operator outside any module'}: {first_line}"
-                raise out_of_memory(self.limit, where, self._columns(alive, {})) from error
+                now = time.time_ns()
+                alive = [
+                    _Held(storage.nbytes(), address, now, True)
+                    for address, storage in live_storages(self.device).items()
+                ]
+                where = f"An operator {self._observer.place()} asked for too much: {str(error).split('. ')[0]}"
+                raise out_of_memory(self.limit, where, self._columns(alive)) from error
 
     def check(self, peak: int, where: str, columns: dict[str, int]) -> None:
         """Raise if a measured peak passes the budget: it counts what operators took for themselves, too."""
@@ -147,30 +152,27 @@ class Budget:
             return self._counter.total
         return torch.cuda.memory_reserved(self.device)
 
-    def _columns(self, alive: dict[int, int], born: dict[int, int]) -> dict[str, int]:
+    def _columns(self, alive: Iterable[_Held]) -> dict[str, int]:
         """Bytes alive by column, as far as what they are was seen."""
         self._observer.look_around()
+        held_at = {held.address: held for held in alive}
         seen: dict[int, str] = {}
         for moment, address, column, _ in self._observer.observations:
-            strongest = PRIORITY[column] <= PRIORITY.get(seen.get(address, ""), len(PRIORITY))
-            if moment >= born.get(address, 0) and strongest:
-                seen[address] = column
+            if address in held_at and moment >= held_at[address].since:
+                strongest = PRIORITY[column] <= PRIORITY.get(seen.get(address, ""), len(PRIORITY))
+                seen[address] = column if strongest else seen[address]
         columns = dict.fromkeys(COLUMNS, 0)
-        for address, size in alive.items():
-            # What nobody saw is what the step made: during training nearly all of it is activations.
-            columns[seen.get(address, "activations")] += size
+        for address, held in held_at.items():
+            # What nobody saw is what the run made: where gradients are enabled, nearly all of it is for the backward.
+            columns[seen.get(address, "activations" if held.with_grad else "temporaries")] += held.bytes
         return columns
 
     def _passed(self, asked: int, operator: str) -> torch.OutOfMemoryError:
-        counter = self._counter
-        module = self._observer.stack[-1][0] if self._observer.stack else "outside any module"
         where = (
-            f"{operator} in {module} asked for {format_bytes(asked)} while {format_bytes(counter.total - asked)} "
-            f"were alive"
+            f"{operator} {self._observer.place()} asked for {format_bytes(asked)} while "
+            f"{format_bytes(self._counter.total - asked)} were alive"
         )
-        alive = {address: size for address, (size, _, _) in counter.alive.items()}
-        born = {address: moment for address, (_, moment, _) in counter.alive.items()}
-        return out_of_memory(self.limit, where, self._columns(alive, born))
+        return out_of_memory(self.limit, where, self._columns(self._counter.alive.values()))
 
 
 def out_of_memory(limit: int, where: str, columns: dict[str, int]) -> torch.OutOfMemoryError:
@@ -187,38 +189,48 @@ def out_of_memory(limit: int, where: str, columns: dict[str, int]) -> torch.OutO
     return error
 
 
+@dataclass(slots=True)
+class _Held:
+    """A storage that counts: its bytes, since when (nanoseconds), and whether it was made with gradients enabled."""
+
+    bytes: int
+    address: int
+    since: int
+    with_grad: bool
+    reference: weakref.ref | None = None
+
+
 class _Counter(TorchDispatchMode):
     """Counts the storages that operators return, and raises when the budget is passed."""
 
     def __init__(self, owner: Budget):
         super().__init__()
         self.owner = owner
-        self.alive: dict[int, tuple[int, int, weakref.ref]] = {}
+        # By the storage's identity, since its address changes when it is resized.
+        self.alive: dict[int, _Held] = {}
         self.total = 0
         for storage in live_storages(owner.device).values():
             self._add(storage)
 
     def _add(self, storage: torch.UntypedStorage) -> int:
-        """Count a storage that was not counted yet; how many bytes it adds."""
-        address, size = storage.data_ptr(), storage.nbytes()
-        known = self.alive.get(address)
-        if not size or (known is not None and known[0] == size):
-            return 0
-        if known is not None:
-            self._remove(address, known[2])
+        """Count a storage as it is now; how many bytes that adds."""
+        key, size = id(storage), storage.nbytes()
+        held = self.alive.get(key)
+        if held is None:
+            # A memory map takes the file's room.
+            if not size or storage.filename is not None:
+                return 0
 
-        def gone(reference: weakref.ref, address: int = address) -> None:
-            self._remove(address, reference)
+            def gone(reference: weakref.ref, key: int = key) -> None:
+                if key in self.alive and self.alive[key].reference is reference:
+                    self.total -= self.alive.pop(key).bytes
 
-        self.alive[address] = (size, time.time_ns(), weakref.ref(storage, gone))
-        self.total += size
-        return size
-
-    def _remove(self, address: int, reference: weakref.ref) -> None:
-        known = self.alive.get(address)
-        if known is not None and known[2] is reference:
-            del self.alive[address]
-            self.total -= known[0]
+            held = self.alive[key] = _Held(0, 0, 0, torch.is_grad_enabled(), weakref.ref(storage, gone))
+        added = size - held.bytes
+        if added or held.address != storage.data_ptr():
+            held.bytes, held.address, held.since = size, storage.data_ptr(), time.time_ns()
+            self.total += added
+        return added
 
     def forget(self) -> None:
         """Stop following the storages that are still alive."""
@@ -229,8 +241,9 @@ class _Counter(TorchDispatchMode):
         for tensor in tensors_in(result):
             if tensor.device != self.owner.device:
                 continue
-            for storage in storages(tensor):
-                added = self._add(storage)
-                if added and self.total > self.owner.limit:
-                    raise self.owner._passed(added, str(function.overloadpacket))
+            added = 0
+            with contextlib.suppress(Exception):  # no memory of its own (fake, functional)
+                added = sum(self._add(storage) for storage in storages(tensor))
+            if added > 0 and self.total > self.owner.limit:
+                raise self.owner._passed(added, str(function.overloadpacket))
         return result

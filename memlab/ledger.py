@@ -466,7 +466,7 @@ def _label_by_life(
     - born in forward and alive when backward begins: an *activation*, whatever kept it (autograd's saved tensors are
       seen this way even when checkpointing or offloading hides them from hooks);
     - born in a recomputation and alive after it: an activation too;
-    - born in backward and alive when the phase after it begins: a *gradient*;
+    - born in backward and alive after it: a *gradient*;
     - born in the optimizer's step and alive after it: *optimizer state*;
     - gone within the phase it was born in: a *temporary*;
     - born between the phases and alive when a forward begins: the *batch*, made for it;
@@ -495,6 +495,4 @@ def _label_by_life(
                 block.column = "activations" if died > recomputation.end else "temporaries"
             else:
                 # The backward as a whole, even where an optimizer that steps inside it cuts it in pieces.
-                after = bisect.bisect_left(starts, backward_at(block.born).end)
-                following = starts[after] if after < len(phases) else _FOREVER - 1
-                block.column = "gradients" if died > following else "temporaries"
+                block.column = "gradients" if died > backward_at(block.born).end else "temporaries"

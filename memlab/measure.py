@@ -308,7 +308,8 @@ class _Recording:
             )
         _measuring = True
         try:
-            gc.collect()
+            if self._count_alive or active_budget() is not None:
+                gc.collect()  # else what was alive before is not counted, and may go when it likes
             self._note_alive()
             self.meter.start()
             self.start = time.time_ns()

@@ -65,9 +65,10 @@ def outputs(path):
 # Running -------------------------------------------------------------------------------------------------------------
 
 REAL = """
-from memlab import compare, measure
-from memlab.results import record
 import torch
+from memlab import measure
+from memlab.compare import compare
+from memlab.results import record
 def build():
     kept = torch.zeros(1000)
     return lambda: torch.zeros(2000) is kept

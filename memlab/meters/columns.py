@@ -97,10 +97,15 @@ class Observer:
     """Watches modules and optimizers while it is switched on (`with observer:`).
 
     After that, `observations` and `spans` hold what was seen, for `memlab.ledger.build_ledger`.
+
+    Args:
+        device: the device whose tensors are noted.
+        follow_backward: whether `place()` is to know the module while backward runs (for an error's message).
     """
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, *, follow_backward: bool = False):
         self.device = device
+        self._follow_backward = follow_backward
         # Kept in four plain lists. A tuple for each would be an object that Python's garbage collector counts: it
         # would then run more often than without the meter, and free reference cycles that the run itself keeps.
         self._seen_times: list[int] = []
@@ -114,8 +119,7 @@ class Observer:
         self.devices: set[torch.device] = set()
         self.threads: dict[int, str] = {}
         self.forward_with_grad = False
-        self.failed_in = ""
-        self.optimizer = ""
+        self._failed_in = self._optimizer = self._backward_of = ""
         self._names: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
         self._local = threading.local()
         self._in_use: dict[int, Use] = {}
@@ -281,7 +285,7 @@ class Observer:
             for name, part in module.named_modules():
                 self._names.setdefault(part, name or type(module).__name__)
         name = self._names.get(module, type(module).__name__)
-        self.failed_in = ""
+        self._failed_in = self._optimizer = self._backward_of = ""
         self.threads.setdefault(threading.get_ident(), name)
         self.stack.append((name, time.time_ns(), id(module)))
         self.forward_with_grad |= torch.is_grad_enabled()
@@ -300,8 +304,30 @@ class Observer:
         self.spans.append(Span(start, time.time_ns(), "module", name, threading.get_ident()))
         if len(rest) > 1:
             self._see_inputs(rest[0])
-        elif not self.failed_in:
-            self.failed_in = name  # the innermost module is left first
+            if self._follow_backward:
+                self._follow(rest[1], name)
+        elif not self._failed_in:
+            self._failed_in = name  # the innermost module is left first
+
+    def _follow(self, output: object, name: str) -> None:
+        """Have autograd say when backward reaches the node that made a module's output."""
+
+        def reached(gradients: tuple) -> None:
+            self._backward_of = name
+
+        for tensor in tensors_in(output):
+            # The innermost module is left first, and an outer one with the same output adds nothing.
+            if tensor.grad_fn is not None and "memlab" not in tensor.grad_fn.metadata:
+                tensor.grad_fn.metadata["memlab"] = name
+                tensor.grad_fn.register_prehook(reached)
+
+    def place(self) -> str:
+        """Where the run is now, or was when it failed, for people."""
+        if self.stack or self._failed_in:
+            return f"in {self.stack[-1][0] if self.stack else self._failed_in}"
+        if self._optimizer:
+            return f"in {self._optimizer}.step()"
+        return f"in the backward of {self._backward_of}" if self._backward_of else "outside any module"
 
     def _see_inputs(self, inputs: object) -> None:
         for tensor in tensors_in(inputs):
@@ -313,13 +339,13 @@ class Observer:
     def _enter_optimizer(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         if torch.compiler.is_compiling():
             return
-        self.optimizer = type(optimizer).__name__
-        self.threads.setdefault(threading.get_ident(), f"{self.optimizer}.step()")
+        self._optimizer, self._backward_of = type(optimizer).__name__, ""
+        self.threads.setdefault(threading.get_ident(), f"{self._optimizer}.step()")
         self.see_optimizer(optimizer)
         self._optimizer_started[id(optimizer)] = time.time_ns()
 
     def _leave_optimizer(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-        self.optimizer = ""
+        self._optimizer = ""
         started = self._optimizer_started.pop(id(optimizer), None)
         if torch.compiler.is_compiling() or started is None:
             return

@@ -85,8 +85,7 @@ class _Enough(BaseException):
 
 
 class _Call:
-    """One call of a function and what it takes to repeat it. Only the autograd graph holds it, and frees
-    it."""
+    """One call of a function and what it takes to repeat it. The autograd graph alone holds it."""
 
     def __init__(self, function, args, kwargs, preserve_rng_state):
         self.function = function
@@ -269,7 +268,7 @@ class _Record(TorchDispatchMode):
         tensors = []
 
         def finish(output, versions, moved, saved_before):
-            # Changed in place since (also by the operator itself, whose own change counts after it returns), it
+            # Changed in place since (or by the operator itself, whose change counts once it has returned), it
             # must be computed again. After the last saved tensor nothing is, so nothing is worth keeping.
             useful = versions == _versions(output) and saved_before < len(self.call.slots)
             return (_take_out(output, tensors), moved) if useful else None

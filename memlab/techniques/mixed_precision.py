@@ -84,8 +84,8 @@ def apply_mixed_precision(
         raise ValueError(f"{name} has no parameters, so there is nothing to run in lower precision.")
     if other := {p.dtype for p in parameters if p.is_floating_point() or p.is_complex()} - {torch.float32}:
         raise ValueError(
-            f"All parameters must be FP32, but {name} has {', '.join(sorted(map(str, other)))}: autocast leaves such "
-            "a model as it is, or mixes it by accident. Call model.float() first."
+            f"All parameters must be FP32, but {name} has {', '.join(sorted(map(str, other)))}. "
+            "Call model.float() first."
         )
     devices = {p.device.type for p in parameters}
     if len(devices) > 1:
@@ -173,7 +173,7 @@ class LossScaler:
         growth_interval: int = 2000,
     ):
         self._scaled = False  # whether there was a loss since the last step
-        self._extremes = {}  # id of an optimizer whose gradients are divided already -> their least and greatest
+        self._extremes = {}  # id of an optimizer with divided gradients -> the least and greatest of each
         self.load_state_dict(
             {
                 "scale_factor": init_scale,
@@ -185,8 +185,7 @@ class LossScaler:
         )
 
     def scale(self, loss: Tensor) -> Tensor:
-        """Return the loss times `scale_factor`, in FP32 at least: an FP16 loss would overflow here
-        already."""
+        """Return the loss times `scale_factor`, in FP32 at least: in FP16 it would overflow here already."""
         self._scaled = True
         return loss.to(torch.promote_types(loss.dtype, torch.float32)) * self.scale_factor
 
@@ -211,7 +210,7 @@ class LossScaler:
         extremes = self._extremes[id(optimizer)] = []
         for gradient in gradients:
             values = gradient.coalesce().values() if gradient.is_sparse else gradient
-            # Least and greatest are NaN if any value is. `isfinite` on it all would need more than its own size.
+            # They are NaN if any value is; `isfinite` of all values would take more memory than the gradient.
             extremes += torch.aminmax(values) if values.numel() else ()
             gradient.mul_(1 / self.scale_factor)
 
@@ -222,7 +221,7 @@ class LossScaler:
         was scaled since the last step, and FloatingPointError when gradients are not finite however small the
         scale is.
         """
-        if not self._scaled:
+        if not (self._scaled and optimizers):
             raise RuntimeError(
                 "Call scale(loss).backward() before step; give all its optimizers to one step."
             )
@@ -244,7 +243,7 @@ class LossScaler:
         for optimizer in optimizers:
             optimizer.step()
         self.good_steps += 1
-        if self.good_steps == self.growth_interval:
+        if self.good_steps >= self.growth_interval:
             self.good_steps = 0
             if self.scale_factor * self.growth_factor <= torch.finfo(torch.float32).max:
                 self.scale_factor *= self.growth_factor

@@ -1,4 +1,4 @@
-"""Gradient checkpointing: the same gradients to the bit, the bytes that the theory says, and clear refusals."""
+"""Gradient checkpointing: the same gradients to the bit, the expected bytes, and clear refusals."""
 
 import copy
 import gc
@@ -288,7 +288,7 @@ def test_checkpoints_inside_a_checkpoint():
         return checkpoint(half, tower.blocks[2:], checkpoint(half, tower.blocks[:2], x))
 
     assert equal(gradients(lambda: nested(x), tensors), plain)
-    # Only the two outer inputs, the second of them an intermediate, are kept; not those of the inner checkpoints.
+    # Only the two outer inputs, the second of them an intermediate, are kept; none of the inner ones.
     assert saved_bytes(lambda: nested(x)) == 2 * UNIT
 
 
@@ -359,8 +359,8 @@ def test_kept_outputs_cost_their_bytes_and_no_more(tmp_path):
     policy = partial(torch_checkpoint.create_selective_checkpoint_contexts, list(MATRIX_PRODUCTS))
     theirs = partial(torch_checkpoint.checkpoint, block, x, use_reentrant=False, context_fn=policy)
     products(), theirs()
-    # query, key and value 3, attention 1 (and its log-sum-exp), projection 1, expansion 4, and the output of the
-    # block 1. The last product comes after all that is saved, so keeping it would be of no use.
+    # query, key and value 3, attention 1 (and its log-sum-exp), projection 1, expansion 4, and the output of
+    # the block 1. The last product comes after all that is saved, so keeping it would be of no use.
     log_sum_exp = BATCH * 2 * SEQUENCE * 4
     ours = allocated_bytes(products, tmp_path)[0]
     assert ours == 10 * UNIT + log_sum_exp
@@ -691,7 +691,7 @@ def test_segments_keep_one_input_each_and_hold_their_blocks_at_once(segments, le
     assert [block.calls for block in tower.blocks] == [4] + [3] * 5  # block 0 was called once more above
     left, peak = allocated_bytes(lambda: tower(x).sum().backward(), tmp_path)
     assert left == 0
-    # The longest segment is held whole; two units aside for what is in flight, some for the block's transients.
+    # The longest segment is held whole; the rest is for the inputs and for what is in flight.
     assert max(lengths) * (block - UNIT) < peak < max(lengths) * block + (segments + 12) * UNIT
 
 

@@ -1,5 +1,5 @@
-"""Mixed precision: which bytes change and which do not, the gradients of a handwritten autocast block, and loss scaling
-that agrees with torch.amp.GradScaler step by step."""
+"""Mixed precision: which bytes change and which do not, the gradients of a handwritten autocast block, and
+loss scaling that agrees with torch.amp.GradScaler step by step."""
 
 import copy
 import inspect
@@ -41,7 +41,8 @@ def mlp():
 
 
 def saved_tensors(run, exclude=()):
-    """What hooks around `run` see saved: one tensor a storage, without those of `exclude`, in order of saving."""
+    """What hooks around `run` see saved: one tensor a storage, without those of `exclude`, in order of
+    saving."""
     storages = {}
 
     def pack(tensor):
@@ -146,8 +147,8 @@ def test_saved_activations_halve_and_the_copy_of_a_weight_costs_two_bytes_a_para
     assert output.dtype == dtype
     assert {tensor.dtype for tensor in after} == {dtype}
     sizes = sorted(tensor.untyped_storage().nbytes() for tensor in after)
-    # The input, the hidden layer, and the second layer's weight. The first layer's is not saved: no gradient goes
-    # to the input.
+    # The input, the hidden layer, and the second layer's weight. The first layer's is not saved: no gradient
+    # goes to the input.
     assert sizes == sorted([2 * BATCH * INPUTS, 2 * BATCH * HIDDEN, 2 * HIDDEN * OUTPUTS])
     handle.remove()
     assert equal(saved_tensors(lambda: model(x), weights)[0], before)
@@ -158,8 +159,8 @@ def test_with_a_small_batch_more_is_saved_than_in_fp32_and_with_a_large_one_less
         tensors, _ = saved_tensors(lambda: model(torch.randn(batch, INPUTS)), model.parameters())
         return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
-    # Half of 4 (INPUTS + HIDDEN) bytes a sample is saved, 2 HIDDEN OUTPUTS bytes of weight are added: the balance is
-    # at HIDDEN OUTPUTS / (INPUTS + HIDDEN) samples, 4.57.
+    # Half of 4 (INPUTS + HIDDEN) bytes a sample is saved, 2 HIDDEN OUTPUTS bytes of weight are added: they
+    # balance at HIDDEN OUTPUTS / (INPUTS + HIDDEN) samples, 4.57.
     model = mlp()
     full = {batch: saved(model, batch) for batch in (4, 5)}
     apply_mixed_precision(model)
@@ -193,7 +194,7 @@ def test_the_cache_holds_two_bytes_for_each_parameter_until_autocast_ends(
     parameters = sum(parameter.numel() for parameter in model.parameters())
     apply_mixed_precision(model, cache_weights=cache_weights)
     model(x)
-    # Nothing is saved for backward, and the outer context keeps the cache from being emptied at the model's end.
+    # Nothing is saved for backward, and the outer context keeps the cache from being emptied too early.
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             output = model(x)
@@ -242,8 +243,8 @@ def test_gradients_are_those_of_a_handwritten_autocast_block(dtype, cache_weight
 
 @pytest.mark.parametrize(("dtype", "epsilon"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
 def test_gradients_are_close_to_fp32(dtype, epsilon):
-    """A rounding is at most `epsilon`, and over 30 seeds the largest difference was 1.7 of these. That is so for a
-    smooth activation: a ReLU turns some sums near zero off or on by rounding, which made 36 of it."""
+    """A rounding is at most `epsilon`, and over 30 seeds the largest difference was 1.7 of these. That is so
+    for a smooth activation: a ReLU turns some sums near zero off or on by rounding, which made 36 of it."""
     model, x = mlp(), torch.randn(256, INPUTS)
     model[1] = nn.GELU()
     full = gradients(model, lambda: model(x))
@@ -443,12 +444,12 @@ def one_nan_weight_gradient(model, x, y, step):
 @pytest.mark.parametrize(
     ("make_loss", "settings", "skips"),
     [
-        # 2^40 times any gradient overflows FP16: the scale falls until none does, then grows every fourth step.
+        # 2^24 times the gradients overflows FP16: the scale falls until none does, then it may grow again.
         (fp16_loss, {"init_scale": 2.0**24, "growth_interval": 4}, None),
         (one_infinite_loss, {"init_scale": 2.0**16, "growth_interval": 3}, [2, 3, 9]),
         (one_nan_weight_gradient, {"growth_interval": 2}, [4]),
-        (one_infinite_loss, {"init_scale": 1024.0, "growth_factor": 4.0, "backoff_factor": 0.25, "growth_interval": 1},
-         [2, 3, 9]),
+        (one_infinite_loss, {"init_scale": 1024.0, "growth_factor": 4.0, "backoff_factor": 0.25,
+                             "growth_interval": 1}, [2, 3, 9]),
         (lambda *args: fp16_loss(*args), {"init_scale": 2.0**126, "growth_interval": 1}, None),
     ],
     ids=["fp16 overflow", "infinite", "nan", "factors", "largest scale"],
@@ -624,6 +625,8 @@ def test_calls_out_of_order_are_refused():
     with pytest.raises(RuntimeError, match="scale\\(loss\\).backward\\(\\) before step"):
         scaler.step(optimizer)
     scaler.scale(model(torch.ones(1, INPUTS)).sum())  # and no backward
+    with pytest.raises(RuntimeError, match="give all its optimizers"):
+        scaler.step()
     with pytest.raises(RuntimeError, match="no gradients"):
         scaler.step(optimizer)
     scaler.scale(model(torch.ones(1, INPUTS)).sum()).backward()
