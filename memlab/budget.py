@@ -110,7 +110,7 @@ class Budget:
     def __init__(self, limit: int, device: torch.device):
         self.limit = limit
         self.device = device
-        self._observer = Observer(device, follow_backward=True)
+        self._observer = Observer(device, record=False)
         self._counter: _Counter | None = None
 
     def __enter__(self) -> Budget:
@@ -138,7 +138,7 @@ class Budget:
                     _Held(storage.nbytes(), address, now, True)
                     for address, storage in live_storages(self.device).items()
                 ]
-                where = f"An operator {self._observer.place()} asked for too much: {str(error).split('. ')[0]}"
+                where = f"An operator {self._observer.place(failed=True)} asked for too much: {str(error).split('. ')[0]}"
                 raise out_of_memory(self.limit, where, self._columns(alive)) from error
 
     def check(self, peak: int, where: str, columns: dict[str, int]) -> None:
@@ -157,7 +157,7 @@ class Budget:
         self._observer.look_around()
         held_at = {held.address: held for held in alive}
         seen: dict[int, str] = {}
-        for moment, address, column, _ in self._observer.observations:
+        for moment, address, column, _ in self._observer.latest.values():
             if address in held_at and moment >= held_at[address].since:
                 strongest = PRIORITY[column] <= PRIORITY.get(seen.get(address, ""), len(PRIORITY))
                 seen[address] = column if strongest else seen[address]

@@ -248,8 +248,9 @@ def _phases(spans: list[Span], start: int, end: int) -> tuple[list[Span], list[S
     nested = [span for span in optimizers if in_node(span.start)]
     optimizers = [span for span in optimizers if not in_node(span.start)]
 
-    # Autograd evaluates node after node. The nodes between two other things make one backward.
-    breaks = sorted(span.start for span in (*forwards, *optimizers, *steps))
+    # Autograd evaluates node after node. The nodes between two other things make one backward. (A module's end is one
+    # too: compiling a model evaluates nodes inside its first call.)
+    breaks = sorted([span.start for span in (*forwards, *optimizers, *steps)] + [span.end for span in forwards])
     backwards: list[Span] = []
     for node in nodes:
         if backwards and bisect.bisect(breaks, backwards[-1].start) == bisect.bisect(breaks, node.start):

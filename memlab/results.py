@@ -14,6 +14,7 @@ an `environment` of its own, which holds what differs from the file's.
 
 from __future__ import annotations
 
+import base64
 import difflib
 import json
 import math
@@ -38,7 +39,7 @@ SCHEMA = 1
 #: The environment variable that names the file to which `record` appends, one JSON object a line.
 VARIABLE = "MEMLAB_RECORDS"
 
-#: The figure that opens README.md, drawn from the records.
+#: The figure that opens README.md, taken from a notebook's output.
 FIGURE = "results/figures/headline.png"
 
 
@@ -491,28 +492,23 @@ def _markdown(table: list[dict[str, str]]) -> str:
 # What is generated ---------------------------------------------------------------------------------------------------
 
 
-def headline(files: Sequence[dict]) -> dict | None:
-    """The record for README's first figure: on the device with the most memory, the one that saved the most."""
-    largest = max(files, key=lambda data: data["environment"]["gpu_bytes"] or 0, default=None)
+def headline(paths: Sequence[Path]) -> tuple[bytes, str] | None:
+    """README's first figure: the picture that a cell tagged `readme-figure` shows in a notebook, and its words.
 
-    def saved(one: dict) -> float:
-        return one["variants"][0]["peak_bytes"] / one["variants"][-1]["peak_bytes"]
+    It is the picture of the committed run, byte for byte: it cannot show anything that was not measured.
 
-    return max(largest["records"], key=saved, default=None) if largest else None
-
-
-def figure(one: dict):
-    """README's first figure: a record's ledgers on one axis (`memlab.figures.Drawing`; its `.alt` says it in words)."""
-    from memlab import figures  # here, so that a record can be made where nothing is drawn
-
-    first, last = one["variants"][0], one["variants"][-1]
-    title = (
-        f"Peak {format_bytes(first['peak_bytes'])} → {format_bytes(last['peak_bytes'])}: "
-        f"{one['technique'].replace('_', ' ')}"
-    )
-    columns = {variant["name"]: variant["columns"] for variant in one["variants"]}
-    predicted = {variant["name"]: variant["predicted_bytes"] for variant in one["variants"]}
-    return figures.ledgers(columns, title, predicted)
+    Raises:
+        ValueError: more than one cell has the tag.
+    """
+    found = []
+    for path in paths:
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            if "readme-figure" in cell["metadata"].get("tags", ()):
+                shown = [one for one in cell.get("outputs", ()) if "image/png" in one.get("data", {})]
+                found += [(base64.b64decode(one["data"]["image/png"]), one["data"]["text/plain"]) for one in shown[:1]]
+    if len(found) > 1:
+        raise ValueError("more than one cell is tagged readme-figure: README.md has one first figure")
+    return (found[0][0], "".join(found[0][1])) if found else None
 
 
 def report(root: Path, check: bool = False) -> list[str]:
@@ -540,8 +536,7 @@ def report(root: Path, check: bool = False) -> list[str]:
     strangers = {one["notebook"] for data in files for one in data["records"]} - {path.stem for path in paths}
     if strangers:
         raise ValueError(f"results/ has records of notebooks that are not there: {_listed(sorted(strangers))}")
-    first = headline(files)
-    drawing = figure(first) if first else None
+    first = headline(paths)
 
     def block(name: str, base: Path) -> str:
         if name == "results":
@@ -549,7 +544,7 @@ def report(root: Path, check: bool = False) -> list[str]:
         if name == "map":
             return map_table(paths, base)
         if name == "figure":
-            return f"![{drawing.alt}]({_relative(root / FIGURE, base)})" if drawing else ""
+            return f"![{first[1]}]({_relative(root / FIGURE, base)})" if first else ""
         raise ValueError(f"<!-- memlab:{name}:begin -->: there is no such block")
 
     writes: dict[Path, bytes] = {}  # nothing is written before everything is known to be right
@@ -578,14 +573,11 @@ def report(root: Path, check: bool = False) -> list[str]:
                 cell["source"] = new.splitlines(keepends=True)
                 # As nbformat writes it, so that a run in place changes no more than it has to.
                 writes[path] = (json.dumps(notebook, ensure_ascii=False, indent=1, sort_keys=True) + "\n").encode()
-    if drawing:
-        # Pictures differ by library version and font, so a check does not compare them, but the alternative text.
+    if first:
         path = root / FIGURE
-        there = path.read_bytes() if path.is_file() else None
-        if there is None:
-            differences.append(f"{FIGURE} is not there")
-        if not check and (picture := drawing.png()) != there:
-            writes[path] = picture
+        if not path.is_file() or path.read_bytes() != first[0]:
+            differences.append(f"{FIGURE} is not the picture that the notebook shows")
+            writes[path] = first[0]
     if check:
         return differences
     for path, content in writes.items():

@@ -70,7 +70,7 @@ def tracked_files(root):
     try:
         listed = subprocess.run(command, capture_output=True, check=True, text=True).stdout.split("\0")
     except (OSError, subprocess.CalledProcessError):
-        skip = {"build", "__pycache__"}
+        skip = {"build", "__pycache__", "memlab.egg-info"}
         listed = [str(p.relative_to(root)) for p in root.rglob("*")]
         listed = [p for p in listed if not any(q in skip or q.startswith(".") for q in Path(p).parts)]
     return sorted(root / p for p in listed if p and (root / p).is_file())

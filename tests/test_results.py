@@ -1,5 +1,6 @@
 """Records, results files and the tables made from them."""
 
+import base64
 import copy
 import json
 import math
@@ -308,6 +309,18 @@ def write_notebook(path, *cells, **about):
     path.write_text(text, encoding="utf-8")
 
 
+PICTURE = b"\x89PNG a picture"
+
+
+def show(path, picture, words, tag="readme-figure"):
+    """Let the second cell show a picture."""
+    book = json.loads(path.read_text(encoding="utf-8"))
+    book["cells"][1]["metadata"]["tags"] = [tag]
+    data = {"image/png": base64.b64encode(picture).decode(), "text/plain": words}
+    book["cells"][1]["outputs"] = [{"output_type": "display_data", "data": data, "metadata": {}}]
+    path.write_text(json.dumps(book, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 BLOCK = "<!-- memlab:{0}:begin -->\nold\n<!-- memlab:{0}:end -->"
 
 
@@ -319,6 +332,7 @@ def checkout(tmp_path):
         folder / "03_x.ipynb", "# The x technique", "a = 1", BLOCK.format("results") + "\nafter — it",
         minutes=15, needs=["00", "calculus"], column="optimizer_state",
     )  # fmt: skip
+    show(folder / "03_x.ipynb", PICTURE, "Peak 4.00 MiB → 2.00 MiB: x.")
     write_notebook(folder / "electives" / "12_y.ipynb", "x = 1", needs=["x"], column=["activations", "batch"])
     blocks = "\n\n".join(BLOCK.format(name) for name in ("figure", "results", "map"))
     (tmp_path / "README.md").write_text(f"# Title\n\n{blocks}\n\nEnd.\n", encoding="utf-8")
@@ -349,14 +363,15 @@ def test_a_report_writes_the_tables_and_a_second_one_has_nothing_to_write(checko
         assert results.results_table(data) in readme
     assert results.map_table(results.notebooks(checkout), checkout) in readme
     assert "old" not in readme and readme.startswith("# Title\n") and readme.endswith("-->\n\nEnd.\n")
-    assert re.search(r"!\[Peak 4.00 MiB → 2.00 MiB: x\. .*after: .*\]\(results/figures/headline.png\)", readme)
-    assert (checkout / "results/figures/headline.png").read_bytes().startswith(b"\x89PNG")
+    assert "![Peak 4.00 MiB → 2.00 MiB: x.](results/figures/headline.png)" in readme
+    assert (checkout / "results/figures/headline.png").read_bytes() == PICTURE
 
     book = json.loads((checkout / "notebooks/03_x.ipynb").read_text(encoding="utf-8"))
     source = "".join(book["cells"][2]["source"])
     assert results.results_table(files[0]) in source and source.endswith("after — it")
     rest = notebook("# The x technique", "a = 1", source, minutes=15, needs=["00", "calculus"], column="optimizer_state")
-    assert book == rest
+    assert book["metadata"] == rest["metadata"]
+    assert [cell["source"] for cell in book["cells"]] == [cell["source"] for cell in rest["cells"]]
 
     assert results.report(checkout, check=True) == []
     assert results.report(checkout) == []
@@ -386,6 +401,7 @@ def test_a_check_finds_what_differs_and_writes_nothing(checkout):
 def test_a_checkout_with_no_records_says_so(checkout):
     for path in (checkout / "results").glob("*.json"):
         path.unlink()
+    show(checkout / "notebooks" / "03_x.ipynb", PICTURE, "no tag", tag="other")
     assert results.report(checkout) == ["README.md", "notebooks/03_x.ipynb"]
     readme = (checkout / "README.md").read_text(encoding="utf-8")
     assert "Nothing is recorded yet." in readme
@@ -425,9 +441,18 @@ def test_a_report_refuses_what_it_cannot_trust(change, error, found, checkout):
     assert {path: path.read_bytes() for path in checkout.rglob("*") if path.is_file()} == before
 
 
-def test_the_headline_is_the_largest_saving_on_the_largest_device():
-    small = results.record(compare(measurement(), measurement()), notebook="01_y", technique="y", sizes={}, scale="cpu")
-    gpu = results_file(small, record(), environment=GPU)
-    assert results.headline([results_file(record(technique="cpu only")), gpu])["technique"] == "x"
-    assert results.headline([]) is None
-    assert results.headline([results_file()]) is None
+def test_the_headline_is_what_a_notebook_shows(checkout):
+    paths = results.notebooks(checkout)
+    assert results.headline(paths) == (PICTURE, "Peak 4.00 MiB → 2.00 MiB: x.")
+    results.report(checkout)
+    show(paths[1], PICTURE + b" of a later run", "Peak 4.00 MiB → 2.00 MiB: x.")
+    (found,) = results.report(checkout, check=True)
+    assert found == "results/figures/headline.png is not the picture that the notebook shows"
+    assert results.report(checkout) == ["results/figures/headline.png"]
+    show(paths[1], PICTURE, "no tag", tag="other")
+    assert results.headline(paths) is None
+    write_notebook(paths[0], "# 00", "a = 1")
+    for path in paths[:2]:
+        show(path, PICTURE, "twice")
+    with pytest.raises(ValueError, match="more than one cell"):
+        results.headline(paths)

@@ -1,7 +1,7 @@
 """Write the repository's public address, as pyproject.toml has it, wherever it is named: `make address`.
 
-Badges, links and the notebooks' set-up cells name it, as github.com/OWNER/memlab or, for Google Colab,
-github/OWNER/memlab. A notebook whose outputs are up to date stays so: nothing but the address changes in it.
+Badges, links and the notebooks' set-up cells name it, as github.com/…/memlab or, for Google Colab,
+github/…/memlab. A notebook whose outputs are up to date stays so: nothing but the address changes in it.
 """
 
 import json

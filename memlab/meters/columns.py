@@ -100,12 +100,14 @@ class Observer:
 
     Args:
         device: the device whose tensors are noted.
-        follow_backward: whether `place()` is to know the module while backward runs (for an error's message).
+        record: False for a budget, which may be in force for a long training. Then only `latest` is filled, with what
+            was seen last at each address, and `place()` knows the module also while backward runs.
     """
 
-    def __init__(self, device: torch.device, *, follow_backward: bool = False):
+    def __init__(self, device: torch.device, *, record: bool = True):
         self.device = device
-        self._follow_backward = follow_backward
+        self._record = record
+        self.latest: dict[tuple[int, str], Observation] = {}
         # Kept in four plain lists. A tuple for each would be an object that Python's garbage collector counts: it
         # would then run more often than without the meter, and free reference cycles that the run itself keeps.
         self._seen_times: list[int] = []
@@ -131,8 +133,8 @@ class Observer:
         self._handles = [
             register_module_forward_pre_hook(self._enter_module),
             # `always_call`: a checkpoint's recomputation stops early by an exception, and the call has to be closed.
-            # `with_kwargs`: a batch may be given by keyword, and only this hook is told.
-            register_module_forward_hook(self._leave_module, with_kwargs=True, always_call=True),
+            # (Not `with_kwargs`: PyTorch 2.13 does not take that back when the hook is removed.)
+            register_module_forward_hook(self._leave_module, always_call=True),
             register_optimizer_step_pre_hook(self._enter_optimizer),
             register_optimizer_step_post_hook(self._leave_optimizer),
         ]
@@ -163,11 +165,14 @@ class Observer:
                 for storage in storages(tensor):
                     if storage.device == self.device and storage.nbytes():
                         address = storage.data_ptr()
+                        if not self._record:
+                            self.latest[address, column] = Observation(now, address, column, name)
+                            continue
                         self._seen_times.append(now)
                         self._seen_addresses.append(address)
                         self._seen_columns.append(column)
                         self._seen_names.append(name)
-                        if outside:
+                        if outside and column in ("parameters", "batch"):
                             self._use(storage, address, now)
 
     def _use(self, storage: torch.UntypedStorage, address: int, now: int) -> None:
@@ -290,10 +295,13 @@ class Observer:
         self.stack.append((name, time.time_ns(), id(module)))
         self.forward_with_grad |= torch.is_grad_enabled()
         self.see_module(module, name)
-        self._see_inputs(inputs)
+        for tensor in tensors_in(inputs):
+            if tensor.grad_fn is None:
+                self.see((tensor,), "batch", "input")
+                with contextlib.suppress(Exception):
+                    self._inputs.update(storage.data_ptr() for storage in storages(tensor))
 
-    def _leave_module(self, module: nn.Module, inputs: tuple, *rest: object) -> None:
-        # `rest` is the keyword arguments and the output, or a lone None while an exception is on its way up.
+    def _leave_module(self, module: nn.Module, inputs: tuple, output: object) -> None:
         if torch.compiler.is_compiling() or id(module) not in (entry[2] for entry in self.stack):
             return
         while True:
@@ -301,13 +309,12 @@ class Observer:
             name, start, identity = self.stack.pop()
             if identity == id(module):
                 break
-        self.spans.append(Span(start, time.time_ns(), "module", name, threading.get_ident()))
-        if len(rest) > 1:
-            self._see_inputs(rest[0])
-            if self._follow_backward:
-                self._follow(rest[1], name)
+        if self._record:
+            self.spans.append(Span(start, time.time_ns(), "module", name, threading.get_ident()))
+        elif output is not None:
+            self._follow(output, name)
         elif not self._failed_in:
-            self._failed_in = name  # the innermost module is left first
+            self._failed_in = name  # most likely an exception is on its way up; the innermost module is left first
 
     def _follow(self, output: object, name: str) -> None:
         """Have autograd say when backward reaches the node that made a module's output."""
@@ -321,25 +328,22 @@ class Observer:
                 tensor.grad_fn.metadata["memlab"] = name
                 tensor.grad_fn.register_prehook(reached)
 
-    def place(self) -> str:
-        """Where the run is now, or was when it failed, for people."""
-        if self.stack or self._failed_in:
-            return f"in {self.stack[-1][0] if self.stack else self._failed_in}"
+    def place(self, *, failed: bool = False) -> str:
+        """Where the run is now, for people. With `failed`: where it was when an exception ended it."""
+        if self.stack:
+            return f"in {self.stack[-1][0]}"
         if self._optimizer:
             return f"in {self._optimizer}.step()"
-        return f"in the backward of {self._backward_of}" if self._backward_of else "outside any module"
-
-    def _see_inputs(self, inputs: object) -> None:
-        for tensor in tensors_in(inputs):
-            if tensor.grad_fn is None:
-                self.see((tensor,), "batch", "input")
-                with contextlib.suppress(Exception):
-                    self._inputs.update(storage.data_ptr() for storage in storages(tensor))
+        if failed and self._failed_in:
+            return f"in {self._failed_in}"
+        if self._backward_of and (failed or not torch.is_grad_enabled()):  # backward runs without gradients
+            return f"in the backward of {self._backward_of}"
+        return "outside any module"
 
     def _enter_optimizer(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         if torch.compiler.is_compiling():
             return
-        self._optimizer, self._backward_of = type(optimizer).__name__, ""
+        self._optimizer, self._failed_in, self._backward_of = type(optimizer).__name__, "", ""
         self.threads.setdefault(threading.get_ident(), f"{self._optimizer}.step()")
         self.see_optimizer(optimizer)
         self._optimizer_started[id(optimizer)] = time.time_ns()
@@ -349,5 +353,6 @@ class Observer:
         started = self._optimizer_started.pop(id(optimizer), None)
         if torch.compiler.is_compiling() or started is None:
             return
-        self.spans.append(Span(started, time.time_ns(), "optimizer", type(optimizer).__name__))
+        if self._record:
+            self.spans.append(Span(started, time.time_ns(), "optimizer", type(optimizer).__name__))
         self.see_optimizer(optimizer)
