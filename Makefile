@@ -15,8 +15,9 @@ AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 # Notebooks for `make measure`; all of them when empty: make measure NOTEBOOKS=notebooks/03_gradient_checkpointing.ipynb
 NOTEBOOKS ?=
 
-# Tests and notebooks run in this many processes, and these share the cores.
-JOBS ?= 2
+# Tests and notebooks run in this many processes, and these share the cores. A GPU's memory is not shared well:
+# there the notebooks take turns.
+JOBS ?= $(if $(wildcard /dev/nvidia0),1,2)
 THREADS = OMP_NUM_THREADS=$$(( ($$(getconf _NPROCESSORS_ONLN) + $(JOBS) - 1) / $(JOBS) ))
 NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout=120 --nbval-sanitize-with tests/nbval_sanitize.cfg
 
@@ -63,7 +64,7 @@ test-browser: .venv/.installed ## run a notebook in a real browser (needs chromi
 	.venv/bin/python -m pytest -rs -m browser tests/test_browser.py
 
 test-colab: .venv-colab/.installed ## run notebook 00 on the versions that Google Colab has
-	.venv-colab/bin/python -m pytest -rs $(NBVAL) notebooks/00_measuring_memory.ipynb
+	PYDEVD_DISABLE_FILE_VALIDATION=1 .venv-colab/bin/python -m pytest -rs $(NBVAL) notebooks/00_measuring_memory.ipynb
 
 address: .venv/.installed ## write the repository's address (pyproject.toml) into the badges and wherever it is named
 	.venv/bin/python tools/address.py
@@ -89,14 +90,14 @@ clean: ## remove the environments and what runs left behind
 
 .venv/.installed: pyproject.toml constraints.txt
 	@$(CHECK_PYTHON)
-	@echo "==> Making the environment .venv with $(PYTHON) (about two minutes and 2 GB; with PyTorch for CUDA 7 GB)"
+	@echo "==> Preparing the environment .venv with $(PYTHON) (at first about two minutes and 2 GB; with CUDA 7 GB)"
 	@.venv/bin/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	.venv/bin/python -m pip install --constraint constraints.txt --editable '.[course,dev]'
 	@touch $@
 
 .venv-colab/.installed: pyproject.toml constraints-colab.txt
 	@$(CHECK_PYTHON)
-	@echo "==> Making the environment .venv-colab with $(PYTHON) (about two minutes)"
+	@echo "==> Preparing the environment .venv-colab with $(PYTHON) (at first about two minutes)"
 	@.venv-colab/bin/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear .venv-colab
 	.venv-colab/bin/python -m pip install --constraint constraints-colab.txt --editable . \
 		ipykernel nbval pytest scikit-learn

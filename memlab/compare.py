@@ -61,15 +61,18 @@ class Comparison:
             predicted, residual = self.variants[0].predicted_bytes, self.variants[0].residual
             beside = "" if predicted is None else f", predicted {format_bytes(predicted)} ({100 * residual:+.2f} %)"
             return f"Peak {format_bytes(first.peak_bytes)}{beside}"
-        change = self.change()
-        column = max(change, key=lambda name: abs(change[name]))
-        peaks = f"{format_bytes(first.peak_bytes)} → {format_bytes(last.peak_bytes)}"
-        if first.peak_bytes == last.peak_bytes:
+        difference = last.peak_bytes - first.peak_bytes
+        if not difference:
             return f"Peak unchanged at {format_bytes(first.peak_bytes)}"
-        moved = f"{column.replace('_', ' ')} {'−' if change[column] < 0 else '+'}{format_bytes(abs(change[column]))}"
+        peaks = f"{format_bytes(first.peak_bytes)} → {format_bytes(last.peak_bytes)}"
+        factor, direction = (self.ratio, "less") if difference < 0 else (1 / self.ratio, "more")
+        times = f"{factor:.2f}× {direction}" if factor >= 1.005 else f"{format_bytes(abs(difference))} {direction}"
+        # The column that went farthest the way of the peak. There is one, since the columns add up to it.
+        change = self.change()
+        column = min(change, key=change.get) if difference < 0 else max(change, key=change.get)
+        moved = f"{column.replace('_', ' ')} {'−' if difference < 0 else '+'}{format_bytes(abs(change[column]))}"
         phase = f", the peak is now in {last.phase}" if last.phase != first.phase else ""
-        times = f" ({self.ratio:.2f}× less)" if self.ratio > 1 else f" ({1 / self.ratio:.2f}× more)"
-        return f"Peak {peaks}{times}: {moved}{phase}"
+        return f"Peak {peaks} ({times}): {moved}{phase}"
 
     def to_frame(self) -> pd.DataFrame:
         """One row a variant: predicted and measured peak and the ledger's columns (MiB), residual (%), time, loss.
@@ -147,17 +150,23 @@ def compare(
             the prediction for the last.
 
     Raises:
-        ValueError: nothing to compare, names or predictions that do not match, or a prediction that is not positive.
+        ValueError: nothing to compare, a run that allocated nothing, names or predictions that do not match, or a
+            prediction that is not a positive whole number.
     """
     if not measurements:
         raise ValueError("there is nothing to compare: pass measurements, the baseline first")
     for measurement in measurements:
         if not isinstance(measurement, Measurement):
             raise ValueError(f"compare() takes what measure() returned, not {type(measurement).__name__}")
+        if not measurement.peak_bytes:
+            device = measurement.environment.get("device")
+            raise ValueError(f"a run that allocated nothing on {device} cannot be compared: does its step work there?")
     count = len(measurements)
     if names is None:
         names = {1: ["measured"], 2: ["before", "after"]}.get(count) or [str(i + 1) for i in range(count)]
-    if predicted is None or isinstance(predicted, int):
+    if isinstance(names, str):
+        names = [names]
+    if predicted is None or not isinstance(predicted, Sequence):
         predicted = [None] * (count - 1) + [predicted]
     for what, given in (("names", names), ("predictions", predicted)):
         if len(given) != count:

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 import torch
 
 from memlab import figures
+from memlab.budget import ADVICE, bytes_alive, resolve_device
 from memlab.budget import budget as budget_of
-from memlab.budget import bytes_alive, resolve_device
-from memlab.measure import measure
-from memlab.proof import FirstStep, first_step, gradient_difference
+from memlab.ledger import COLUMNS
+from memlab.measure import measure, watch
+from memlab.proof import FirstStep, first_step, gradient_difference, never_updated
 from memlab.units import MiB, format_bytes, parse_bytes
 
 #: Every result of `check` in this process, in order. The course's own tests read it.
@@ -56,9 +57,11 @@ def check(
 ) -> Result:
     """Check an answer: does it fit the budget, are its gradients the reference's, what does it cost?
 
+    The gradients are those of the first step. Whatever the answer itself raises reaches the learner as it is.
+
     Args:
-        build: the learner's answer, a function as for `memlab.measure`; None (or a function that returns None) as long
-            as there is none.
+        build: the learner's answer, a function as for `memlab.measure`; None or `...` (or a function that returns
+            one of them) as long as there is none.
         reference: the run whose gradients count, and which does not fit the budget.
         budget: the most bytes allowed at once ("60 MiB"), counted from zero for the answer. It is enforced.
         max_compute: the most floating-point operations allowed, as a multiple of the reference's. Operations rather
@@ -68,7 +71,8 @@ def check(
         device: as for `memlab.measure`.
 
     Raises:
-        ValueError: the reference itself meets the budget, so there would be nothing to do.
+        ValueError: the reference itself meets the budget, so there would be nothing to do; the answer cannot be
+            measured, because it returns no step, for one.
     """
     result = _check(build, reference, parse_bytes(budget), max_compute, tolerance, steps, resolve_device(device))
     history.append(result)
@@ -91,18 +95,28 @@ def _check(
             f"already: there is nothing to do"
         )
     ledgers = {"as it is": before.columns}
-    if build is None or _returns_nothing(build):
+    if build is None or build is ... or _returns_nothing(build):
         line = f"Not solved yet: {format_bytes(before.peak_bytes)} has to become {format_bytes(limit)}"
         return Result(False, [line], ledgers, limit)
 
+    with watch(device=device) as watched:
+        pass
     try:
         with budget_of(bytes_alive(device) + limit, device=device):
             after = measure(build, steps=steps, device=device)
     except torch.OutOfMemoryError as error:
         columns = getattr(error, "columns", None)
-        if columns:
-            ledgers["yours, when it ran out"] = columns
-        return Result(False, [f"Over the budget of {format_bytes(limit)}", *str(error).splitlines()], ledgers, limit)
+        if not columns:  # the device itself is full
+            raise
+        where, columns = _ran_out(error, columns, watched.measurement.columns)
+        ledgers["yours, when it ran out"] = columns
+        largest = max(COLUMNS, key=lambda column: columns[column])
+        lines = [
+            f"Over the budget of {format_bytes(limit)}",
+            f"It ran out here: {where}.",
+            f"The largest column is {largest.replace('_', ' ')}. Try {ADVICE[largest]}.",
+        ]
+        return Result(False, lines, ledgers, limit)
     ledgers["yours"] = after.columns
 
     wanted, given = first_step(reference), first_step(build)
@@ -127,6 +141,15 @@ def _returns_nothing(build: Callable) -> bool:
     return step is None or step is ...
 
 
+def _ran_out(error: Exception, columns: dict[str, int], before: dict[str, int]) -> tuple[str, dict[str, int]]:
+    """Where an answer ran out, and its own bytes by column: the budget's error counts what was alive before, too."""
+    where = str(error).splitlines()[0].partition(". ")[2]
+    if "at the measured peak" in where:  # found afterwards, by the ledger: that has the answer's bytes alone
+        return where.partition(": ")[0], columns
+    where = where.partition(" while ")[0].rstrip(".")
+    return where, {column: max(0, columns[column] - before[column]) for column in COLUMNS}
+
+
 def _wrong_gradients(wanted: FirstStep, given: FirstStep, tolerance: float) -> str | None:
     if not given.gradients:
         return "No parameter has a gradient: the step has to call backward and let the optimizer step."
@@ -136,6 +159,9 @@ def _wrong_gradients(wanted: FirstStep, given: FirstStep, tolerance: float) -> s
         return f"{error}."
     if difference > tolerance:
         return f"The largest gradient difference is {difference:.1e}; {tolerance:.0e} is allowed."
+    stale = never_updated(wanted, given)
+    if stale:
+        return f"The step leaves {len(stale)} of {len(wanted.updated)} parameters as they are ({stale[0]})."
     return None
 
 

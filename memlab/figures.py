@@ -11,11 +11,15 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from memlab.ledger import COLUMNS
 from memlab.measure import Measurement
@@ -24,7 +28,8 @@ from memlab.units import GiB, KiB, MiB, format_bytes
 if TYPE_CHECKING:
     from memlab.compare import Comparison
 
-#: One colour a column (Okabe and Ito's palette, told apart by people with any colour vision and in grey print).
+#: One colour a column: Okabe and Ito's palette, which people with any colour vision tell apart. In grey print the
+#: order, which is always that of `COLUMNS`, and the numbers have to do.
 PALETTE = {
     "parameters": "#0072B2",
     "gradients": "#E69F00",
@@ -35,10 +40,12 @@ PALETTE = {
     "unattributed": "#FFFFFF",
 }
 
+_DARK = ("parameters", "optimizer_state", "activations")  # colours that take white letters
 _PHASE_SHADES = {"forward": "#F4F4F4", "backward": "#E4E4E4", "optimizer": "#CFCFCF"}
 _SHORT = {"forward": "fwd", "backward": "bwd", "optimizer": "opt"}
 _WIDTH = 7.2  # inches: the text width of a book page
 _FONT = 9
+_TITLE = 88  # letters in a line of a title
 
 
 class Drawing(Figure):
@@ -50,9 +57,10 @@ class Drawing(Figure):
         self.alt = ""
 
     def png(self, dpi: int = 120) -> bytes:
-        """The figure as the bytes of a PNG file."""
+        """The figure as the bytes of a PNG file, `dpi` pixels an inch of its size."""
         buffer = io.BytesIO()
-        self.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight", facecolor="white", metadata={"Software": None})
+        # Not bbox_inches="tight": the pictures of one slider have to be of one size.
+        self.savefig(buffer, format="png", dpi=dpi, facecolor="white", metadata={"Software": None})
         return buffer.getvalue()
 
     def _repr_mimebundle_(self, **_: object) -> tuple[dict, dict]:
@@ -62,12 +70,12 @@ class Drawing(Figure):
 
 def drawing(height: float, width: float = _WIDTH) -> Drawing:
     """An empty figure in the course's size and style (inches)."""
-    return Drawing(figsize=(width, height), layout="constrained")
+    return Drawing(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.05))
 
 
 def headline(figure: Figure, title: str) -> None:
     """Write what happened above a figure, on two lines where one is too short."""
-    figure.suptitle(textwrap.fill(title, 88), fontsize=_FONT + 1.5, x=0.01, ha="left")
+    figure.suptitle(textwrap.fill(title, _TITLE), fontsize=_FONT + 1.5, x=0.01, ha="left")
 
 
 def unit_for(largest: int) -> tuple[int, str]:
@@ -98,7 +106,7 @@ def bars(
     Args:
         axes: where to draw.
         ledgers: name → bytes by column.
-        predicted: name → predicted peak in bytes; drawn as a diamond.
+        predicted: name → predicted peak in bytes; drawn as a triangle below the bar, pointing at it.
         limit: a budget in bytes, drawn as a line.
     """
     totals = {name: sum(columns.values()) for name, columns in ledgers.items()}
@@ -114,24 +122,30 @@ def bars(
             hatch = "////" if column == "unattributed" else None
             edge = "#666666" if column == "unattributed" else "white"
             axes.barh(row, width, left=left, height=0.62, color=PALETTE[column], edgecolor=edge, hatch=hatch, lw=0.6)
-            if width * unit > 0.075 * largest:
-                dark = column in ("parameters", "optimizer_state", "activations")
+            number = f"{width:,.0f}" if width >= 99.95 else f"{width:.3g}"
+            if width * unit / largest > 0.02 + 0.015 * len(number):  # else it does not fit into the bar
+                # In an outline of the bar's colour, so that a hatch or the budget's line does not strike it through.
                 axes.text(
-                    left + width / 2, row, f"{width:,.3g}" if width < 1000 else f"{width:,.0f}",
-                    ha="center", va="center", fontsize=_FONT - 2, color="white" if dark else "black",
+                    left + width / 2, row, number, ha="center", va="center", fontsize=_FONT - 2, zorder=4,
+                    color="white" if column in _DARK else "black",
+                    path_effects=[withStroke(linewidth=3, foreground=PALETTE[column])],
                 )  # fmt: skip
             left += width
-        axes.text(left + 0.012 * largest / unit, row, format_bytes(totals[name]), va="center", fontsize=_FONT - 1)
+        axes.text(
+            left + 0.012 * largest / unit, row, format_bytes(totals[name]), va="center", fontsize=_FONT - 1, zorder=4,
+            path_effects=[withStroke(linewidth=3, foreground="white")],
+        )  # fmt: skip
         if predicted and predicted.get(name):
             axes.plot(predicted[name] / unit, row + 0.38, marker="^", color="black", ms=5, clip_on=False, zorder=5)
     if limit is not None:
-        axes.axvline(limit / unit, color="black", lw=1.2, ls=(0, (4, 2)))
-        axes.text(limit / unit, -0.62, f" budget {format_bytes(limit)}", fontsize=_FONT - 1, va="bottom", ha="center")
-    axes.set_yticks(range(len(ledgers)), list(ledgers), fontsize=_FONT)
+        axes.axvline(limit / unit, color="black", lw=1.2, ls=(0, (4, 2)), zorder=3)
+        axes.text(limit / unit, -0.62, f"budget {format_bytes(limit)}", fontsize=_FONT - 1, va="bottom", ha="center")
+    axes.set_yticks(range(len(ledgers)), [_wrap(name, 28) for name in ledgers], fontsize=_FONT)
     axes.set_ylim(len(ledgers) - 0.4, -0.6)
     axes.set_xlim(0, 1.16 * largest / unit)
     axes.set_xlabel(f"{unit_name} at the peak", fontsize=_FONT)
     axes.xaxis.set_major_locator(MaxNLocator(7))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
     style(axes).grid(False, axis="y")
     axes.spines["left"].set_visible(False)
     axes.tick_params(axis="y", length=0)
@@ -151,42 +165,68 @@ def legend(figure: Figure, ledgers: Sequence[Mapping[str, int]], predicted: bool
         for column in used
     ]
     if predicted:
-        from matplotlib.lines import Line2D
-
         handles.append(Line2D([], [], marker="^", color="black", ls="", ms=5, label="predicted peak"))
+    if len(handles) > 7:
+        # Two rows of four. matplotlib fills a legend by columns; this order makes it read by rows.
+        handles = [handles[index] for index in (0, 4, 1, 5, 2, 6, 3, 7)]
     figure.legend(
-        handles=handles, loc="outside lower center", ncols=min(len(handles), 7), fontsize=_FONT - 1, frameon=False,
-        handlelength=1.1, columnspacing=1.2, handletextpad=0.5,
+        handles=handles, loc="outside lower center", ncols=4 if len(handles) > 7 else 7,
+        fontsize=_FONT - 1, frameon=False, handlelength=1.1, columnspacing=1.2, handletextpad=0.5,
     )  # fmt: skip
 
 
-def stack(axes: Axes, measurement: Measurement, unit: int, top: float | None = None) -> None:
-    """Draw one measurement's timeline: bytes by column over time, phases shaded, the peak marked."""
+def stack(
+    axes: Axes, measurement: Measurement, unit: int, top: float | None = None, inches: float = 0.88 * _WIDTH
+) -> str:
+    """Draw one measurement's timeline: bytes by column over time, phases named in a strip above, the peak marked.
+
+    Args:
+        axes: where to draw.
+        measurement: what to draw.
+        unit: bytes of one unit of the vertical axis.
+        top: the end of the vertical axis, in units; by default a little above the peak.
+        inches: about how wide the axes are: a phase that is too short for its name gets three letters or none.
+
+    Returns:
+        The unit of the horizontal axis: seconds or, for a short run, milliseconds.
+
+    Raises:
+        ValueError: nothing was allocated, so there is nothing to draw.
+    """
+    if not measurement.peak_bytes:
+        raise ValueError("the run allocated nothing on this device: there is no timeline to draw")
     ledger = measurement.ledger
     line = measurement.timeline.thin(900)
-    seconds, phases = line.seconds, ledger.phases
-    begin = (phases[0].start - ledger.start) / 1e9 if phases else seconds[0]
-    end = (phases[-1].end - ledger.start) / 1e9 if phases else seconds[-1]
-    margin = 0.03 * (end - begin) or 1e-6
-    at = seconds - begin
+    phases = ledger.phases
+    begin = (phases[0].start - ledger.start) / 1e9 if phases else line.seconds[0]
+    length = ((phases[-1].end - ledger.start) / 1e9 if phases else line.seconds[-1]) - begin
+    margin = 0.03 * length or 1e-6
+    scale, time_unit = (1, "seconds") if length >= 2 else (1000, "milliseconds")
+
+    def place(seconds: np.ndarray | float) -> np.ndarray | float:
+        """Where a moment, in seconds since the record began, stands on the axis."""
+        return (seconds - begin) * scale
+
     axes.stackplot(
-        at, *[line.bytes[column] / unit for column in COLUMNS], step="post",
+        place(line.seconds), *[line.bytes[column] / unit for column in COLUMNS], step="post",
         colors=[PALETTE[column] for column in COLUMNS], linewidth=0, antialiased=False,
     )  # fmt: skip
-    axes.set_xlim(-margin, end - begin + margin)
+    axes.set_xlim(-margin * scale, (length + margin) * scale)
+    axes.xaxis.set_major_locator(MaxNLocator(max(3, int(inches / 0.6))))
     top = top or 1.14 * measurement.peak_bytes / unit
     axes.set_ylim(0, top)
     style(axes)
     # A strip above the curve names the phases; the letters go only where they fit.
     for span in phases:
-        left, right = ((moment - ledger.start) / 1e9 - begin for moment in (span.start, span.end))
+        left, right = (place((moment - ledger.start) / 1e9) for moment in (span.start, span.end))
         axes.axvspan(left, right, ymin=0.945, color=_PHASE_SHADES[span.kind], lw=0)
         axes.axvline(left, color="#AAAAAA", lw=0.5)
-        if right - left > 0.055 * (end - begin):
-            letters = span.kind if right - left > 0.16 * (end - begin) else _SHORT.get(span.kind, "")
-            axes.text((left + right) / 2, 0.972 * top, letters, ha="center", va="center", fontsize=_FONT - 2.5)
-    peak = (ledger.peak_time - ledger.start) / 1e9 - begin
-    axes.plot(max(peak, -margin), measurement.peak_bytes / unit, "v", color="black", ms=4, clip_on=False, zorder=5)
+        room = inches * (right - left) / scale / (length + 2 * margin) / 0.06  # in letters
+        letters = next((word for word in (span.kind, _SHORT.get(span.kind, "")) if len(word) < room), "")
+        axes.text((left + right) / 2, 0.972 * top, letters, ha="center", va="center", fontsize=_FONT - 2.5)
+    peak = max(place((ledger.peak_time - ledger.start) / 1e9), -margin * scale)
+    axes.plot(peak, measurement.peak_bytes / unit, "v", color="black", ms=4, clip_on=False, zorder=5)
+    return time_unit
 
 
 def timeline(measurement: Measurement, title: str | None = None) -> Drawing:
@@ -194,8 +234,8 @@ def timeline(measurement: Measurement, title: str | None = None) -> Drawing:
     figure = drawing(3.0)
     axes = figure.subplots()
     unit, name = unit_for(measurement.peak_bytes)
-    stack(axes, measurement, unit)
-    axes.set_xlabel("seconds since the first step began", fontsize=_FONT)
+    time_unit = stack(axes, measurement, unit)
+    axes.set_xlabel(f"{time_unit} since the first step began", fontsize=_FONT)
     axes.set_ylabel(f"{name} alive", fontsize=_FONT)
     title = title or f"Peak {format_bytes(measurement.peak_bytes)}, in {measurement.phase}"
     headline(figure, title)
@@ -211,11 +251,11 @@ def ledgers(
     limit: int | None = None,
 ) -> Drawing:
     """Ledgers as stacked bars on one axis, from plain numbers (name → bytes by column)."""
-    figure = drawing(1.1 + 0.42 * len(columns))
+    figure = drawing(1.2 + 0.42 * len(columns) + 0.2 * (limit is not None) + 0.2 * (len(title) > _TITLE))
     bars(figure.subplots(), columns, predicted, limit)
     headline(figure, title)
     legend(figure, list(columns.values()), bool(predicted and any(predicted.values())))
-    figure.alt = f"{title}. " + " ".join(f"{name}: {_in_words(held)}." for name, held in columns.items())
+    figure.alt = _alt(title, columns, predicted, limit)
     return figure
 
 
@@ -225,28 +265,26 @@ def comparison(compared: Comparison, title: str | None = None) -> Drawing:
     # More than three timelines side by side cannot be read: the first and the last tell the story.
     timelines = variants if len(variants) <= 3 else [variants[0], variants[-1]]
     figure = drawing(3.4 + 0.4 * len(variants))
-    grid = figure.add_gridspec(2, len(timelines), height_ratios=[0.55 + 0.42 * len(variants), 2.3])
+    # Two figures in one, so that long names beside the bars take no room from the timelines.
+    above, below = figure.subfigures(2, 1, height_ratios=[0.75 + 0.42 * len(variants), 2.3])
     columns = {variant.name: variant.measurement.columns for variant in variants}
     predicted = {variant.name: variant.predicted_bytes for variant in variants}
-    bars(figure.add_subplot(grid[0, :]), columns, predicted)
+    bars(above.subplots(), columns, predicted)
     largest = max(variant.measurement.peak_bytes for variant in variants)
     unit, unit_name = unit_for(largest)
-    first: Axes | None = None
-    for position, variant in enumerate(timelines):
-        axes = figure.add_subplot(grid[1, position], sharey=first)
-        stack(axes, variant.measurement, unit, top=1.14 * largest / unit)
-        axes.set_title(variant.name, fontsize=_FONT, loc="left")
-        axes.set_xlabel("seconds", fontsize=_FONT)
-        if first is None:
-            first = axes
-            axes.set_ylabel(f"{unit_name} alive", fontsize=_FONT)
-        else:
-            axes.tick_params(labelleft=False)
+    count = len(timelines)
+    row = below.subplots(1, count, sharey=True, squeeze=False)[0]
+    for axes, variant in zip(row, timelines, strict=True):
+        inches = (0.92 * _WIDTH - 0.1) / count - 0.1
+        time_unit = stack(axes, variant.measurement, unit, 1.14 * largest / unit, inches)
+        axes.set_title(_wrap(variant.name, 84 // count), fontsize=_FONT, loc="left")
+        axes.set_xlabel(time_unit, fontsize=_FONT)
+    row[0].set_ylabel(f"{unit_name} alive", fontsize=_FONT)
     title = title or compared.verdict
     headline(figure, title)
     every = [m for variant in timelines for m in _all_columns(variant.measurement)]
     legend(figure, [*columns.values(), *every], any(predicted.values()))
-    figure.alt = f"{title}. " + " ".join(f"{name}: {_in_words(held)}." for name, held in columns.items())
+    figure.alt = _alt(title, columns, predicted)
     return figure
 
 
@@ -257,23 +295,49 @@ def curves(
     y_label: str,
     bands: Mapping[str, tuple[Sequence[float], Sequence[float]]] | None = None,
 ) -> Drawing:
-    """Lines with their names at the end, such as losses over steps: name → y values, or name → (x values, y values)."""
+    """Lines, such as losses over steps: name → y values (at 1, 2, ...), or name → (x values, y values).
+
+    `bands` shades a range around a line: name → (lower values, upper values).
+    """
     figure = drawing(2.7)
     axes = style(figure.subplots())
     colours = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
     dashes = ["-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (5, 1.5, 1, 1.5)), "-", "-", "-"]
+    every_x, ends = [], []
     for number, (name, line) in enumerate(lines.items()):
         x, y = line if isinstance(line, tuple) else (range(1, len(line) + 1), line)
+        every_x.extend(x)
+        ends.append(f"{name} from {y[0]:,.4g} to {y[-1]:,.4g}")
         look = {"color": colours[number % 7], "linestyle": dashes[number % 7], "linewidth": 1.5}
         axes.plot(x, y, label=name, marker="o" if len(y) <= 12 else None, ms=3.5, **look)
         if bands and name in bands:
             axes.fill_between(x, *bands[name], color=look["color"], alpha=0.15, lw=0)
+    whole = all(float(value).is_integer() for value in every_x)
+    axes.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10], integer=whole))
     axes.set_xlabel(x_label, fontsize=_FONT)
     axes.set_ylabel(y_label, fontsize=_FONT)
     axes.legend(fontsize=_FONT - 1, frameon=False)
     headline(figure, title)
-    figure.alt = f"{title}. Lines: {', '.join(lines)}; {y_label} against {x_label}."
+    figure.alt = f"{title}. {y_label} against {x_label}: {'; '.join(ends)}."
     return figure
+
+
+def _wrap(name: str, width: int) -> str:
+    return "\n".join(textwrap.wrap(name, width, max_lines=2, placeholder="…"))
+
+
+def _alt(
+    title: str,
+    columns: Mapping[str, Mapping[str, int]],
+    predicted: Mapping[str, int | None] | None,
+    limit: int | None = None,
+) -> str:
+    """The alternative text of ledgers: everything that the bars show."""
+    lines = [f"{title}."]
+    for name, held in columns.items():
+        beside = f", predicted {format_bytes(predicted[name])}" if predicted and predicted.get(name) else ""
+        lines.append(f"{name}: {format_bytes(sum(held.values()))}{beside} ({_in_words(held)}).")
+    return " ".join(lines + [f"The budget is {format_bytes(limit)}."] * (limit is not None))
 
 
 def _in_words(columns: Mapping[str, int]) -> str:

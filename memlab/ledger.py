@@ -259,18 +259,25 @@ def _phases(spans: list[Span], start: int, end: int) -> tuple[list[Span], list[S
             backwards.append(Span(node.start, node.end, "backward"))
 
     # Forward runs from the first module call to the backward that follows it, loss included. With no backward after
-    # it, it ends where the module ends. With no module at all, it begins where the step (or the last phase) did.
+    # it, it ends where the step does (or the module, where no step is known). With no module at all, it begins where
+    # the step (or the last phase) did.
+    step_at = _finder(steps)
     phases: list[Span] = []
     previous = start
     for span in sorted(optimizers + backwards) + [Span(end + 1, end + 1, "end")]:
         # (A module that calls backward itself goes on with its forward after that.)
         calls = [call for call in forwards if previous < call.end and call.start < span.start]
+        alone = calls
         if span.kind == "backward":
-            step = max((step.start for step in steps if step.start < span.start), default=start)
-            begin = max(previous, calls[0].start if calls else step)
-            phases.append(Span(begin, span.start, "forward"))
-        else:
-            phases += [Span(max(previous, c.start), min(c.end, span.start), "forward") for c in calls]
+            began = max((step.start for step in steps if step.start < span.start), default=start)
+            # What ran in the step before (a validation, say) has nothing to do with this backward.
+            alone, calls = [c for c in calls if c.end <= began], [c for c in calls if c.end > began]
+        for call in alone:
+            begin, step = max(previous, call.start), step_at(call.start)
+            if not (phases and begin < phases[-1].end):  # else it goes on
+                phases.append(Span(begin, min(step.end if step else call.end, span.start), "forward"))
+        if span.kind == "backward":
+            phases.append(Span(max(previous, calls[0].start if calls else began), span.start, "forward"))
         phases.append(span)
         previous = span.end
     phases.pop()

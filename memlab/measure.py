@@ -57,7 +57,8 @@ class Measurement:
         phase: the phase that held the peak: forward, backward, optimizer or other.
         reserved_bytes: the most that the allocator held from the driver, whole process (None on the CPU).
         device_bytes: what the driver says is in use on the whole device at the end of the run (None on the CPU).
-        bytes_after_step: bytes alive after each step. In a loop that leaks they grow.
+        bytes_after_step: bytes alive after each step. In a loop that leaks they grow. (Empty for `watch`, which knows
+            no steps.)
         seconds: median and spread of one step, from separate runs with nothing switched on (None: not asked for).
         losses: what each step returned, when it returned a number or a tensor with one element (else None).
         outside_bytes: the most bytes at once of tensors that the run used and this device's allocator did not hand
@@ -210,7 +211,8 @@ def measure(
         raise
     measurement = recording.measurement()
     recording.check_gradients()
-    measurement.bytes_after_step = tuple(sum(measurement.ledger.columns_at(moment).values()) for moment in after)
+    if recording.meter.complete:
+        measurement.bytes_after_step = tuple(sum(measurement.ledger.columns_at(moment).values()) for moment in after)
     measurement.losses = tuple(losses) if len(losses) == steps else None
     recording.check_leaks(measurement)
     recording.check_budget(measurement)
@@ -389,13 +391,13 @@ class _Recording:
         ledger, missed = build_ledger(
             self.meter.events, self.observer.observations, spans, alive, start=self.start, end=self.end
         )
+        if not self.meter.complete:
+            ledger, missed = Ledger([], start=self.start, end=self.end), []  # half a history is none
         self._refuse_foreign_parameters(missed)
         self._refuse_other_threads()
         peak, columns = ledger.peak_bytes, ledger.peak_columns()
         if cuda:
             counted = self.meter.peak_allocated - (0 if self._count_alive else self.meter.allocated_before)
-            if not self.meter.complete:
-                columns = dict.fromkeys(COLUMNS, 0)
             # The counter is the truth. What the history does not explain (rounding, other libraries) is unattributed.
             peak = max(counted, sum(columns.values()))
             columns["unattributed"] += peak - sum(columns.values())

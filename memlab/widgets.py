@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Mapping
 
 import ipywidgets
@@ -38,11 +39,15 @@ def knob(pictures: Mapping[object, Drawing], description: str, start: object | N
         layout={"width": "600px"},
     )
     image = ipywidgets.Image(value=drawn[start], format="png", layout={"max_width": "860px"})
-    text = ipywidgets.HTML(value=f"<small>{pictures[start].alt}</small>", layout={"max_width": "860px"})
+    text = ipywidgets.HTML(value=_small(pictures[start]), layout={"max_width": "860px"})
 
     def show(change: dict) -> None:
         image.value = drawn[change["new"]]
-        text.value = f"<small>{pictures[change['new']].alt}</small>"
+        text.value = _small(pictures[change["new"]])
 
     slider.observe(show, names="value")
     return ipywidgets.VBox([slider, image, text])
+
+
+def _small(picture: Drawing) -> str:
+    return f"<small>{html.escape(picture.alt)}</small>"

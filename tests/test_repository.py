@@ -6,7 +6,6 @@ purpose, where it must find that. What a rule is for, and how to satisfy it, is 
 
 import ast
 import copy
-import functools
 import re
 import runpy
 import subprocess
@@ -126,9 +125,7 @@ def rooms_imported(path, root):
     """The rooms of memlab (modules or folders at its top level) that a file imports, other than for its types."""
     package = path.relative_to(root).parent.parts
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in nodes(
-        tree, without=lambda n: isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"
-    ):
+    for node in nodes(tree, without=lambda n: isinstance(n, ast.If) and "TYPE_CHECKING" in ast.unparse(n.test)):
         if isinstance(node, ast.Import):
             modules = [a.name for a in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -151,14 +148,8 @@ def requirements(root):
     return {group: [Requirement(line) for line in lines] for group, lines in groups.items()}
 
 
-@functools.lru_cache
-def _toml(path, _modified):
-    return tomllib.loads(path.read_text(encoding="utf-8"))
-
-
 def pyproject(root):
-    path = root / "pyproject.toml"
-    return _toml(path, path.stat().st_mtime_ns)
+    return tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
 
 
 def pins(path):
@@ -705,7 +696,7 @@ def good_tree(tmp_path):
         'optional-dependencies = { course = [], dev = ["pytest"] }\n'
         'urls = { Repository = "https://github.com/OWNER/memlab" }\n',
         "memlab/__init__.py": '__version__ = "0.1.0"\n',
-        "memlab/ledger.py": "import numpy\n",
+        "memlab/ledger.py": "import numpy\nif TYPE_CHECKING:\n    from memlab.measure import measure\n",
         "memlab/meters/cpu.py": "import torch\nfrom ..ledger import Ledger\nfrom . import columns\n",
         "memlab/techniques/x.py": "import math\nfrom torch import nn\n",
         "memlab/workloads/gpt.py": "from . import text\n",

@@ -196,8 +196,9 @@ class Observer:
 
     def _see_parameter(self, parameter: torch.Tensor, name: str) -> None:
         if parameter.device.type == "meta":
+            which = f"parameter {name!r}" if name else "a parameter of the optimizer"
             raise ValueError(
-                f"{f'parameter {name!r}' if name else 'a parameter of the optimizer'} is on the meta device: it has a shape but no bytes, so there is nothing to "
+                f"{which} is on the meta device: it has a shape but no bytes, so there is nothing to "
                 f"measure. Build the model on {self.device}, or call .to_empty(device={str(self.device)!r}) first."
             )
         self.see((parameter,), "parameters", name)
@@ -232,8 +233,9 @@ class Observer:
         Args:
             before: the steps have not begun: any other tensor that Python holds is the batch (inputs, targets, a data
                 set kept on the device) if it needs no gradient, and an activation if autograd made it.
-            after: the steps are over: a tensor that was trained, and that no module was given, is a parameter; and
-                what was not there before the run was used by it.
+            after: the steps are over: a tensor that was trained, and that no module was given, is a parameter.
+
+        What was not there before the run counts as used by it.
         """
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # asking some tensors for their gradient warns
@@ -263,7 +265,7 @@ class Observer:
     def _look_at(self, tensor: torch.Tensor, after: bool) -> None:
         """Note a tensor that belongs to no model, optimizer or data set."""
         addresses = {storage.data_ptr() for storage in storages(tensor)}
-        outside = after and not addresses & self.before
+        outside = not addresses & self.before
         if tensor.grad_fn is not None:
             if not after:
                 self.see((tensor,), "activations", outside=outside)

@@ -36,6 +36,7 @@ class Trace:
     def __init__(self, memory: bool = True):
         self.events: list[Event] = []
         self.mapped: list[Event] = []
+        self.complete = True  # nothing is ever left out here
         self.spans: list[Span] = []
         # The profiler announces itself on standard error, which a notebook would show. 99 is silence.
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")

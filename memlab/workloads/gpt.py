@@ -251,19 +251,22 @@ def activation_bytes(
     and value (3), the heads' output (1), the MLP's two tensors (8). Under 16-bit autocast only the inputs of the norms
     stay FP32, the other 14 halve, and autograd saves a 16-bit copy of every weight that a matrix product used.
 
-    Raises ValueError for a config with dropout, whose masks are not counted.
+    Raises ValueError for a config with dropout, whose masks are not counted, and for sizes that the model cannot take.
     """
     if config.dropout:
         raise ValueError(
             f"dropout's masks are not counted here: dropout must be 0, but it is {config.dropout}."
         )
+    if batch_size < 1 or not 1 <= sequence_length <= config.context_length:
+        raise ValueError(
+            f"batch_size must be at least 1 and sequence_length from 1 to {config.context_length}, "
+            f"but they are {batch_size} and {sequence_length}."
+        )
     tokens, number = batch_size * sequence_length, 2 if mixed_precision else 4
-    layer = (
-        2 * 4 + 14 * number
-    ) * config.hidden + 2 * 2 * 4  # two norms keep a mean and a deviation of a token
-    end = (
-        (4 + number) * config.hidden + 2 * 4 + 4 * config.vocabulary_size
-    )  # the last norm, and the log-softmax
+    # The two norms also keep a mean and a deviation of each token.
+    layer = (2 * 4 + 14 * number) * config.hidden + 2 * 2 * 4
+    # The last norm, and the log-softmax.
+    end = (4 + number) * config.hidden + 2 * 4 + 4 * config.vocabulary_size
     total = tokens * (config.layers * layer + end)
     if config.attention == "sdpa":
         total += config.layers * tokens * 4 * config.heads  # the softmax's denominators

@@ -7,6 +7,8 @@ import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from memlab.measure import measure
+from memlab.techniques.mixed_precision import apply_mixed_precision
 from memlab.workloads import gpt
 from memlab.workloads.gpt import GPT, Block, CausalSelfAttention, GPTConfig
 
@@ -324,3 +326,58 @@ def test_wrong_tokens_are_refused(tokens, error, words):
 def test_wrong_targets_are_refused(targets, error):
     with pytest.raises(error, match="targets"):
         build(TINY)(random_tokens(), targets)
+
+
+def measured_activations(config, batch, sequence, mixed_precision):
+    """The ledger's activations at the peak of a training step."""
+
+    def build_run():
+        model = build(config)
+        if mixed_precision:
+            apply_mixed_precision(model, torch.bfloat16)
+        optimizer = torch.optim.AdamW(model.parameters())
+        tokens = random_tokens(batch, sequence, config.vocabulary_size)
+        targets = tokens.roll(-1, 1)
+
+        def step():
+            loss = model(tokens, targets)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
+    run = measure(build_run, device="cpu")
+    assert run.phase == "backward"  # else the activations are not all there
+    return run.columns["activations"]
+
+
+@pytest.mark.parametrize("batch", [4, 12])
+@pytest.mark.parametrize("mixed_precision", [False, True])
+@pytest.mark.parametrize("attention", ["sdpa", "naive"])
+def test_activation_bytes_are_the_ledgers(attention, mixed_precision, batch):
+    config = gpt.tiny(layers=2, attention=attention)
+    counted = gpt.activation_bytes(config, batch, 64, mixed_precision=mixed_precision)
+    assert counted == measured_activations(config, batch, 64, mixed_precision)
+
+
+@pytest.mark.parametrize("mixed_precision", [False, True])
+def test_activation_bytes_follow_the_options(mixed_precision):
+    """Other sizes, no bias, an output layer of its own."""
+    config = GPTConfig(101, 40, layers=3, heads=4, hidden=48, bias=False, tied_embeddings=False)
+    counted = gpt.activation_bytes(config, 32, 36, mixed_precision=mixed_precision)
+    assert counted == measured_activations(config, 32, 36, mixed_precision)
+
+
+@pytest.mark.parametrize(
+    "config, sizes, words",
+    [
+        (gpt.tiny(dropout=0.1), (4, 64), "dropout must be 0, but it is 0.1"),
+        (gpt.tiny(), (0, 64), "batch_size must be at least 1"),
+        (gpt.tiny(), (4, 65), "sequence_length from 1 to 64"),
+        (gpt.tiny(), (4, 0), "sequence_length from 1 to 64"),
+    ],
+)
+def test_activation_bytes_that_cannot_be_counted_are_refused(config, sizes, words):
+    with pytest.raises(ValueError, match=words):
+        gpt.activation_bytes(config, *sizes)

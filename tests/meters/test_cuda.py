@@ -1,0 +1,312 @@
+"""A GPU's bytes: the history that the allocator records, made by hand here; on a GPU also the real one."""
+
+import inspect
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from memlab import budget, measure, watch
+from memlab.ledger import COLUMNS, Event, build_ledger
+from memlab.meters.cuda import _MAX_ENTRIES, CudaTrace, clear_workspaces, read_history
+from memlab.workloads import gpt
+
+MiB = 2**20
+CUDA = torch.device("cuda", 0)
+
+
+def gpu(test):
+    """Marks a test that needs a CUDA device. Where there is none it is skipped, and says so."""
+    reason = "needs a CUDA device, and torch sees none here"
+    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason=reason)(test))
+
+
+# Without a GPU --------------------------------------------------------------------------------------------------------
+
+
+def entry(action: str, address: int, size: int, time_us: int) -> dict:
+    """An entry of the allocator's history, with the fields that PyTorch gives it."""
+    return {"action": action, "addr": address, "size": size, "time_us": time_us, "stream": 0, "frames": []}
+
+
+def test_a_history_made_by_hand():
+    history = [
+        entry("segment_alloc", 0x1000, 2 * MiB, 1),
+        entry("alloc", 0x1000, 1000, 2),
+        entry("alloc", 0x1400, 512, 2),
+        entry("free_requested", 0x1000, 1000, 3),
+        entry("free_completed", 0x1000, 1000, 3),
+        entry("alloc", 0x1000, 1, 4),
+        {"action": "oom", "size": 5 * MiB, "device_free": 0, "time_us": 5, "stream": 0, "frames": []},
+        {"action": "snapshot", "addr": 0, "size": 0, "time_us": 6, "stream": 0, "frames": []},
+        entry("free_requested", 0x1400, 512, 7),
+        entry("free_completed", 0x1400, 512, 9),
+        entry("segment_free", 0x1000, 2 * MiB, 10),
+    ]
+    events = read_history(history)
+    assert events == [
+        Event(2000, 0x1000, 1024),
+        Event(2000, 0x1400, 512),
+        Event(3000, 0x1000, -1024),
+        Event(4000, 0x1000, 512),
+        Event(7000, 0x1400, -512),
+    ]
+    ledger, _ = build_ledger(events)
+    assert ledger.timeline().total.tolist() == [1024, 1536, 512, 1024, 512]
+
+
+@pytest.mark.parametrize("size, rounded", [(1, 512), (511, 512), (512, 512), (513, 1024), (MiB, MiB)])
+def test_the_allocator_hands_out_multiples_of_512(size, rounded):
+    assert read_history([entry("alloc", 1, size, 1)])[0].bytes == rounded
+
+
+def test_the_counters_fall_when_a_return_is_asked_for():
+    """Not when the streams are done with the block (`free_completed`)."""
+    history = [entry("alloc", 1, 512, 1), entry("free_requested", 1, 512, 5), entry("free_completed", 1, 512, 50)]
+    assert [event.time for event in read_history(history)] == [1000, 5000]
+
+
+def test_what_the_gpus_meter_calls_takes_the_arguments_that_it_gives():
+    """The history is private in PyTorch, and cannot run here: at least the names and arguments are there."""
+    history = inspect.signature(torch.cuda.memory._record_memory_history)
+    assert {"enabled", "context", "max_entries"} <= history.parameters.keys()
+    assert "device" in inspect.signature(torch.cuda.memory._snapshot).parameters
+    for name in (
+        "empty_cache", "max_memory_allocated", "max_memory_reserved", "mem_get_info", "memory_allocated",
+        "memory_reserved", "memory_snapshot", "reset_peak_memory_stats", "set_per_process_memory_fraction",
+        "get_per_process_memory_fraction", "synchronize", "get_device_properties",
+    ):  # fmt: skip
+        assert callable(getattr(torch.cuda, name)), name
+
+
+def test_clearing_workspaces_does_nothing_where_there_is_no_gpu():
+    if torch.cuda.is_available():
+        pytest.skip("a CUDA device is there")
+    clear_workspaces()
+    assert not torch.cuda.is_initialized()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
+@pytest.mark.parametrize("use", [lambda: measure(lambda: print, device="cuda"), lambda: watch(device="cuda")])
+def test_a_gpu_that_is_not_there_is_an_error_and_never_a_zero(use):
+    """`torch.cuda.max_memory_allocated()` returns 0 without a GPU."""
+    with pytest.raises(ValueError, match="no CUDA device is there"):
+        use()
+
+
+# On a GPU -------------------------------------------------------------------------------------------------------------
+
+
+def build(batch: int = 8):
+    """A training step of a small GPT; its first step makes all the state there is."""
+
+    def inner():
+        torch.manual_seed(0)
+        model = gpt.GPT(gpt.small(layers=4)).to(CUDA)
+        optimizer = torch.optim.AdamW(model.parameters())
+        tokens = torch.randint(256, (batch, 257), device=CUDA)
+
+        def step():
+            optimizer.zero_grad()
+            loss = model(tokens[:, :-1], tokens[:, 1:].contiguous())
+            loss.backward()
+            optimizer.step()
+            return loss.detach()
+
+        return step
+
+    return inner
+
+
+@pytest.fixture
+def warm():
+    """The first matrix product of a process makes cuBLAS's handles, which no later run makes again."""
+    build()()()
+    torch.cuda.synchronize()
+    yield
+    torch.cuda.empty_cache()
+
+
+def history_is_off() -> bool:
+    return not torch._C._cuda_isHistoryEnabled()
+
+
+@gpu
+def test_the_peak_is_the_rise_of_the_allocators_counter(warm):
+    measured = measure(build(), device="cuda")
+    clear_workspaces()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated(CUDA)
+    torch.cuda.reset_peak_memory_stats(CUDA)
+    step = build()()
+    step()
+    step()
+    assert measured.peak_bytes == torch.cuda.max_memory_allocated(CUDA) - before
+
+
+@gpu
+def test_the_columns_sum_to_the_peak_and_little_is_left_over(warm):
+    measured = measure(build(), device="cuda")
+    assert tuple(measured.columns) == COLUMNS
+    assert sum(measured.columns.values()) == measured.peak_bytes
+    assert measured.columns["unattributed"] < 0.02 * measured.peak_bytes
+    assert measured.environment["device"] == "cuda" and measured.environment["gpu"]
+
+
+@gpu
+def test_parameters_are_exact_up_to_the_allocators_rounding(warm):
+    measured = measure(build(), device="cuda")
+    torch.manual_seed(0)
+    parameters = {p.untyped_storage().data_ptr(): p for p in gpt.GPT(gpt.small(layers=4)).parameters()}.values()
+    rounded = sum(-(-p.numel() * 4 // 512) * 512 for p in parameters)
+    assert measured.columns["parameters"] == rounded
+    assert measured.columns["optimizer_state"] >= 2 * sum(p.numel() * 4 for p in parameters)
+
+
+@gpu
+def test_the_same_run_gives_the_same_bytes(warm):
+    first, again = measure(build(), device="cuda"), measure(build(), device="cuda")
+    assert first.peak_bytes == again.peak_bytes
+    assert {k: v for k, v in first.columns.items()} == {k: v for k, v in again.columns.items()}
+
+
+@gpu
+def test_three_numbers_are_shown_and_never_mixed_up(warm):
+    measured = measure(build(), device="cuda")
+    assert measured.peak_bytes <= measured.reserved_bytes <= measured.device_bytes
+    assert measured.device_bytes <= torch.cuda.get_device_properties(CUDA).total_memory
+    for word in ("allocated", "reserved", "device"):
+        assert word in str(measured)
+
+
+@gpu
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_the_history_is_switched_off_afterwards_whatever_happens(warm, error):
+    def failing():
+        step = build()()
+
+        def fail():
+            step()
+            raise error("no")
+
+        return fail
+
+    assert history_is_off()
+    measure(build(), device="cuda")
+    assert history_is_off()
+    with pytest.raises(error):
+        measure(failing, device="cuda")
+    assert history_is_off()
+
+
+@gpu
+def test_the_history_is_bounded(warm, monkeypatch):
+    """An overrun is not a wrong number: the counter's peak stays, and all of it is unattributed."""
+    whole = measure(build(), device="cuda")
+    monkeypatch.setattr("memlab.meters.cuda._MAX_ENTRIES", 100)
+    cut = measure(build(), device="cuda")
+    assert cut.peak_bytes == cut.columns["unattributed"] == whole.peak_bytes
+    assert _MAX_ENTRIES > 100
+
+
+@gpu
+def test_watch_counts_what_was_there_before(warm):
+    model = nn.Linear(1024, 1024, device=CUDA)
+    optimizer = torch.optim.AdamW(model.parameters())
+    inputs = torch.randn(64, 1024, device=CUDA)
+
+    def loop():
+        optimizer.zero_grad()
+        model(inputs).mean().backward()
+        optimizer.step()
+
+    loop()
+    clear_workspaces()
+    with watch(model, optimizer) as w:
+        loop()
+    found = w.measurement
+    assert found.columns["parameters"] == 1024 * 1024 * 4 + 1024 * 4
+    assert found.columns["optimizer_state"] >= 2 * 1024 * 1024 * 4
+    assert sum(found.columns.values()) == found.peak_bytes
+    assert found.peak_bytes == torch.cuda.max_memory_allocated(CUDA)
+
+
+@gpu
+def test_a_model_on_the_cpu_is_refused_when_the_gpu_is_measured(warm):
+    def on_the_cpu():
+        model, inputs = nn.Linear(8, 8), torch.randn(4, 8)
+        return lambda: model(inputs).mean().backward()
+
+    with pytest.raises(ValueError, match="are on cpu, but cuda:0 is measured"):
+        measure(on_the_cpu, device="cuda")
+
+
+@gpu
+def test_the_budget_raises_on_the_gpu_as_on_the_cpu(warm):
+    torch.cuda.empty_cache()
+    fraction = torch.cuda.get_per_process_memory_fraction(CUDA)
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        with budget(torch.cuda.memory_reserved(CUDA) + 64 * MiB, device="cuda"):
+            build(batch=256)()()
+    message = str(caught.value)
+    assert "out of memory: the budget is" in message
+    assert "Alive by column: " in message and "parameters" in message
+    assert "The largest column is" in message and "Try " in message
+    assert "blocks." in message or "head" in message  # the module
+    assert torch.cuda.get_per_process_memory_fraction(CUDA) == fraction
+    build(batch=64)()()  # and the limit is gone
+
+
+@gpu
+def test_a_budget_that_is_kept_changes_nothing(warm):
+    free = measure(build(), device="cuda")
+    with budget("4 GiB", device="cuda"):
+        kept = measure(build(), device="cuda")
+    assert kept.peak_bytes == free.peak_bytes
+
+
+@gpu
+def test_a_budget_below_what_is_alive(warm):
+    held = torch.ones(64 * MiB, device=CUDA)
+    with pytest.raises(ValueError, match="below what is alive already"):
+        with budget("32 MiB", device="cuda"):
+            pass
+    del held
+
+
+@gpu
+def test_the_trace_sees_a_known_allocation():
+    trace = CudaTrace(CUDA)
+    trace.start()
+    held = torch.empty(1000, dtype=torch.uint8, device=CUDA)
+    address = held.data_ptr()
+    del held
+    trace.stop()
+    assert [(e.address, e.bytes) for e in trace.events if e.address == address] == [(address, 1024), (address, -1024)]
+    assert trace.complete
+
+
+@gpu
+def test_checkpointing_shows_in_the_columns(warm):
+    from torch.utils.checkpoint import checkpoint
+
+    def layers(run):
+        def inner():
+            torch.manual_seed(0)
+            blocks = nn.ModuleList(nn.Sequential(nn.Linear(256, 1024), nn.GELU(), nn.Linear(1024, 256)) for _ in range(6))
+            blocks, inputs = blocks.to(CUDA), torch.randn(4096, 256, device=CUDA)
+
+            def step():
+                x = inputs
+                for block in blocks:
+                    x = run(block, x)
+                F.mse_loss(x, inputs).backward()
+
+            return step
+
+        return inner
+
+    plain = measure(layers(lambda block, x: block(x)), device="cuda")
+    saved = measure(layers(lambda block, x: checkpoint(block, x, use_reentrant=False)), device="cuda")
+    assert saved.columns["activations"] < plain.columns["activations"] / 2
