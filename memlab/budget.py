@@ -242,8 +242,9 @@ class _Counter(TorchDispatchMode):
             if tensor.device != self.owner.device:
                 continue
             added = 0
-            with contextlib.suppress(Exception):  # no memory of its own (fake, functional)
-                added = sum(self._add(storage) for storage in storages(tensor))
+            with contextlib.suppress(Exception):  # no memory of its own (functional)
+                parts = [storage for storage in storages(tensor) if storage.device == self.owner.device]  # else fake
+                added = sum(self._add(storage) for storage in parts)
             if added > 0 and self.total > self.owner.limit:
                 raise self.owner._passed(added, str(function.overloadpacket))
         return result

@@ -212,7 +212,7 @@ def stack(
         colors=[PALETTE[column] for column in COLUMNS], linewidth=0, antialiased=False,
     )  # fmt: skip
     axes.set_xlim(-margin * scale, (length + margin) * scale)
-    axes.xaxis.set_major_locator(MaxNLocator(max(3, int(inches / 0.6))))
+    axes.xaxis.set_major_locator(MaxNLocator(max(3, int(inches / 0.5)), steps=[1, 2, 5, 10]))
     top = top or 1.14 * measurement.peak_bytes / unit
     axes.set_ylim(0, top)
     style(axes)

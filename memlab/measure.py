@@ -225,7 +225,8 @@ class watch:  # noqa: N801 - read as a verb: `with watch(model, optimizer) as w:
     """Measure a stretch of existing training code, in mid-life: `with watch(model, optimizer) as w: ...`.
 
     What was alive at the start is counted and its end is seen. Afterwards `w.measurement` holds the `Measurement`
-    (also when the code inside raised).
+    (also when the code inside raised). Begin between two iterations: of a graph that is alive at the start, only what
+    Python holds is known. On the CPU the thread that enters is measured, as by `measure`.
 
     Args:
         things: any number of models and optimizers. They name what is alive at the start; models and optimizers that

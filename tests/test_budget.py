@@ -74,7 +74,7 @@ def test_in_the_forward_it_names_the_module():
         model(torch.randn(2048, WIDTH)).mean().backward()
 
     error = out_of_memory(8 * MiB, run)
-    assert "the budget is 8.00 MiB. aten.addmm in 4 asked for 2.00 MiB while 6.75 MiB were alive" in str(error)
+    assert "the budget is 8.00 MiB. aten.tanh in 3 asked for 2.00 MiB while 6.75 MiB were alive" in str(error)
     assert error.columns["activations"] == 2 * 2 * MiB + 2 * MiB
     assert error.columns["batch"] == 2 * MiB
     assert error.columns["parameters"] == 3 * LAYER
@@ -110,15 +110,21 @@ def test_in_the_optimizer_it_names_the_optimizer(options):
 
 
 def test_in_a_recomputation_it_names_the_module():
-    def run():
-        model = mlp(1)
-        inputs = torch.randn(1024, WIDTH)
-        with torch.no_grad():
-            model(inputs)  # this much fits
-        checkpoint(model, inputs, use_reentrant=False).mean().backward()
+    """Two layers with 1 MiB outputs: their forward fits. In backward, it comes on top of gradients and input."""
+    ran = []
 
-    error = out_of_memory(LAYER + 4 * MiB, run)
-    assert " in 1 asked for 1.00 MiB" in str(error) or "in the backward of" in str(error)
+    def run():
+        model, inputs = mlp(2), torch.randn(1024, WIDTH)
+        outputs = checkpoint(model, inputs, use_reentrant=False)
+        ran.append("forward")
+        (outputs * 2).mean().backward()
+
+    error = out_of_memory(2 * LAYER + 5 * MiB - 1, run)
+    assert ran == ["forward"]
+    assert "aten.tanh in 3 asked for 1.00 MiB while 4.50 MiB were alive" in str(error)
+    # Computed again: the first Tanh's output, and of the second layer both. Output and its double are there, too.
+    assert error.columns["activations"] == pytest.approx(4 * MiB, abs=16 * KiB)
+    assert error.columns["batch"] == MiB
 
 
 def test_outside_any_module():
@@ -137,7 +143,7 @@ def test_a_loop_that_keeps_its_losses_runs_out():
             steps += 1
 
     error = out_of_memory(8 * MiB, run)
-    assert steps == 5  # 1.5 MiB each
+    assert steps == 4  # 1.5 MiB stay of each, and the fifth needs 2 MiB for a moment
     assert "The largest column is activations" in str(error)
     kept.clear()
 
@@ -255,9 +261,12 @@ def training():
 def convolution():
     """oneDNN reorders inside its operators: memory that no tensor owns, which a budget on the CPU cannot see live."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 32, 3))
-    images = torch.randn(8, 3, 32, 32)
-    return lambda: model(images).square().mean().backward()
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2, padding=1),
+        nn.BatchNorm2d(32), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10),
+    )  # fmt: skip
+    images = torch.randn(16, 3, 32, 32)
+    return lambda: model(images).mean().backward()
 
 
 def test_a_budget_that_is_kept_changes_no_byte():
@@ -273,35 +282,24 @@ def test_a_budget_that_is_kept_changes_no_byte():
 
 
 def test_what_operators_take_for_themselves_is_caught_when_it_is_measured():
-    measured = measure(convolution)
-    with budget(bytes_alive(CPU) + 1024 * MiB, device="cpu") as limit:
-        seen = limit.alive()
-        step, highest = convolution(), 0
-        step()
-        del step
-    assert seen >= highest
-    # A budget just below the true peak: no operator's result passes it, what is inside one does.
-    with pytest.raises(torch.OutOfMemoryError) as caught:
-        with budget(bytes_alive(CPU) + measured.peak_bytes - 1, device="cpu"):
-            measure(convolution)
-    assert "at the measured peak" in str(caught.value)
-    assert sum(caught.value.columns.values()) == measured.peak_bytes
-    with budget(bytes_alive(CPU) + measured.peak_bytes, device="cpu"):
-        assert measure(convolution).peak_bytes == measured.peak_bytes
-
-
-def test_without_the_meter_what_operators_take_is_not_seen():
-    """So the budget alone is the milder: documented, and the reason for the test above."""
-    measured = measure(convolution)
-    with budget(bytes_alive(CPU) + measured.peak_bytes - 1, device="cpu"):
+    """No operator's result passes this budget; what is inside one does. Alone the budget is the milder."""
+    peak = measure(convolution).peak_bytes
+    with budget(bytes_alive(CPU) + peak - 1, device="cpu"):
         convolution()()
+    with pytest.raises(torch.OutOfMemoryError, match="aten::.* in .*: .* at the measured peak") as caught:
+        with budget(bytes_alive(CPU) + peak - 1, device="cpu"):
+            measure(convolution)
+    assert sum(caught.value.columns.values()) == peak
+    assert "The largest column is temporaries" in str(caught.value)
+    with budget(bytes_alive(CPU) + peak, device="cpu"):
+        assert measure(convolution).peak_bytes == peak
 
 
 def test_a_measurement_that_runs_out_leaves_everything_as_it_was():
     before = measure(training)
     for size in (1 * MiB, 2 * MiB, 4 * MiB):
         out_of_memory(size, lambda: measure(training))
-        assert not torch.profiler.kineto_available() or not torch._C._autograd._profiler_enabled()
+        assert not torch._C._autograd._profiler_enabled()
     after = measure(training)
     assert (after.peak_bytes, after.columns) == (before.peak_bytes, before.columns)
 

@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from memlab import figures
 from memlab.compare import compare
-from memlab.ledger import COLUMNS
-from memlab.measure import measure
+from memlab.ledger import COLUMNS, Block, Ledger, Span
+from memlab.measure import Measurement, measure
 from memlab.units import GiB, KiB, MiB, format_bytes
 from memlab.workloads import gpt
 
@@ -71,7 +71,7 @@ def bars_of(axes, unit):
     for bar in axes.patches:
         rows.setdefault(round(bar.get_y() + bar.get_height() / 2), []).append(bar)
     return {
-        row: [(bar.get_x() * unit, bar.get_width() * unit, to_hex(bar.get_facecolor()), bar.get_hatch()) for bar in bars]
+        row: [(b.get_x() * unit, b.get_width() * unit, to_hex(b.get_facecolor()), b.get_hatch()) for b in bars]
         for row, bars in rows.items()
     }
 
@@ -199,7 +199,8 @@ def test_bars_add_up_to_the_ledgers_totals(runs):
     assert legend(figure) == ["parameters", "gradients", "optimizer state", "activations", "temporaries"]
     assert figure.get_suptitle() == "Five bars"
     for name, run in runs.items():
-        assert f"{name}: {format_bytes(run.peak_bytes)} (parameters {format_bytes(run.columns['parameters'])}, " in figure.alt
+        parameters = format_bytes(run.columns["parameters"])
+        assert f"{name}: {format_bytes(run.peak_bytes)} (parameters {parameters}, " in figure.alt
     check_readable(figure)
 
 
@@ -265,7 +266,7 @@ ODD = {
 @pytest.mark.parametrize("case", ODD)
 @pytest.mark.parametrize(
     "title",
-    ["Short", "Peak 1,023.99 MiB → 512.00 MiB (2.00× less): a title as long as they come, which takes two lines at least"],
+    ["Short", "Peak 1,023.99 MiB → 512.00 MiB (2.00× less): a title as long as they come, on two lines at least"],
 )
 def test_odd_ledgers_can_be_read(case, title):
     columns, more = ODD[case]
@@ -328,6 +329,34 @@ def test_a_timeline_without_steps_of_a_model_and_one_of_nothing():
     check_readable(figure)
     with pytest.raises(ValueError, match="allocated nothing on this device"):
         figures.timeline(measure(lambda: lambda: None, device="cpu"))
+
+
+def of_length(seconds, shares=(4, 3, 1, 2, 5, 1)):
+    """A measurement of two steps that take so many seconds, their phases in these shares."""
+    ends = [round(1e9 * seconds * share / sum(shares)) for share in itertools.accumulate(shares)]
+    kinds = itertools.cycle(("forward", "backward", "optimizer"))
+    phases = [Span(start, end, kind) for start, end, kind in zip([0, *ends], ends, kinds, strict=False)]
+    blocks = [Block(3 * MiB, 1, 0, column="parameters"), Block(MiB, 2, ends[0] // 2, ends[1], column="activations")]
+    made = Ledger(blocks, phases, 0, ends[-1])
+    return Measurement(made.peak_bytes, made.peak_columns(), "forward", made, {})
+
+
+@pytest.mark.parametrize(
+    "seconds, unit",
+    [(4e-5, "milliseconds"), (0.03, "milliseconds"), (1.9, "milliseconds"), (2.1, "seconds"), (4000, "seconds")],
+)
+def test_short_and_long_timelines_can_be_read(seconds, unit):
+    run = of_length(seconds)
+    figure = figures.timeline(run)
+    assert figure.axes[0].get_xlabel() == f"{unit} since the first step began"
+    check_stack(figure.axes[0], run, MiB)
+    assert letters(figure.axes[0]) == ["forward", "backward", "opt", "forward", "backward", "opt"]
+    check_readable(figure)
+    # Side by side there is less room for the names of the phases: one that does not fit is left out.
+    figure = compare(of_length(seconds / 3), run, of_length(seconds / 7, (1, 1, 1, 1, 1, 30))).plot()
+    assert letters(figure.axes[2]) == ["forward", "bwd", "", "fwd", "backward", ""]
+    assert letters(figure.axes[3]) == ["", "", "", "", "", "optimizer"]
+    check_readable(figure)
 
 
 # Comparisons ----------------------------------------------------------------------------------------------------------

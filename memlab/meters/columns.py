@@ -77,7 +77,7 @@ def live_storages(device: torch.device) -> dict[int, torch.UntypedStorage]:
                 if tensor.is_leaf and tensor.grad is not None:
                     parts += storages(tensor.grad)
                 for storage in parts:
-                    if storage.nbytes() and storage.filename is None:
+                    if storage.device == device and storage.nbytes() and storage.filename is None:
                         found[storage.data_ptr()] = storage
     return found
 
