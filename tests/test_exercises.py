@@ -1,10 +1,10 @@
 """Exercises: what is refused and why, what is drawn, and that nothing stays switched on."""
 
 import gc
+import weakref
 
 import pytest
 import torch
-from matplotlib.figure import Figure
 from torch import nn
 from torch.nn.modules import module as nn_module
 from torch.optim import optimizer as optim_optimizer
@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from memlab import exercises, measure, proof
 from memlab.budget import active_budget
 from memlab.ledger import COLUMNS
-from memlab.units import KiB, MiB, format_bytes
+from memlab.units import MiB, format_bytes
 
 ROWS, WIDTH, LAYERS = 256, 128, 6
 
@@ -87,9 +87,19 @@ REFERENCE = builder()
 SOLUTION = builder(checkpointed)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def peaks():
-    return {name: measure(run, device="cpu").peak_bytes for name, run in (("reference", REFERENCE), ("solution", SOLUTION))}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # runs this small are slower with more, and far slower when the cores are busy
+    runs = {"reference": REFERENCE, "solution": SOLUTION}
+    found = {name: measure(run, device="cpu").peak_bytes for name, run in runs.items()}
+    proof.first_step(SOLUTION)
+    # The meter walks the objects that the garbage collector knows: those of the imported libraries are set aside.
+    gc.collect()
+    gc.freeze()
+    yield found
+    gc.unfreeze()
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -109,7 +119,7 @@ def test_a_solution_passes_and_is_drawn(check, peaks, history):
     before, after, limit = (format_bytes(n) for n in (peaks["reference"], peaks["solution"], check.limit))
     assert result.lines == [
         f"Solved: {before} → {after}, budget {limit}",
-        "Largest gradient difference 0.0e+00 (allowed 1e-04), 1.32× the floating-point operations (allowed 1.5×).",
+        "Largest gradient difference 0.0e+00 (allowed 1e-04), 1.35× the floating-point operations (allowed 1.5×).",
     ]
     assert str(result) == repr(result) == "\n".join(result.lines)
     assert {name: sum(held.values()) for name, held in result.ledgers.items()} == {
@@ -117,7 +127,6 @@ def test_a_solution_passes_and_is_drawn(check, peaks, history):
         "yours": peaks["solution"],
     }
     figure = result.plot()
-    assert isinstance(figure, Figure)
     assert figure.get_suptitle() == result.lines[0]
     assert f"The budget is {limit}." in figure.alt and f"yours: {after}" in figure.alt
 
@@ -216,17 +225,22 @@ def test_a_step_that_does_nothing_is_refused(check, build):
 
 
 @pytest.mark.parametrize(
-    "finish",
+    "finish, words",
     [
-        lambda loss, optimizer: loss.backward(),
-        lambda loss, optimizer: (loss.backward(), optimizer.zero_grad(set_to_none=False)),
+        (lambda loss, optimizer: loss.backward(), "The step leaves 12 of 12 parameters as they are (0.0.bias)."),
+        (lambda loss, optimizer: (loss.backward(), optimizer.zero_grad()), "No parameter has a gradient: "),
+        (
+            lambda loss, optimizer: (loss.backward(), optimizer.zero_grad(set_to_none=False)),
+            "The largest gradient difference is 1.0e+00; ",
+        ),
     ],
-    ids=["never steps", "zeroes only"],
+    ids=["backward only", "gradients thrown away", "gradients of zero"],
 )
-def test_a_step_whose_optimizer_never_steps_is_refused(check, finish):
-    result = check(builder(checkpointed, finish))
+def test_a_step_whose_optimizer_never_steps_is_refused(check, peaks, finish, words):
+    result = check(builder(checkpointed, finish), budget=peaks["reference"] - 1)
     assert not result.passed
     assert result.lines[0] == "It fits, but it does not train the same model"
+    assert result.lines[1].startswith(words)
 
 
 def test_a_step_that_trains_one_layer_less_is_refused(check):
@@ -252,17 +266,17 @@ def test_an_optimizer_inside_the_backward_passes(check):
         torch.manual_seed(0)
         model = nn.Sequential(*[nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Tanh()) for _ in range(LAYERS)])
         inputs = torch.randn(ROWS, WIDTH)
-        for parameter in model.parameters():
-            own = torch.optim.SGD([parameter], lr=0.1)
+        optimizers = {parameter: torch.optim.SGD([parameter], lr=0.1) for parameter in model.parameters()}
+        for parameter, own in zip(optimizers, map(weakref.ref, optimizers.values()), strict=True):
 
             def update(parameter, own=own):
-                own.step()
-                own.zero_grad()
+                own().step()
+                own().zero_grad()
 
             parameter.register_post_accumulate_grad_hook(update)
-        del parameter  # the hook refers to its optimizer, and this name to the parameter
 
         def step():
+            assert optimizers  # held here, and weakly by the hooks: else the run would never be freed
             loss = checkpointed(model, inputs).square().mean()
             loss.backward()
             return loss.detach()
@@ -275,7 +289,7 @@ def test_an_optimizer_inside_the_backward_passes(check):
 def test_too_much_compute_is_refused(check):
     result = check(SOLUTION, max_compute=1.3)
     assert not result.passed
-    assert result.lines == ["It fits, but it computes 1.32× as much; 1.3× is allowed"]
+    assert result.lines == ["It fits, but it computes 1.35× as much; 1.3× is allowed"]
 
 
 @pytest.mark.parametrize("answer", [None, ..., lambda: None, lambda: ...], ids=["None", "...", "-> None", "-> ..."])

@@ -40,7 +40,8 @@ class Trace:
         self.spans: list[Span] = []
         # The profiler announces itself on standard error, which a notebook would show. 99 is silence.
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-        self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=memory)
+        # With `acc_events` PyTorch 2.11 does not warn that a second cycle (there is none) would clear the first.
+        self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=memory, acc_events=True)
         self._log_level = _log_level()
 
     def start(self) -> None:

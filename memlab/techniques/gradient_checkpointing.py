@@ -27,9 +27,8 @@ def checkpoint(function: Callable, /, *args, preserve_rng_state: bool = True, sa
 
     The gradients are those of a plain call, bit for bit, if the function does the same both times. The second
     call gets the inputs (also those in tuples, lists and dicts), the autocast state and the random state of
-    the first (torch's, on the CPU and CUDA). Whatever else it uses must not change in between: weights,
-    train() or eval(), the attention backend, a cache. Batch norm updates its running statistics twice.
-    Under `torch.no_grad()` this is a plain call.
+    the first (torch's, on the CPU and CUDA). What else it uses must stay: weights, train() or eval(), the
+    attention backend, a cache. Batch norm counts twice. Under `torch.no_grad()` this is a plain call.
 
     preserve_rng_state: False spares a copy of the random state, 5,056 bytes on the CPU. The gradients are
         then wrong if the function draws random numbers, as dropout does.
@@ -105,6 +104,7 @@ class _Record:
         return tensor
 
     def fill_slots(self) -> None:
+        """Repeat the calls, up to the last tensor that somebody still needs."""
         indices, last, output = iter(range(len(self.saved))), max(self.slots), None
 
         def fill(tensor: Tensor) -> Tensor:
@@ -124,8 +124,8 @@ class _Record:
     def check(self, index: int, now: str) -> None:
         if now != (before := self.saved[index]):
             raise RuntimeError(
-                f"Saved tensor {index} was {before} in the first call, now {now}. They must do the same: "
-                "look for a cache that grows (Hugging Face: pass use_cache=False) and for train() or eval()."
+                f"Saved tensor {index} was {before} in the first call, now {now}. Both calls must do the "
+                "same. Look for a cache that grows (Hugging Face: pass use_cache=False), train() or eval()."
             )
 
 

@@ -360,8 +360,8 @@ def test_kept_outputs_cost_their_bytes_and_no_more(tmp_path):
     theirs = partial(torch_checkpoint.checkpoint, block, x, context_fn=policy)
     theirs = partial(theirs, use_reentrant=False, preserve_rng_state=False)
     products(), theirs()
-    # query, key and value 3, attention 1 (and its log-sum-exp), projection 1, expansion 4, the product after it
-    # 1, and the output of the block 1.
+    # query, key and value 3, attention 1 (and its log-sum-exp), projection 1, expansion 4, the product after
+    # it 1, and the output of the block 1.
     log_sum_exp = BATCH * 2 * SEQUENCE * 4
     ours = allocated_bytes(products, tmp_path)[0]
     assert ours == 11 * UNIT + log_sum_exp
@@ -606,7 +606,7 @@ class Changing:
 )
 def test_a_function_that_changes_is_refused(second, message):
     loss = checkpoint(Changing(lambda x: x.sin().cos(), second), inputs(True)).sum()
-    with pytest.raises(RuntimeError, match=message + ".*must do the same"):
+    with pytest.raises(RuntimeError, match=message + ".*Both calls must do the same"):
         loss.backward()
 
 
@@ -803,6 +803,8 @@ def test_blocks_that_return_tuples():
         handle = apply_gradient_checkpointing(model, **options)
         assert equal(gradients(lambda: model(x), tensors), plain)
         handle.remove()
+    apply_gradient_checkpointing(model, segments=1)
+    assert saved_bytes(lambda: model(x)) == UNIT  # the first element is passed on
 
 
 class Chain(nn.Module):
