@@ -11,7 +11,6 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -26,6 +25,8 @@ from memlab.measure import Measurement
 from memlab.units import GiB, KiB, MiB, format_bytes
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from memlab.compare import Comparison
 
 #: One colour a column: Okabe and Ito's palette, which people with any colour vision tell apart. In grey print the

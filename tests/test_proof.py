@@ -3,6 +3,7 @@
 import gc
 import math
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.nn.modules import module as nn_module
 from torch.optim import optimizer as optim_optimizer
 from torch.utils.checkpoint import checkpoint
 
+from memlab import proof
 from memlab.proof import FirstStep, first_step, gradient_difference, losses, never_updated, time_together
 from memlab.workloads import gpt
 
@@ -137,6 +139,30 @@ def test_an_optimizer_with_a_learning_rate_of_zero_updates_nothing():
         optimizer.step()
 
     assert first_step(build(after=step_in_vain)).updated == set()
+
+
+def test_a_gradient_is_the_one_that_the_optimizer_saw():
+    def spoil(model, optimizer):
+        optimizer.step()
+        for parameter in model.parameters():
+            parameter.grad.mul_(7)
+
+    assert_equal(first_step(build(after=spoil)).gradients, autograd_gradients()[1])
+
+
+def test_an_update_that_rounding_swallows_is_still_an_optimizers():
+    def make():
+        return two_layers().append(nn.LayerNorm(OUTPUTS, bias=False))
+
+    def loss_of(model, inputs):
+        return model(inputs).pow(4).mean()
+
+    def small_steps(parameters, lr):
+        return torch.optim.SGD(parameters, lr=1e-9)
+
+    step = first_step(build(make, loss_of, small_steps))
+    assert step.gradients["3.weight"].abs().max() > 0  # and 1 - 1e-9 is 1
+    assert step.updated == {"0.weight", "0.bias", "2.weight", "2.bias", "3.weight"}
 
 
 def test_clipped_and_accumulated_gradients_are_as_the_optimizer_sees_them():
@@ -366,12 +392,21 @@ def test_losses_are_those_of_a_plain_loop():
         losses(lambda: lambda: None, 1)
 
 
-def test_runs_are_timed_in_turn():
-    turns = []
-    builds = {name: (lambda name=name: lambda: turns.append(name)) for name in "ab"}
-    times = time_together(builds, repeats=3)
+def test_runs_are_timed_in_turn_after_a_warm_up(monkeypatch):
+    clock, turns = [0.0], []
+    monkeypatch.setattr(proof, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+
+    def build_run(name):
+        seconds = iter({"a": [100, 1, 5, 2], "b": [200, 3, 3, 3]}[name])
+
+        def step():
+            turns.append(name)
+            clock[0] += next(seconds)
+
+        return step
+
+    times = time_together({name: lambda name=name: build_run(name) for name in "ab"}, repeats=3)
     assert turns == ["a", "b"] * 4
-    assert {name: t.repeats for name, t in times.items()} == {"a": 3, "b": 3}
-    assert all(t.median >= 0 and t.spread >= 0 for t in times.values())
+    assert times == {"a": (2, 4, 3), "b": (3, 0, 3)}
     with pytest.raises(ValueError, match="repeats has to be at least 1, not 0"):
-        time_together(builds, repeats=0)
+        time_together({}, repeats=0)
