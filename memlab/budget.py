@@ -35,8 +35,9 @@ def active_budget() -> Budget | None:
     return _active
 
 
-def bytes_alive(device: torch.device) -> int:
+def bytes_alive(device: torch.device | str) -> int:
     """Bytes that count against a budget now: live tensors' storages on the CPU, what the allocator holds on CUDA."""
+    device = resolve_device(device)
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 
 from memlab import figures
-from memlab.budget import ADVICE, bytes_alive, resolve_device
 from memlab.budget import budget as budget_of
+from memlab.budget import bytes_alive, resolve_device
 from memlab.ledger import COLUMNS
 from memlab.measure import measure, watch
 from memlab.proof import FirstStep, first_step, gradient_difference, never_updated
@@ -114,7 +114,7 @@ def _check(
         lines = [
             f"Over the budget of {format_bytes(limit)}",
             f"It ran out here: {where}.",
-            f"The largest column is {largest.replace('_', ' ')}. Try {ADVICE[largest]}.",
+            f"The largest column is {largest.replace('_', ' ')}. The hint below says where to look.",
         ]
         return Result(False, lines, ledgers, limit)
     ledgers["yours"] = after.columns
@@ -124,6 +124,9 @@ def _check(
     if problem:
         return Result(False, ["It fits, but it does not train the same model", problem], ledgers, limit)
     compute = given.flops / wanted.flops if wanted.flops else 1.0
+    if compute < 0.97:
+        line = f"It fits, but it computes only {compute:.2f}× as much: a part of the task is missing"
+        return Result(False, [line], ledgers, limit)
     if compute > max_compute:
         line = f"It fits, but it computes {compute:.2f}× as much; {max_compute:g}× is allowed"
         return Result(False, [line], ledgers, limit)

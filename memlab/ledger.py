@@ -59,7 +59,8 @@ class Span(NamedTuple):
     """Something ran from `start` to `end` (nanoseconds).
 
     `kind` is `"module"`, `"operator"`, `"backward"` (autograd evaluating one node), `"optimizer"` or `"step"`.
-    `sequence` is autograd's number of the forward operator, which its backward node carries too (-1: none).
+    `sequence` is autograd's number of the forward operator, which its backward node carries too (-1: none). For a
+    module it is 0 if it ran with gradients enabled, else -1.
     """
 
     start: int
@@ -83,6 +84,10 @@ class Block:
     module: str = ""
     operator: str = ""
     name: str = ""
+
+    def __str__(self) -> str:
+        where = self.module or self.name
+        return f"{self.bytes / 2**20:>10,.2f} MiB  {self.column:<16}{self.operator:<34}{where}".rstrip()
 
 
 @dataclass
@@ -208,7 +213,7 @@ def build_ledger(
     phases, backwards, recomputations = _phases(spans, start, end)
     _place(blocks, spans, phases)
     missed = _label(blocks, observations)
-    _label_by_life(blocks, phases, backwards, recomputations)
+    _label_by_life(blocks, phases, backwards, recomputations, spans)
     return Ledger(blocks, phases, start, end), missed
 
 
@@ -467,12 +472,18 @@ def _tenant(lives: Sequence[Block], time: int, slack: int = 50_000) -> Block | N
 
 
 def _label_by_life(
-    blocks: list[Block], phases: list[Span], backwards: list[Span], recomputations: list[Span]
+    blocks: list[Block],
+    phases: list[Span],
+    backwards: list[Span],
+    recomputations: list[Span],
+    spans: list[Span],
 ) -> None:
     """Give every block that nobody saw a column by when it was born and when it came back.
 
     - born in forward and alive when backward begins: an *activation*, whatever kept it (autograd's saved tensors are
       seen this way even when checkpointing or offloading hides them from hooks);
+    - born in a forward that no backward follows, and alive after the module's call: an activation too, if gradients
+      were enabled: a graph holds it, for nothing;
     - born in a recomputation and alive after it: an activation too;
     - born in backward and alive after it: a *gradient*;
     - born in the optimizer's step and alive after it: *optimizer state*;
@@ -482,6 +493,7 @@ def _label_by_life(
     """
     starts = [span.start for span in phases]
     recomputing, backward_at = _finder(recomputations), _finder(backwards)
+    with_graph = _finder(_outermost(span for span in spans if span.kind == "module" and span.sequence >= 0))
     seen = set(PRIORITY)
     for block in blocks:
         if block.column in seen:
@@ -494,7 +506,10 @@ def _label_by_life(
             given = index + 1 < len(phases) and phases[index + 1].kind == "forward"
             block.column = "temporaries" if died <= following else "batch" if given else "unattributed"
         elif current.kind == "forward":
-            block.column = "activations" if died > current.end else "temporaries"
+            end, call = current.end, with_graph(block.born)
+            if call is not None and (backward_at(end) is None):
+                end = call.end
+            block.column = "activations" if died > end else "temporaries"
         elif current.kind == "optimizer":
             block.column = "optimizer_state" if died > current.end else "temporaries"
         else:

@@ -359,6 +359,11 @@ class _Recording:
         """Run one step, and see the gradients it leaves behind."""
         began = time.time_ns()
         result = step()
+        if callable(result) and not isinstance(result, torch.Tensor):
+            raise ValueError(
+                "the step returned a function. Did build() return another build function, not yet called? Return what "
+                "it returns: `return build_other()`."
+            )
         self.observer.see_gradients()
         self.observer.stack.clear()  # of calls that something other than an Exception ended
         self.observer.spans.append(Span(began, time.time_ns(), "step"))

@@ -312,7 +312,8 @@ class Observer:
             if identity == id(module):
                 break
         if self._record:
-            self.spans.append(Span(start, time.time_ns(), "module", name, threading.get_ident()))
+            graph = 0 if torch.is_grad_enabled() else -1
+            self.spans.append(Span(start, time.time_ns(), "module", name, threading.get_ident(), graph))
         elif output is not None:
             self._follow(output, name)
         elif not self._failed_in:

@@ -227,7 +227,7 @@ def apply_gradient_checkpointing(
 ):
     """Give the repeated blocks of a model a `forward` with `checkpoint`; `remove()` on the result undoes it.
 
-    blocks: the modules in the order of their calls, or their class. None takes the longest `nn.ModuleList` of
+    blocks: the modules in the order of their calls, or their class. None takes the longest list (ModuleList, Sequential) of
         modules of one class, leaving out lists inside such modules.
     every: checkpoint the first block and one in so many after it; the others stay as they are.
     segments: instead, split the blocks into so many segments, equally long or one apart, and recompute each
@@ -286,14 +286,15 @@ class _Forward:
 def _find_blocks(model: nn.Module, blocks) -> list[nn.Module]:
     modules = list(model.modules())
     if blocks is None:
-        lists = [m for m in modules if isinstance(m, nn.ModuleList) and len({type(b) for b in m}) == 1]
+        lists = [m for m in modules if isinstance(m, nn.ModuleList | nn.Sequential)]
+        lists = [m for m in lists if len({type(block) for block in m}) == 1]
         inner = {module for outer in lists for block in outer for module in block.modules()}
         blocks = max((module for module in lists if module not in inner), key=len, default=[])
     elif isinstance(blocks, type):
         blocks = [module for module in modules if isinstance(module, blocks)]
     blocks = list(dict.fromkeys(blocks))
     if not blocks or not set(modules).issuperset(blocks):
-        raise ValueError(f"No blocks found in {type(model).__name__}: pass blocks=, its modules or a class.")
+        raise ValueError(f"No blocks found in {type(model).__name__}: pass blocks=, a list or a class.")
     if any(isinstance(block.forward, _Forward) for block in blocks):
         raise ValueError("Gradient checkpointing is applied to these blocks already: remove() it first.")
     return blocks

@@ -984,9 +984,16 @@ def test_wrong_blocks_and_counts_are_refused(blocks, options, message):
 
 def test_a_model_without_a_list_of_blocks_says_what_to_pass():
     with pytest.raises(ValueError, match="No blocks found in Sequential: pass blocks="):
-        apply_gradient_checkpointing(nn.Sequential(Block(), Block()))
+        apply_gradient_checkpointing(nn.Sequential(Block(), nn.ReLU()))
     with pytest.raises(TypeError, match="save must be operators"):
         apply_gradient_checkpointing(Tower(), save=["mm"])
+
+
+def test_the_blocks_of_a_sequential_are_found_and_a_container_can_be_named():
+    for blocks in (lambda model: None, lambda model: model[1], lambda model: list(model[1])):
+        model = nn.Sequential(nn.ReLU(), nn.Sequential(Block(), Block(), Block()))
+        apply_gradient_checkpointing(model, blocks(model))
+        assert checkpointed(model) == ["1.0", "1.1", "1.2"]
 
 
 def test_applying_twice_is_refused_and_changes_nothing():
