@@ -401,3 +401,16 @@ def test_alive_at_lists_the_largest_first():
 @pytest.mark.parametrize("column", COLUMNS)
 def test_every_column_is_there_even_when_empty(column):
     assert build_ledger([Event(1, 1, 5)])[0].peak_columns()[column] == (5 if column == "unattributed" else 0)
+
+
+def test_what_a_graph_holds_that_no_backward_uses_is_an_activation():
+    events = [Event(10, 1, 100), Event(12, 2, 50), Event(14, 2, -50), Event(40, 1, -100)]
+    for graph, column in ((0, "activations"), (-1, "temporaries")):
+        spans = [Span(5, 20, "module", "validation", 0, graph), Span(0, 50, "step")]
+        ledger, _ = build_ledger(events, spans=spans)
+        assert [block.column for block in ledger.blocks] == [column, "temporaries"]
+
+
+def test_a_block_reads_as_a_line():
+    block = Block(2**20, 7, 0, None, "activations", "forward", "blocks.0", "aten::gelu")
+    assert str(block).split() == ["1.00", "MiB", "activations", "aten::gelu", "blocks.0"]

@@ -746,3 +746,11 @@ def test_a_leak_stays_a_leak_where_other_threads_run(kept):
     finally:
         stop.set()
         thread.join()
+
+
+def test_a_step_that_returns_a_function_was_not_called_yet():
+    def build_other():
+        return lambda: None
+
+    with pytest.raises(ValueError, match="not yet called"):
+        measure(lambda: lambda: build_other, device="cpu")
