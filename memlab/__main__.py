@@ -75,7 +75,8 @@ def run_measure(names: Sequence[str], in_place: bool = False, output: Path | Non
     committed = results.load(file) if file.is_file() else None  # now: a run in place replaces it
     outcomes = course.run(chosen, in_place=in_place, output=output, root=root)
     print()
-    print(course.table([line["record"] for outcome in outcomes for line in outcome.records], committed))
+    lines = [line for outcome in outcomes for line in outcome.records]
+    print(course.table([line["record"] for line in lines if "record" in line], committed))
     print()
     print(course.summary(outcomes))
     return int(any(outcome.failed for outcome in outcomes))

@@ -39,7 +39,7 @@ class Outcome:
     Attributes:
         notebook: the notebook that was run.
         seconds: how long it took, the kernel's start included.
-        records: what it recorded: objects with `environment` and `record`.
+        records: what it recorded: objects with `environment` and `record` or `claim`.
         error: what went wrong, in one line; empty when all went well.
         cell: where it went wrong: the cell's number as Jupyter shows it, None if no cell is to blame.
         copy: the executed copy, if one was written.
@@ -270,7 +270,7 @@ def _run_one(path: Path, timeout: int, bar: tqdm):
             outcome.cell = number or None
         else:
             outcome.records = results.read_lines(lines)
-            strangers = {line["record"]["notebook"] for line in outcome.records} - {path.stem}
+            strangers = {line.get("record", line.get("claim"))["notebook"] for line in outcome.records} - {path.stem}
             if strangers:
                 outcome.error = f"it records under another notebook's name: {', '.join(sorted(strangers))}"
                 outcome.records = []

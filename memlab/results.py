@@ -5,6 +5,7 @@ A results file is one JSON object, one file for each kind of device (`results/cp
     schema       the version of this form, 1
     environment  device, gpu, gpu_bytes, torch, driver, python, threads, commit, date
     records      one for each comparison: notebook, technique, scale, sizes, variants
+    claims       one for each claim that a notebook tested: notebook, number, says, verdict, found
 
 A variant has a name, predicted and measured bytes, the ledger's columns at the peak, the phase of the peak, reserved and
 device bytes, seconds, tokens per second, loss and largest gradient difference. What does not apply, or was not measured,
@@ -124,10 +125,49 @@ def record(
         )
     made = Record(notebook=notebook, technique=technique, scale=scale, sizes=dict(sizes), variants=variants)
     _check_record(made, f"the record of {notebook!r}")
+    _append({"environment": environments[0], "record": made})
+    return made
+
+
+class Claim(dict):
+    """A tested claim, a plain dictionary, which a notebook shows as three lines."""
+
+    def _repr_pretty_(self, printer, cycle: bool) -> None:
+        printer.text(f"Claim {self['number']}: {self['says']}\nVerdict: {self['verdict']}.\n{self['found']}")
+
+
+def claim(number: int, says: str, *, notebook: str, holds: bool, when: str = "", found: str) -> Claim:
+    """Give a verdict on one of the claims that the course tests, and append it to the file that MEMLAB_RECORDS names.
+
+    The cell that calls it passes what it measured as `holds`, and asserts what `found` says.
+
+    Args:
+        number: the claim's number in the course's list.
+        says: what the source says, in a few words.
+        notebook: the notebook's file name without `.ipynb`.
+        holds: whether the measurements bear the claim out.
+        when: under which condition it holds; empty where it holds without one.
+        found: one or two sentences: what holds instead, or what to know beside it. No number that another device
+            would not give.
+
+    Raises:
+        ValueError: something given cannot be kept, or `when` comes with a claim that does not hold.
+    """
+    if not isinstance(holds, bool):
+        raise ValueError(f"holds has to be True or False, not {holds!r}")
+    if when and not holds:
+        raise ValueError(f"the claim does not hold, and yet it is said to hold when {when!r}: say it in `found`")
+    verdict = "does not hold" if not holds else f"holds when {when}" if when else "holds"
+    made = Claim(notebook=notebook, number=number, says=says, verdict=verdict, found=found)
+    _check_claim(made, f"claim {number!r}")
+    _append({"environment": measured_environment(), "claim": made})
+    return made
+
+
+def _append(line: dict) -> None:
     if path := os.environ.get(VARIABLE):
         with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"environment": environments[0], "record": made}) + "\n")
-    return made
+            file.write(json.dumps(line) + "\n")
 
 
 def _float(value: object) -> float | None:
@@ -183,22 +223,28 @@ def merge(data: dict | None, environment: dict, notebook: str, lines: Iterable[d
         notebook: the notebook that was run.
         lines: what it appended to the file of MEMLAB_RECORDS (`read_lines`).
     """
-    found = []
-    for one in (data or {"records": []})["records"]:
-        if one["notebook"] != notebook:
-            found.append((environment_of(data, one), one))
-    found += [({**environment, **line["environment"]}, line["record"]) for line in lines]
-    records = []
-    for its_environment, one in found:
-        differing = {key: value for key, value in its_environment.items() if value != environment.get(key)}
-        one = {key: value for key, value in one.items() if key != "environment"}
-        records.append(one | ({"environment": differing} if differing else {}))
-    records.sort(key=lambda one: one["notebook"])  # a stable sort: a notebook's records stay in their order
-    return {"schema": SCHEMA, "environment": environment, "records": records}
+    lines = list(lines)
+    merged = {"schema": SCHEMA, "environment": environment}
+    for many, single, order in (
+        ("records", "record", lambda one: one["notebook"]),  # a stable sort: a notebook's records stay in their order
+        ("claims", "claim", lambda one: one["number"]),
+    ):
+        found = []
+        for one in (data or {}).get(many, []):
+            if one["notebook"] != notebook:
+                found.append((environment_of(data, one), one))
+        found += [({**environment, **line["environment"]}, line[single]) for line in lines if single in line]
+        merged[many] = []
+        for its_environment, one in found:
+            differing = {key: value for key, value in its_environment.items() if value != environment.get(key)}
+            one = {key: value for key, value in one.items() if key != "environment"}
+            merged[many].append(one | ({"environment": differing} if differing else {}))
+        merged[many].sort(key=order)
+    return merged
 
 
 def read_lines(path: Path) -> list[dict]:
-    """What `record` appended to a file: objects with `environment` and `record`."""
+    """What `record` and `claim` appended to a file: objects with `environment` and `record` or `claim`."""
     if not Path(path).is_file():
         return []
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line]
@@ -226,7 +272,7 @@ def write(path: Path, data: dict) -> None:
         ValueError: the data are not those of a results file.
     """
     validate(data)
-    ordered = _ordered(data, ("schema", "environment", "records"))
+    ordered = _ordered(data, ("schema", "environment", "records", "claims"))
     ordered["environment"] = _ordered(data["environment"], _ENVIRONMENT)
     ordered["records"] = []
     for one in data["records"]:
@@ -235,9 +281,12 @@ def write(path: Path, data: dict) -> None:
         for variant in one["variants"]:
             variant["columns"] = _ordered(variant["columns"], COLUMNS)
             variant["seconds"] = variant["seconds"] and _ordered(variant["seconds"], _SECONDS)
+        ordered["records"].append(one)
+    if "claims" in data:
+        ordered["claims"] = [_ordered(one, _CLAIM) for one in data["claims"]]
+    for one in [*ordered["records"], *ordered.get("claims", [])]:
         if "environment" in one:
             one["environment"] = _ordered(one["environment"], _ENVIRONMENT)
-        ordered["records"].append(one)
     replace(path, json.dumps(ordered, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -321,6 +370,17 @@ _VARIANT = {
     "loss": _or_null(_NUMBER),
     "max_gradient_difference": _or_null(_POSITIVE),
 }
+_CLAIM = {
+    "number": _COUNT,
+    "notebook": _TEXT,
+    "says": _TEXT,
+    "verdict": _Kind(
+        '"holds", "holds when ..." or "does not hold"',
+        lambda value: isinstance(value, str) and bool(re.fullmatch(r"holds|holds when \S.*|does not hold", value)),
+    ),
+    "found": _TEXT,
+    "environment": _OBJECT,  # may be absent
+}
 _SECONDS = {"median": _POSITIVE, "spread": _POSITIVE, "repeats": _COUNT}
 
 
@@ -334,16 +394,28 @@ def validate(data: object) -> None:
         raise ValueError(f"a results file is a JSON object, not {type(data).__name__}")
     if data.get("schema") != SCHEMA:
         raise ValueError(f"its schema is version {data.get('schema')!r}; this memlab reads version {SCHEMA}")
-    _check(data, {"schema": _COUNT, "environment": _OBJECT, "records": _LIST}, "the file")
+    fields = {"schema": _COUNT, "environment": _OBJECT, "records": _LIST, "claims": _LIST}
+    _check(data, fields, "the file", optional=("claims",))
     _check(data["environment"], _ENVIRONMENT, "environment")
+    for number, one in enumerate(data.get("claims", [])):
+        _check_claim(one, f"claims[{number}]")
     for number, one in enumerate(data["records"]):
         _check_record(one, f"records[{number}]")
 
 
-def _check_record(one: object, where: str) -> None:
-    _check(one, _RECORD, where, optional=("environment",))
+def _check_claim(one: object, where: str) -> None:
+    _check(one, _CLAIM, where, optional=("environment",))
+    _check_own_environment(one, where)
+
+
+def _check_own_environment(one: dict, where: str) -> None:
     own = one.get("environment", {})
     _check(own, {key: kind for key, kind in _ENVIRONMENT.items() if key in own}, f"{where}.environment")
+
+
+def _check_record(one: object, where: str) -> None:
+    _check(one, _RECORD, where, optional=("environment",))
+    _check_own_environment(one, where)
     _check(one["sizes"], dict.fromkeys(one["sizes"], _SIZE), f"{where}.sizes")
     names = []
     for number, variant in enumerate(one["variants"]):
