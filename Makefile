@@ -39,7 +39,7 @@ measure: .venv/.installed ## run the notebooks on this machine's device and prin
 doctor: .venv/.installed ## show the device, its scale, and whether the meter measures right here
 	.venv/bin/python -m memlab doctor
 
-report: .venv/.installed ## write the results tables into README.md and the capstone
+report: .venv/.installed ## write the tables of README.md and results/README.md from the records
 	.venv/bin/python -m memlab report
 
 test: lint test-unit test-notebooks ## run everything that CI runs

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 import memlab
-from memlab import course, results
+from memlab import course, report, results
 from memlab.budget import resolve_device
 from memlab.workloads import gpt, scale
 
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     measure.add_argument("--output", type=Path, metavar="DIR", help="where copies and records go (default: build)")
 
-    report = commands.add_parser("report", help="write the generated tables into README.md and the notebooks")
+    report = commands.add_parser("report", help="write the generated tables into README.md, results/README.md and the notebooks")
     report.add_argument("--check", action="store_true", help="write nothing; say what differs, and fail if anything does")
 
     commands.add_parser("doctor", help="show the device, its scale, and whether the meter measures right here")
@@ -84,7 +84,7 @@ def run_measure(names: Sequence[str], in_place: bool = False, output: Path | Non
 
 def run_report(check: bool = False) -> int:
     """Write the generated tables, or with `check` say what differs. 1 if anything differs, else 0."""
-    changed = results.report(course.find_root(), check=check)
+    changed = report.generate(course.find_root(), check=check)
     if check and changed:
         print("\n".join(changed))
         print("\nThese differ from the records. Run: python -m memlab report")

@@ -20,7 +20,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from memlab import results
-from memlab.results import notebooks
+from memlab.report import notebooks, rows
+from memlab.units import format_bytes
 from memlab.workloads import scale
 
 __all__ = ["Outcome", "find_root", "notebooks", "run", "select", "source_hash", "strip", "summary", "table"]
@@ -327,8 +328,8 @@ def table(records: Sequence[dict], committed: dict | None = None) -> str:
         old = _same(records, position, committed)
         peaks = {variant["name"]: variant["peak_bytes"] for variant in old["variants"]} if old else {}
         other_sizes = old is not None and (old["scale"], old["sizes"]) != (one["scale"], one["sizes"])
-        for number, (row, variant) in enumerate(zip(results.rows(one), one["variants"], strict=True)):
-            then = results.format_bytes(peaks.get(variant["name"]))
+        for number, (row, variant) in enumerate(zip(rows(one), one["variants"], strict=True)):
+            then = format_bytes(peaks.get(variant["name"]))
             lines.append(
                 {
                     "notebook": one["notebook"] if number == 0 else "",

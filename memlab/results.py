@@ -1,4 +1,4 @@
-"""Records: what the notebooks measured, kept in files, and the tables that are made from them.
+"""Records: what the notebooks measured and the claims they tested, kept in files.
 
 A results file is one JSON object, one file for each kind of device (`results/cpu.json`, `results/nvidia-h200.json`):
 
@@ -15,8 +15,6 @@ an `environment` of its own, which holds what differs from the file's.
 
 from __future__ import annotations
 
-import base64
-import difflib
 import json
 import math
 import os
@@ -29,7 +27,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from memlab.ledger import COLUMNS, PHASES
 from memlab.measure import environment as measured_environment
-from memlab.units import format_bytes
 
 if TYPE_CHECKING:
     from memlab.compare import Comparison
@@ -39,10 +36,6 @@ SCHEMA = 1
 
 #: The environment variable that names the file to which `record` appends, one JSON object a line.
 VARIABLE = "MEMLAB_RECORDS"
-
-#: The figure that opens README.md, taken from a notebook's output.
-FIGURE = "results/figures/headline.png"
-
 
 class Record(dict):
     """A record, a plain dictionary, which a notebook shows as one line."""
@@ -303,6 +296,12 @@ def _ordered(value: dict, keys: Iterable[str]) -> dict:
     return {key: value[key] for key in keys if key in value}
 
 
+def load_all(root: Path) -> list[dict]:
+    """Every results file of the checkout, the CPU's first."""
+    files = sorted((Path(root) / "results").glob("*.json"), key=lambda path: (path.name != "cpu.json", path.name))
+    return [load(path) for path in files]
+
+
 # The form ------------------------------------------------------------------------------------------------------------
 
 
@@ -446,233 +445,3 @@ def _check(value: object, fields: dict[str, _Kind], where: str, optional: Sequen
 
 def _listed(names: Iterable[object]) -> str:
     return ", ".join(repr(name) for name in names)
-
-
-# Tables --------------------------------------------------------------------------------------------------------------
-
-
-def notebooks(root: Path) -> list[Path]:
-    """The course's notebooks in their order: the core, then the electives."""
-    folder = Path(root) / "notebooks"
-    return [*sorted(folder.glob("[!.]*.ipynb")), *sorted((folder / "electives").glob("[!.]*.ipynb"))]
-
-
-def load_all(root: Path) -> list[dict]:
-    """Every results file of the checkout, the CPU's first."""
-    files = sorted((Path(root) / "results").glob("*.json"), key=lambda path: (path.name != "cpu.json", path.name))
-    return [load(path) for path in files]
-
-
-def rows(one: dict) -> list[dict[str, str]]:
-    """A record in words: for each variant its name, predicted, measured, residual, times less, seconds."""
-    baseline = one["variants"][0]["peak_bytes"]
-    table = []
-    for variant in one["variants"]:
-        predicted, measured, seconds = variant["predicted_bytes"], variant["peak_bytes"], variant["seconds"]
-        table.append(
-            {
-                "variant": variant["name"],
-                "predicted": format_bytes(predicted),
-                "measured": format_bytes(measured),
-                "residual": "-" if predicted is None else f"{100 * (measured - predicted) / predicted:+.2f} %",
-                "× less": f"{baseline / measured:.2f}",
-                "seconds (spread)": "-" if seconds is None else f"{seconds['median']:.3g} ({seconds['spread']:.2g})",
-            }
-        )
-    return table
-
-
-def results_table(data: dict) -> str:
-    """A results file as Markdown: one line that says where it was measured, then a row a variant."""
-    environments = [environment_of(data, one) for one in data["records"]] or [data["environment"]]
-
-    def all_of(key: str) -> list[str]:
-        return sorted({str(each[key]) for each in environments})
-
-    dates, own = all_of("date"), data["environment"]
-    memory = "" if own["gpu_bytes"] is None else f", {format_bytes(own['gpu_bytes'])}"
-    threads = " or ".join(all_of("threads"))
-    where = own["gpu"] or f"CPU, {threads} thread{'s' * (threads != '1')}"
-    scales = sorted({one["scale"] for one in data["records"]})
-    caption = (
-        f"**{where}{memory}** (torch {', '.join(all_of('torch'))}; scale {', '.join(scales) or '-'}; "
-        f"measured {' to '.join(dict.fromkeys((dates[0], dates[-1])))})"
-    )
-    table = []
-    for one in data["records"]:
-        name = one["notebook"] if one["technique"] in one["notebook"] else f"{one['notebook']}: {one['technique']}"
-        for number, row in enumerate(rows(one)):
-            table.append({"notebook": name if number == 0 else "", **row})
-    return f"{caption}\n\n{_markdown(table)}" if table else caption
-
-
-def map_table(paths: Sequence[Path], base: Path) -> str:
-    """The map of the notebooks as Markdown, from their titles and their metadata; links are relative to `base`.
-
-    A notebook's metadata say `"memlab": {"minutes": 20, "needs": ["00"], "column": "activations"}`; what is needed is
-    a notebook (its number or its name), or words.
-    """
-    table = []
-    for path in paths:
-        notebook = json.loads(path.read_text(encoding="utf-8"))
-        about = notebook.get("metadata", {}).get("memlab", {})
-        column = about.get("column") or "-"
-        columns = [column] if isinstance(column, str) else column
-        needs = [_link_to_need(str(need), paths, base) for need in about.get("needs", [])]
-        table.append(
-            {
-                "": path.stem.split("_")[0],
-                "notebook": f"[{_title(notebook) or path.stem}]({_relative(path, base)})",
-                "column": ", ".join(columns).replace("_", " "),
-                "minutes": str(about.get("minutes") or "-"),
-                "read first": ", ".join(needs) or "-",
-            }
-        )
-    return _markdown(table)
-
-
-def _link_to_need(need: str, paths: Sequence[Path], base: Path) -> str:
-    for path in paths:
-        number, _, topic = path.stem.partition("_")
-        if need in (path.stem, number, topic):
-            return f"[{number}]({_relative(path, base)})"
-    return need
-
-
-def _relative(path: Path, base: Path) -> str:
-    return Path(os.path.relpath(path, base)).as_posix()
-
-
-def _title(notebook: dict) -> str:
-    for cell in notebook.get("cells", []):
-        found = re.search(r"^# +(.+)$", "".join(cell["source"]), flags=re.MULTILINE)
-        if cell["cell_type"] == "markdown" and found:
-            return found[1].strip()
-    return ""
-
-
-def _markdown(table: list[dict[str, str]]) -> str:
-    """Rows as a Markdown table; columns of numbers, whose headings stand in the tuple, are set to the right."""
-    if not table:
-        return ""
-    right = ("predicted", "measured", "residual", "× less", "seconds (spread)", "minutes")
-    lines = [list(table[0]), ["---:" if heading in right else "---" for heading in table[0]]]
-    lines += [[cell.replace("|", "\\|").replace("\n", " ") for cell in row.values()] for row in table]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-# What is generated ---------------------------------------------------------------------------------------------------
-
-
-def headline(paths: Sequence[Path]) -> tuple[bytes, str] | None:
-    """README's first figure: the picture that a cell tagged `readme-figure` shows in a notebook, and its words.
-
-    It is the picture of the committed run, byte for byte: it cannot show anything that was not measured.
-
-    Raises:
-        ValueError: more than one cell has the tag.
-    """
-    found = []
-    for path in paths:
-        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
-            if "readme-figure" in cell["metadata"].get("tags", ()):
-                shown = [one for one in cell.get("outputs", ()) if "image/png" in one.get("data", {})]
-                found += [(base64.b64decode(one["data"]["image/png"]), one["data"]["text/plain"]) for one in shown[:1]]
-    if len(found) > 1:
-        raise ValueError("more than one cell is tagged readme-figure: README.md has one first figure")
-    return (found[0][0], "".join(found[0][1])) if found else None
-
-
-def report(root: Path, check: bool = False) -> list[str]:
-    """Write what is generated: the blocks of README.md and of the notebooks, and README's first figure.
-
-    A block stands between `<!-- memlab:NAME:begin -->` and `<!-- memlab:NAME:end -->`, in README.md or in a Markdown
-    cell of a notebook. The names: `results` (the tables), `map` (the notebooks), `figure` (README's first figure, with
-    its alternative text). README.md has to have the first two.
-
-    Args:
-        root: the checkout.
-        check: write nothing, and say what differs.
-
-    Returns:
-        The files that were written; with `check`, a description of every difference.
-
-    Raises:
-        FileNotFoundError: there is no README.md.
-        ValueError: a results file is not valid, markers are missing, or a record is of a notebook that is not there.
-    """
-    root = Path(root)
-    readme, paths, files = root / "README.md", notebooks(root), load_all(root)
-    if not readme.is_file():
-        raise FileNotFoundError(f"there is no README.md in {root}: the tables would have no place")
-    strangers = {one["notebook"] for data in files for one in data["records"]} - {path.stem for path in paths}
-    if strangers:
-        raise ValueError(f"results/ has records of notebooks that are not there: {_listed(sorted(strangers))}")
-    first = headline(paths)
-
-    def block(name: str, base: Path) -> str:
-        if name == "results":
-            return "\n\n".join(results_table(data) for data in files) or "Nothing is recorded yet."
-        if name == "map":
-            return map_table(paths, base)
-        if name == "figure":
-            return f"![{first[1]}]({_relative(root / FIGURE, base)})" if first else ""
-        raise ValueError(f"<!-- memlab:{name}:begin -->: there is no such block")
-
-    writes: dict[Path, bytes] = {}  # nothing is written before everything is known to be right
-    differences = []
-
-    def fill_in(path: Path, old: str) -> str:
-        name = path.relative_to(root).as_posix()
-        new = fill(old, lambda block_name: block(block_name, path.parent), name)
-        if new != old:
-            lines = difflib.unified_diff(old.splitlines(), new.splitlines(), name, "as generated", n=0, lineterm="")
-            differences.append("\n".join(lines))
-        return new
-
-    old = readme.read_text(encoding="utf-8")
-    for name in ("results", "map"):
-        if f"<!-- memlab:{name}:begin -->" not in old:
-            raise ValueError(f"README.md has no <!-- memlab:{name}:begin --> and <!-- memlab:{name}:end -->")
-    new = fill_in(readme, old)
-    if new != old:
-        writes[readme] = new.encode()
-    for path in paths:
-        notebook = json.loads(path.read_text(encoding="utf-8"))
-        for cell in notebook["cells"]:
-            old = "".join(cell["source"])
-            if cell["cell_type"] == "markdown" and (new := fill_in(path, old)) != old:
-                cell["source"] = new.splitlines(keepends=True)
-                # As nbformat writes it, so that a run in place changes no more than it has to.
-                writes[path] = (json.dumps(notebook, ensure_ascii=False, indent=1, sort_keys=True) + "\n").encode()
-    if first:
-        path = root / FIGURE
-        if not path.is_file() or path.read_bytes() != first[0]:
-            differences.append(f"{FIGURE} is not the picture that the notebook shows")
-            writes[path] = first[0]
-    if check:
-        return differences
-    for path, content in writes.items():
-        replace(path, content)
-    return [path.relative_to(root).as_posix() for path in writes]
-
-
-def fill(text: str, block: Callable[[str], str], place: str) -> str:
-    """Put `block(name)` between every pair of markers of that name in a text.
-
-    Raises:
-        ValueError: a marker stands alone.
-    """
-    pattern = re.compile(r"(<!-- memlab:(\w+):begin -->\n).*?(<!-- memlab:\2:end -->)", re.DOTALL)
-    found = pattern.findall(text)
-    if 2 * len(found) != len(re.findall(r"<!-- memlab:\w+:(?:begin|end) -->", text)):
-        raise ValueError(
-            f"{place}: a marker stands alone. A block begins with a line <!-- memlab:NAME:begin --> and ends with a "
-            f"line <!-- memlab:NAME:end -->"
-        )
-
-    def replaced(match: re.Match) -> str:
-        content = block(match[2])
-        return match[1] + (f"{content}\n" if content else "") + match[3]
-
-    return pattern.sub(replaced, text)

@@ -13,7 +13,7 @@ import torch
 
 import memlab
 from memlab import __main__ as commands
-from memlab import course, results
+from memlab import course, report, results
 from memlab.ledger import COLUMNS
 from memlab.workloads import gpt, scale
 
@@ -150,12 +150,13 @@ def test_report_writes_and_checks(root, capsys):
     assert commands.main(["report"]) == 2
     assert "there is no README.md" in capsys.readouterr().err
 
-    blocks = [f"<!-- memlab:{name}:begin -->\n<!-- memlab:{name}:end -->\n" for name in ("results", "map")]
-    (root / "README.md").write_text("".join(blocks))
+    for document, names in report.DOCUMENTS.items():
+        blocks = [f"<!-- memlab:{name}:begin -->\n<!-- memlab:{name}:end -->\n" for name in names]
+        (root / document).write_text("".join(blocks))
     assert commands.main(["report", "--check"]) == 1
     assert "+| 00_a | before | - | 1.00 KiB" in capsys.readouterr().out
     assert commands.main(["report"]) == 0
-    assert "written: README.md\n" in capsys.readouterr().out
+    assert capsys.readouterr().out == "written: README.md\nwritten: results/README.md\n"
     assert commands.main(["report", "--check"]) == 0
     assert commands.main(["report"]) == 0
     assert "everything is as the records say" in capsys.readouterr().out

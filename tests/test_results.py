@@ -1,6 +1,5 @@
-"""Records, results files and the tables made from them."""
+"""Records, claims and the files that hold them."""
 
-import base64
 import copy
 import json
 import math
@@ -264,195 +263,67 @@ def test_the_commit_says_when_tracked_files_differ(tmp_path):
     assert results.commit(tmp_path) == f"{head}-dirty"
     (tmp_path / "inner").mkdir()
     assert results.commit(tmp_path / "inner") is None  # the commit of somebody else's repository says nothing
+# claim() -------------------------------------------------------------------------------------------------------------
 
 
-# Tables --------------------------------------------------------------------------------------------------------------
-
-
-def test_the_results_table():
-    table = results.results_table(results_file(record(), record(technique="other")))
-    assert table.splitlines() == [
-        "**CPU, 2 threads** (torch 2.13.0; scale cpu; measured 2026-01-31)",
-        "",
-        "| notebook | variant | predicted | measured | residual | × less | seconds (spread) |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
-        "| 03_x | before | 4.00 MiB | 4.00 MiB | +0.00 % | 1.00 | 0.5 (0.012) |",
-        "|  | after | 2.02 MiB | 2.00 MiB | -0.99 % | 2.00 | - |",
-        "| 03_x: other | before | 4.00 MiB | 4.00 MiB | +0.00 % | 1.00 | 0.5 (0.012) |",
-        "|  | after | 2.02 MiB | 2.00 MiB | -0.99 % | 2.00 | - |",
-    ]
-
-
-def test_the_results_table_says_where_and_when():
-    old = record() | {"environment": {"date": "2025-12-01", "torch": "2.11.0"}}
-    caption = results.results_table(results_file(old, record(), environment=GPU)).splitlines()[0]
-    assert caption == (
-        "**NVIDIA H200, 140.00 GiB** (torch 2.11.0, 2.13.0; scale cpu; measured 2025-12-01 to 2026-01-31)"
-    )
-    assert results.results_table(results_file()).startswith("**CPU, 2 threads**")
-
-
-def notebook(*cells, **about):
-    """A notebook as JSON; a cell is its source, Markdown if it begins with # or <."""
-    made = []
-    for number, source in enumerate(cells):
-        markdown = source[0] in "#<"
-        cell = {"cell_type": "markdown" if markdown else "code", "id": f"c{number}", "metadata": {}}
-        cell["source"] = source.splitlines(keepends=True)
-        made.append(cell if markdown else cell | {"execution_count": None, "outputs": []})
-    return {"cells": made, "metadata": {"memlab": about}, "nbformat": 4, "nbformat_minor": 5}
-
-
-def write_notebook(path, *cells, **about):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(notebook(*cells, **about), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
-    path.write_text(text, encoding="utf-8")
-
-
-PICTURE = b"\x89PNG a picture"
-
-
-def show(path, picture, words, tag="readme-figure"):
-    """Let the second cell show a picture."""
-    book = json.loads(path.read_text(encoding="utf-8"))
-    book["cells"][1]["metadata"]["tags"] = [tag]
-    data = {"image/png": base64.b64encode(picture).decode(), "text/plain": words}
-    book["cells"][1]["outputs"] = [{"output_type": "display_data", "data": data, "metadata": {}}]
-    path.write_text(json.dumps(book, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-BLOCK = "<!-- memlab:{0}:begin -->\nold\n<!-- memlab:{0}:end -->"
-
-
-@pytest.fixture
-def checkout(tmp_path):
-    folder = tmp_path / "notebooks"
-    write_notebook(folder / "00_measuring_memory.ipynb", "# Measuring | memory\n\nText.", minutes=20)
-    write_notebook(
-        folder / "03_x.ipynb", "# The x technique", "a = 1", BLOCK.format("results") + "\nafter — it",
-        minutes=15, needs=["00", "calculus"], column="optimizer_state",
-    )  # fmt: skip
-    show(folder / "03_x.ipynb", PICTURE, "Peak 4.00 MiB → 2.00 MiB: x.")
-    write_notebook(folder / "electives" / "12_y.ipynb", "x = 1", needs=["x"], column=["activations", "batch"])
-    blocks = "\n\n".join(BLOCK.format(name) for name in ("figure", "results", "map"))
-    (tmp_path / "README.md").write_text(f"# Title\n\n{blocks}\n\nEnd.\n", encoding="utf-8")
-    results.write(tmp_path / "results" / "nvidia-h200.json", results_file(record(), environment=GPU))
-    results.write(tmp_path / "results" / "cpu.json", results_file(record()))
-    return tmp_path
-
-
-def test_the_map_of_the_notebooks(checkout):
-    table = results.map_table(results.notebooks(checkout), checkout)
-    assert table.splitlines()[2:] == [
-        "| 00 | [Measuring \\| memory](notebooks/00_measuring_memory.ipynb) | - | 20 | - |",
-        "| 03 | [The x technique](notebooks/03_x.ipynb) | optimizer state | 15 "
-        "| [00](notebooks/00_measuring_memory.ipynb), calculus |",
-        "| 12 | [12_y](notebooks/electives/12_y.ipynb) | activations, batch | - | [03](notebooks/03_x.ipynb) |",
-    ]
-    inside = results.map_table(results.notebooks(checkout), checkout / "notebooks" / "electives")
-    assert "[The x technique](../03_x.ipynb)" in inside
-
-
-def test_a_report_writes_the_tables_and_a_second_one_has_nothing_to_write(checkout):
-    written = results.report(checkout)
-    assert sorted(written) == ["README.md", "notebooks/03_x.ipynb", "results/figures/headline.png"]
-    readme = (checkout / "README.md").read_text(encoding="utf-8")
-    files = results.load_all(checkout)
-    assert [data["environment"]["gpu"] for data in files] == [None, "NVIDIA H200"]
-    for data in files:
-        assert results.results_table(data) in readme
-    assert results.map_table(results.notebooks(checkout), checkout) in readme
-    assert "old" not in readme and readme.startswith("# Title\n") and readme.endswith("-->\n\nEnd.\n")
-    assert "![Peak 4.00 MiB → 2.00 MiB: x.](results/figures/headline.png)" in readme
-    assert (checkout / "results/figures/headline.png").read_bytes() == PICTURE
-
-    book = json.loads((checkout / "notebooks/03_x.ipynb").read_text(encoding="utf-8"))
-    source = "".join(book["cells"][2]["source"])
-    assert results.results_table(files[0]) in source and source.endswith("after — it")
-    rest = notebook("# The x technique", "a = 1", source, minutes=15, needs=["00", "calculus"], column="optimizer_state")
-    assert book["metadata"] == rest["metadata"]
-    assert [cell["source"] for cell in book["cells"]] == [cell["source"] for cell in rest["cells"]]
-
-    assert results.report(checkout, check=True) == []
-    assert results.report(checkout) == []
-
-
-def test_a_check_finds_what_differs_and_writes_nothing(checkout):
-    before = {path: path.read_bytes() for path in checkout.rglob("*") if path.is_file()}
-    found = results.report(checkout, check=True)
-    assert {path: path.read_bytes() for path in checkout.rglob("*") if path.is_file()} == before
-    assert [re.search(r"[\w/]+\.\w+", one)[0] for one in found] == [
-        "README.md", "notebooks/03_x.ipynb", "results/figures/headline.png",
-    ]  # fmt: skip
-    assert "-old" in found[0] and "+| 03_x | before | 4.00 MiB" in found[0]
-
-    results.report(checkout)
-    path = checkout / "results" / "cpu.json"
-    data = results.load(path)
-    data["records"][0]["variants"][0]["predicted_bytes"] = 3 * MiB
-    results.write(path, data)
-    assert len(results.report(checkout, check=True)) == 2  # README.md and the notebook
-    results.report(checkout)
-    readme = checkout / "README.md"
-    readme.write_text(readme.read_text(encoding="utf-8").replace("4.00 MiB", "4.01 MiB"), encoding="utf-8")
-    assert len(results.report(checkout, check=True)) == 1
-
-
-def test_a_checkout_with_no_records_says_so(checkout):
-    for path in (checkout / "results").glob("*.json"):
-        path.unlink()
-    show(checkout / "notebooks" / "03_x.ipynb", PICTURE, "no tag", tag="other")
-    assert results.report(checkout) == ["README.md", "notebooks/03_x.ipynb"]
-    readme = (checkout / "README.md").read_text(encoding="utf-8")
-    assert "Nothing is recorded yet." in readme
-    assert "<!-- memlab:figure:begin -->\n<!-- memlab:figure:end -->" in readme
-    assert results.report(checkout, check=True) == []
-
-
-def _edit(name, old, new):
-    def change(root):
-        path = root / name
-        text = path.read_text(encoding="utf-8")
-        assert old in text
-        path.write_text(text.replace(old, new), encoding="utf-8")
-
-    return change
+def claim(number=3, holds=True, **more):
+    more = {"notebook": "03_x", "found": "It is so.", **more}
+    return results.claim(number, "less memory", holds=holds, **more)
 
 
 @pytest.mark.parametrize(
-    ("change", "error", "found"),
+    ("holds", "when", "verdict"),
+    [(True, "", "holds"), (True, "it is large", "holds when it is large"), (False, "", "does not hold")],
+)
+def test_a_claim_says_its_verdict(holds, when, verdict):
+    made = claim(holds=holds, when=when)
+    assert made == {"notebook": "03_x", "number": 3, "says": "less memory", "verdict": verdict, "found": "It is so."}
+    printer = RecordingPrinter()
+    made._repr_pretty_(printer, cycle=False)
+    assert printer.said == f"Claim 3: less memory\nVerdict: {verdict}.\nIt is so."
+
+
+class RecordingPrinter:
+    said = ""
+
+    def text(self, text):
+        self.said += text
+
+
+@pytest.mark.parametrize(
+    ("wrong", "found"),
     [
-        (lambda root: (root / "README.md").unlink(), FileNotFoundError, "there is no README.md"),
-        (_edit("README.md", BLOCK.format("map"), ""), ValueError, "README.md has no <!-- memlab:map:begin -->"),
-        (_edit("README.md", "<!-- memlab:map:end -->", ""), ValueError, "README.md: a marker stands alone"),
-        (_edit("README.md", "<!-- memlab:figure:begin -->\n", ""), ValueError, "README.md: a marker stands alone"),
-        (_edit("README.md", "memlab:figure", "memlab:figrue"), ValueError, "memlab:figrue:begin -->: there is no such"),
-        (_edit("notebooks/03_x.ipynb", "<!-- memlab:results:end", "<!-- x"), ValueError, "03_x.ipynb: a marker stands"),
-        (_edit("results/cpu.json", '"schema": 1', '"schema": 0'), ValueError, "cpu.json is not a results file"),
-        (_edit("results/cpu.json", '"03_x"', '"02_x"'), ValueError, "notebooks that are not there: '02_x'"),
+        ({"holds": 1}, "True or False, not 1"),
+        ({"holds": False, "when": "it rains"}, "does not hold, and yet"),
+        ({"number": 0}, "number has to be a whole number of at least 1, not 0"),
+        ({"found": " "}, "found has to be a text"),
     ],
 )
-def test_a_report_refuses_what_it_cannot_trust(change, error, found, checkout):
-    change(checkout)
-    before = {path: path.read_bytes() for path in checkout.rglob("*") if path.is_file()}
-    for check in (True, False):
-        with pytest.raises(error, match=re.escape(found)):
-            results.report(checkout, check=check)
-    assert {path: path.read_bytes() for path in checkout.rglob("*") if path.is_file()} == before
+def test_a_claim_that_cannot_be_kept_is_refused(wrong, found):
+    with pytest.raises(ValueError, match=re.escape(found)):
+        claim(**wrong)
 
 
-def test_the_headline_is_what_a_notebook_shows(checkout):
-    paths = results.notebooks(checkout)
-    assert results.headline(paths) == (PICTURE, "Peak 4.00 MiB → 2.00 MiB: x.")
-    results.report(checkout)
-    show(paths[1], PICTURE + b" of a later run", "Peak 4.00 MiB → 2.00 MiB: x.")
-    (found,) = results.report(checkout, check=True)
-    assert found == "results/figures/headline.png is not the picture that the notebook shows"
-    assert results.report(checkout) == ["results/figures/headline.png"]
-    show(paths[1], PICTURE, "no tag", tag="other")
-    assert results.headline(paths) is None
-    write_notebook(paths[0], "# 00", "a = 1")
-    for path in paths[:2]:
-        show(path, PICTURE, "twice")
-    with pytest.raises(ValueError, match="more than one cell"):
-        results.headline(paths)
+def test_claims_are_kept_beside_the_records(tmp_path, monkeypatch):
+    path = tmp_path / "records.jsonl"
+    monkeypatch.setenv(results.VARIABLE, str(path))
+    record()
+    second, first = claim(10), claim(3, holds=False)
+    monkeypatch.delenv(results.VARIABLE)
+    data = results.merge(None, ENVIRONMENT | measured_environment("cpu"), "03_x", results.read_lines(path))
+    assert len(data["records"]) == 1 and data["claims"] == [first, second]  # in the order of their numbers
+    results.write(tmp_path / "cpu.json", data)
+    assert results.load(tmp_path / "cpu.json") == data
+
+    # Another notebook's run leaves them; the same notebook's run replaces them.
+    later = ENVIRONMENT | {"date": "2026-02-01"}
+    kept = results.merge(data, later, "04_y", [])["claims"]
+    assert [one["number"] for one in kept] == [3, 10] and kept[0]["environment"]["date"] == ENVIRONMENT["date"]
+    assert results.merge(data, later, "03_x", [])["claims"] == []
+
+
+def test_a_file_with_a_claim_that_is_none_is_refused():
+    with pytest.raises(ValueError, match=re.escape("claims[0].verdict has to be")):
+        results.validate(results_file() | {"claims": [claim() | {"verdict": "perhaps"}]})
+
+
