@@ -75,7 +75,7 @@ def summary_table(data: dict, paths: Sequence[Path], base: Path) -> str:
         difference = None if alone else after["max_gradient_difference"]
         table.append(
             {
-                "": f"[{path.stem.split('_')[0]}]({_relative(path, base)})",
+                "notebook": f"[{_title(json.loads(path.read_text(encoding='utf-8'))) or path.stem}]({_relative(path, base)})",
                 "from → to": before["name"] if alone else f"{before['name']} → {after['name']}",
                 "peak before": format_bytes(before["peak_bytes"]),
                 "peak after": "-" if alone else format_bytes(after["peak_bytes"]),

@@ -69,21 +69,24 @@ def test_the_results_table_says_where_and_when():
 
 def test_the_summary_has_the_first_record_of_each_notebook(tmp_path):
     paths = [tmp_path / "notebooks" / name for name in ("00_none.ipynb", "03_x.ipynb", "04_y.ipynb")]
+    for path in paths:
+        write_notebook(path, f"# About {path.stem}")
     first = record(after_seconds=Seconds(0.75, 0.1, 3), max_gradient_difference={"after": 0.0})
     other = record("04_y", "y", max_gradient_difference={"after": 2e-7})
     table = report.summary_table(results_file(first, record(technique="second"), other), paths, tmp_path)
     assert table.splitlines()[2:] == [
-        "|  | from → to | peak before | peak after | × less | residual | × time | gradients |",
+        "| notebook | from → to | peak before | peak after | × less | residual | × time | gradients |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | --- |",
-        "| [03](notebooks/03_x.ipynb) | before → after | 4.00 MiB | 2.00 MiB | 2.00 | -0.99 % | 1.50 | equal |",
-        "| [04](notebooks/04_y.ipynb) | before → after | 4.00 MiB | 2.00 MiB | 2.00 | -0.99 % | - | within 2e-07 |",
+        "| [About 03_x](notebooks/03_x.ipynb) | before → after | 4.00 MiB | 2.00 MiB | 2.00 | -0.99 % | 1.50 | equal |",
+        "| [About 04_y](notebooks/04_y.ipynb) | before → after | 4.00 MiB | 2.00 MiB | 2.00 | -0.99 % | - | within 2e-07 |",
     ]
 
 
 def test_the_summary_of_a_run_that_stands_alone(tmp_path):
     alone = record() | {"variants": record()["variants"][:1]}
+    write_notebook(tmp_path / "notebooks/03_x.ipynb", "a = 1")
     table = report.summary_table(results_file(alone), [tmp_path / "notebooks/03_x.ipynb"], tmp_path)
-    assert table.splitlines()[-1] == "| [03](notebooks/03_x.ipynb) | before | 4.00 MiB | - | - | +0.00 % | - | - |"
+    assert table.splitlines()[-1] == "| [03_x](notebooks/03_x.ipynb) | before | 4.00 MiB | - | - | +0.00 % | - | - |"
     assert report.summary_table(results_file(), [], tmp_path).startswith("**CPU, 2 threads**")
 
 
