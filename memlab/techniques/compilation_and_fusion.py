@@ -1,0 +1,299 @@
+"""Fused linear and cross-entropy: the loss of a large vocabulary without its logits.
+
+A language model's last layer turns every token into one number a word, and the plain loss holds three such
+tensors at once: the log-softmax, its gradient and the logits' gradient. `linear_cross_entropy` walks over the
+tokens in chunks, and takes each chunk's gradient at once, in forward, while its logits are there. So only one
+chunk of logits exists at a time. What is kept for backward is the gradient of the weight and that of the
+hidden states. The matrix products are the same, and as many. `apply_fused_loss` puts it into a model.
+
+Sources: Hsu et al., "Liger Kernel" (2024), arXiv:2410.10989, which takes the gradient in forward, chunk by
+chunk; Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models" (2024), arXiv:2411.09009, which
+goes further, in one kernel. `torch.nn.functional.linear_cross_entropy` is PyTorch's own, from 2.13 on.
+"""
+
+import inspect
+import weakref
+from types import MethodType, SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+# --- The function -------------------------------------------------------------------------------------------
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, *,
+    ignore_index: int = -100, reduction: str = "mean", chunk_tokens: int | None = None,
+) -> Tensor:  # fmt: skip
+    """Return `cross_entropy(linear(hidden, weight, bias), targets)`, a scalar, without the logits of all tokens.
+
+    hidden: (tokens, hidden). weight: (vocabulary, hidden). bias: (vocabulary,). targets: int64 (tokens,).
+    ignore_index: tokens with this target count for nothing, in the mean neither.
+    reduction: "mean" over the tokens that count (NaN if none does, as in `cross_entropy`), or "sum".
+    chunk_tokens: so many tokens have logits at once; None takes as many as the hidden size, so that a chunk's
+        logits are as large as the weight. Fewer need less memory and more passes over the weight.
+
+    The softmax and the sum of the weight's gradient are FP32 at least; the matrix products run in autocast's
+    type, or that of the inputs. The loss is FP32 at least. What needs no gradient gets none, and under
+    `torch.no_grad()` nothing is kept. The first backward pass uses the gradients up: a second one is a
+    RuntimeError, and so is `create_graph=True`.
+
+    Raises TypeError or ValueError for other types, shapes, devices or options. A target that is no word is a
+    ValueError on the CPU; on a GPU, where looking would stop the queue, CUDA's own assertion.
+    """
+    _check(hidden, weight, targets, bias, ignore_index, reduction, chunk_tokens)
+    kind, dtype = hidden.device.type, hidden.dtype
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+    options = (ignore_index, reduction, chunk_tokens or hidden.shape[1], dtype, torch.is_grad_enabled())
+    return _LinearCrossEntropy.apply(hidden, weight, bias, targets, *options)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, ignore_index, reduction, chunk_tokens, dtype, learns):
+        exact = torch.promote_types(dtype, torch.float32)
+        wanted = [learns and needed for needed in ctx.needs_input_grad[:3]]
+        gradients = [
+            torch.zeros_like(tensor, dtype=hidden.dtype if tensor is hidden else exact) if needed else None
+            for tensor, needed in zip((hidden, weight, bias), wanted, strict=True)
+        ]
+        of_hidden, of_weight, of_bias = gradients
+        count = (targets != ignore_index).sum() if reduction == "mean" else targets.new_ones(())
+        loss = torch.zeros((), dtype=exact, device=hidden.device)
+        with torch.autocast(hidden.device.type, enabled=False):  # the types are chosen here
+            matrix = weight.to(dtype)
+            for start in range(0, len(hidden), chunk_tokens):
+                rows, logits = slice(start, start + chunk_tokens), None  # the last chunk's logits go first
+                inputs, ignored = hidden[rows].to(dtype), (targets[rows] == ignore_index).unsqueeze(1)
+                words = targets[rows].unsqueeze(1).masked_fill(ignored, 0)
+                logits = F.linear(inputs, matrix, None if bias is None else bias.to(dtype)).to(exact)
+
+                # The softmax, in the place of the logits: nothing else of their size is made.
+                logits.sub_(logits.amax(1, keepdim=True))
+                of_words = logits.gather(1, words)
+                totals = logits.exp_().sum(1, keepdim=True)
+                loss += (totals.log() - of_words).masked_fill_(ignored, 0).sum()
+                if not any(wanted):
+                    continue
+
+                # Their gradient, in the same place: the probabilities, less one at the target.
+                logits.div_(totals).scatter_add_(1, words, torch.full_like(of_words, -1))
+                logits.masked_fill_(ignored, 0)
+                if of_bias is not None:
+                    of_bias += logits.sum(0)
+                logits = logits.to(dtype)
+                if of_hidden is not None:
+                    of_hidden[rows] = logits @ matrix
+                if of_weight is not None:
+                    _add_product(of_weight, logits.T, inputs)
+
+        # Divided by the count in backward, with the gradient that comes in there: FP16 could not hold p / count.
+        ctx.gradients, ctx.scale = gradients, 1 / count.clamp(min=1).to(exact)
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
+        return loss / count
+
+    @staticmethod
+    def backward(ctx, gradient):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "linear_cross_entropy has no second derivative: do not pass create_graph=True."
+            )
+        # Changed in place and given away: autograd makes the same tensor `weight.grad`, without a copy.
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError(
+                "linear_cross_entropy gave its gradients away in the first backward pass. Compute the loss "
+                "again, or add up losses and call backward once."
+            )
+        factor = gradient * ctx.scale
+        pairs = zip(gradients, ctx.dtypes, strict=True)
+        return *(one if one is None else one.mul_(factor).to(dtype) for one, dtype in pairs), *[None] * 6
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b. A 16-bit product cannot be added to it in one go: it is made in pieces as large as `a`."""
+    if a.dtype == total.dtype:
+        torch.addmm(total, a, b, out=total)  # `addmm_` does the same, but no FlopCounterMode counts it
+    else:
+        size = max(1, a.numel() // b.shape[1])
+        for part, rows in zip(total.split(size), a.split(size), strict=True):
+            part += rows @ b
+
+
+def _check(hidden, weight, targets, bias, ignore_index, reduction, chunk_tokens) -> None:
+    given = dict(hidden=hidden, weight=weight, targets=targets) | ({} if bias is None else dict(bias=bias))
+    for name, tensor in given.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, but it is {tensor!r:.60}.")
+        if name != "targets" and not tensor.is_floating_point():
+            raise TypeError(f"{name} must be floating point, but it is {tensor.dtype}.")
+    if targets.dtype != torch.int64:
+        raise TypeError(f"targets must be int64 indices, but they are {targets.dtype}.")
+    shapes = [tuple(tensor.shape) for tensor in given.values()]
+    tokens, vocabulary, width = targets.shape[:1], weight.shape[:1], weight.shape[1:2]
+    if shapes != [tokens + width, vocabulary + width, tokens, vocabulary][: len(shapes)] or weight.ndim != 2:
+        raise ValueError(
+            "The shapes must be hidden (tokens, hidden), weight (vocabulary, hidden), targets (tokens,), bias "
+            f"(vocabulary,), but they are {', '.join(f'{n} {s}' for n, s in zip(given, shapes, strict=True))}."
+        )
+    if len(devices := {str(tensor.device) for tensor in given.values()}) > 1:
+        raise ValueError(f"All must be on one device, but they are on {' and '.join(sorted(devices))}.")
+    if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
+        raise TypeError(f"hidden is {hidden.dtype} and weight {weight.dtype}: convert one, or use autocast.")
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f'reduction must be "mean" or "sum", but it is {reduction!r}.')
+    _check_chunk(chunk_tokens)
+    if targets.device.type == "cpu":
+        wrong = targets[((targets < 0) | (targets >= len(weight))) & (targets != ignore_index)]
+        if len(wrong):
+            rule = f"0 to {len(weight) - 1}, or {ignore_index} to be ignored"
+            raise ValueError(f"Targets must be {rule}, but one is {wrong[0].item()}.")
+
+
+def _check_chunk(tokens) -> None:
+    if tokens is not None and (type(tokens) is not int or tokens < 1):
+        raise ValueError(f"chunk_tokens must be a positive int or None, but it is {tokens!r}.")
+
+
+# --- Applying it from outside -------------------------------------------------------------------------------
+
+
+def apply_fused_loss(model: nn.Module, head: nn.Linear | None = None, *, chunk_tokens: int | None = None):
+    """Let a model's output layer return `UncomputedLogits` in training; `remove()` on the result undoes it.
+
+    The model's own code goes on as it is: when it gives them to `torch.nn.functional.cross_entropy`, they go
+    through `linear_cross_entropy`. Under `torch.no_grad()` or in `eval()` the layer returns logits as before.
+
+    head: the output layer, an `nn.Linear`; None takes what `model.get_output_embeddings()` returns (as all
+        language models of Hugging Face have it), else `model.head` or `model.lm_head`.
+    chunk_tokens: as for `linear_cross_entropy`.
+
+    Remove it before copying or pickling the model (TypeError otherwise). Raises TypeError for a head that is
+    no plain `nn.Linear`, ValueError for one that is not found or has it already; in training, TypeError for a
+    model that does anything else with its logits, as soft-capping or scaling them.
+    """
+    if head is None:
+        find = getattr(model, "get_output_embeddings", lambda: None)
+        head = find() or getattr(model, "head", None) or getattr(model, "lm_head", None)
+        if head is None:
+            raise ValueError(f"No output layer found in {type(model).__name__}: pass head=, its nn.Linear.")
+    if type(head) is not nn.Linear:
+        raise TypeError(f"The output layer must be a plain nn.Linear, but it is {type(head).__name__}.")
+    if not any(module is head for module in model.modules()):
+        raise ValueError(f"The head given is no part of this {type(model).__name__}.")
+    if isinstance(head.forward, _HeadForward):
+        raise ValueError(f"The loss of this {type(model).__name__} is fused already: remove() it first.")
+    _check_chunk(chunk_tokens)
+    forward = head.forward = _HeadForward(head, chunk_tokens)
+
+    def remove() -> None:
+        if (head := forward.head()) is not None:
+            if vars(head).get("forward") is not forward:
+                raise RuntimeError("Something replaced the output layer's forward since: undo that first.")
+            del head.forward
+            if forward.previous is not None:
+                head.forward = forward.previous
+        forward.head = lambda: None
+
+    return SimpleNamespace(remove=remove)
+
+
+class _HeadForward:
+    """The `forward` of the output layer. It holds the layer weakly: otherwise a deleted model would be a cycle
+    and stay in memory until the garbage collector came."""
+
+    def __init__(self, head: nn.Linear, chunk_tokens: int | None):
+        self.head, self.chunk_tokens = weakref.ref(head), chunk_tokens
+        self.previous = vars(head).get("forward")
+        self.__signature__ = inspect.signature(head.forward)
+
+    def __call__(self, input: Tensor) -> "Tensor | UncomputedLogits":
+        head = self.head()
+        if head.training and torch.is_grad_enabled():
+            kind = input.device.type
+            autocast = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+            return UncomputedLogits(input, head.weight, head.bias, self.chunk_tokens, autocast)
+        return (self.previous or MethodType(nn.Linear.forward, head))(input)
+
+    def __reduce__(self):
+        raise TypeError("This model has a fused loss: remove() it before copying or pickling.")
+
+
+class UncomputedLogits:
+    """The place of the logits (..., vocabulary): what they would be computed from.
+
+    It can be flattened, viewed, sliced along its first axes and given to `cross_entropy`, with class indices
+    as targets, without `weight` or label smoothing. `compute()` returns the logits; all else is a TypeError.
+    """
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_tokens, autocast):
+        self.hidden, self.weight, self.bias, self.chunk_tokens = hidden, weight, bias, chunk_tokens
+        self.autocast = autocast  # as it was where the logits would have been computed
+
+    shape = property(lambda self: torch.Size((*self.hidden.shape[:-1], len(self.weight))))
+    device = property(lambda self: self.hidden.device)
+    float = contiguous = lambda self: self  # the softmax is FP32 anyway
+
+    def size(self, axis: int | None = None):
+        return self.shape if axis is None else self.shape[axis]
+
+    def view(self, *shape) -> "UncomputedLogits":
+        shape = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
+        if len(shape) < 2 or shape[-1] != len(self.weight):
+            raise _refusal(f"view{tuple(shape)}")
+        return self._with(self.hidden.reshape(*shape[:-1], self.hidden.shape[-1]))
+
+    reshape = view
+
+    def flatten(self, start_dim: int = 0, end_dim: int = -1) -> "UncomputedLogits":
+        if end_dim % self.hidden.ndim == self.hidden.ndim - 1:
+            raise _refusal(f"flatten({start_dim}, {end_dim})")
+        return self._with(self.hidden.flatten(start_dim, end_dim))
+
+    def __getitem__(self, index) -> "UncomputedLogits":
+        index = index if isinstance(index, tuple) else (index,)
+        along_words = len(index) >= self.hidden.ndim or any(part is ... for part in index)
+        if along_words and not (isinstance(index[-1], slice) and index[-1] == slice(None)):
+            raise _refusal(f"the index {index}")
+        return self._with(self.hidden[index])
+
+    def compute(self) -> Tensor:
+        """Return the logits (..., vocabulary)."""
+        with torch.autocast(*self.autocast):
+            return F.linear(self.hidden, self.weight, self.bias)
+
+    def _with(self, hidden: Tensor) -> "UncomputedLogits":
+        return UncomputedLogits(hidden, self.weight, self.bias, self.chunk_tokens, self.autocast)
+
+    def _cross_entropy(self, target, weight=None, size_average=None, ignore_index=-100, reduce=None,
+                       reduction="mean", label_smoothing=0.0):  # fmt: skip
+        if any(option is not None for option in (weight, size_average, reduce)) or label_smoothing:
+            raise _refusal("cross_entropy with weight=, label_smoothing=, size_average= or reduce=")
+        options = {"ignore_index": ignore_index, "reduction": reduction, "chunk_tokens": self.chunk_tokens}
+        with torch.autocast(*self.autocast):
+            return linear_cross_entropy(self.hidden, self.weight, target, self.bias, **options)
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        logits, *others = args or (kwargs.pop("input", None),)
+        if function is not F.cross_entropy or not isinstance(logits, cls):
+            raise _refusal(getattr(function, "__name__", str(function)))
+        return logits._cross_entropy(*others, **kwargs)
+
+    def __mul__(self, other):
+        raise _refusal("scaling or soft-capping them")
+
+    __rmul__ = __truediv__ = __mul__
+
+    def __getattr__(self, name: str):
+        raise AttributeError(str(_refusal(name)))
+
+
+def _refusal(what: str) -> TypeError:
+    return TypeError(
+        f"The loss of this model is fused, so in training its logits are not computed, and {what} needs them. "
+        "Call compute() on them, use eval() or no_grad(), or remove() the fused loss."
+    )
