@@ -20,7 +20,7 @@ from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-from memlab.ledger import COLUMNS
+from memlab.ledger import COLUMNS, Span
 from memlab.measure import Measurement
 from memlab.units import GiB, KiB, MiB, format_bytes
 
@@ -218,16 +218,28 @@ def stack(
     axes.set_ylim(0, top)
     style(axes)
     # A strip above the curve names the phases; the letters go only where they fit.
-    for span in phases:
+    for span in _joined(phases):
         left, right = (place((moment - ledger.start) / 1e9) for moment in (span.start, span.end))
         axes.axvspan(left, right, ymin=0.945, color=_PHASE_SHADES[span.kind], lw=0)
-        axes.axvline(left, color="#AAAAAA", lw=0.5)
+        if right - left > 0.01 * length * scale:  # the lines of many short phases would cover the curve
+            axes.axvline(left, color="#AAAAAA", lw=0.5)
         room = inches * (right - left) / scale / (length + 2 * margin) / 0.06  # in letters
         letters = next((word for word in (span.kind, _SHORT.get(span.kind, "")) if len(word) < room), "")
         axes.text((left + right) / 2, 0.972 * top, letters, ha="center", va="center", fontsize=_FONT - 2.5)
     peak = max(place((ledger.peak_time - ledger.start) / 1e9), -margin * scale)
     axes.plot(peak, measurement.peak_bytes / unit, "v", color="black", ms=4, clip_on=False, zorder=5)
     return time_unit
+
+
+def _joined(phases: Sequence[Span]) -> list[Span]:
+    """Phases in time, with an optimizer's many small steps as one: each would be a line, and all together a bar."""
+    joined: list[Span] = []
+    for span in phases:
+        if joined and joined[-1].kind == span.kind == "optimizer":
+            joined[-1] = joined[-1]._replace(end=span.end)
+        else:
+            joined.append(span)
+    return joined
 
 
 def timeline(measurement: Measurement, title: str | None = None) -> Drawing:

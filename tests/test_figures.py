@@ -340,6 +340,22 @@ def test_a_timeline_without_steps_of_a_model_and_one_of_nothing():
         figures.timeline(measure(lambda: lambda: None, device="cpu"))
 
 
+def test_an_optimizer_that_steps_once_a_parameter_is_one_phase_of_the_strip():
+    kinds = "forward backward optimizer optimizer optimizer forward backward optimizer backward optimizer".split()
+    phases = [Span(10 * i, 10 * i + 10, kind) for i, kind in enumerate(kinds)]
+    joined = figures._joined(phases)
+    assert [span.kind for span in joined] == [*kinds[:3], *kinds[5:]]
+    assert (joined[2].start, joined[2].end) == (20, 50) and joined[3:] == phases[5:]
+
+
+def test_a_hundred_short_phases_draw_no_lines_over_the_curve():
+    run = of_length(1.0, shares=(40, 40, *[0.1, 0.1] * 100))
+    run.ledger.phases[:] = [span._replace(kind=kind) for span, kind in zip(
+        run.ledger.phases, ["forward", "backward", *["optimizer", "backward"] * 100], strict=True)]  # fmt: skip
+    axes = figures.timeline(run).axes[0]
+    assert sum(len(line.get_xdata()) == 2 for line in axes.lines) == 2  # where forward and backward begin
+
+
 def of_length(seconds, shares=(4, 3, 1, 2, 5, 1)):
     """A measurement of two steps that take so many seconds, their phases in these shares."""
     ends = [round(1e9 * seconds * share / sum(shares)) for share in itertools.accumulate(shares)]
