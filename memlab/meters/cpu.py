@@ -13,6 +13,7 @@ import ctypes
 import json
 import os
 import tempfile
+import warnings
 from pathlib import Path
 
 import torch
@@ -40,8 +41,7 @@ class Trace:
         self.spans: list[Span] = []
         # The profiler announces itself on standard error, which a notebook would show. 99 is silence.
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-        # With `acc_events` PyTorch 2.11 does not warn that a second cycle (there is none) would clear the first.
-        self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=memory, acc_events=True)
+        self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=memory)
         self._log_level = _log_level()
 
     def start(self) -> None:
@@ -55,7 +55,11 @@ class Trace:
                 "PyTorch's profiler is recording already, and there can be one at a time. Measure outside of "
                 "`torch.profiler.profile(...)`."
             )
-        self._profile.start()
+        with warnings.catch_warnings():
+            # PyTorch 2.11 warns that a second cycle (there is none) would clear the first. To ask it to keep both
+            # (`acc_events`) would let it make Python objects of all events, which nobody reads and takes seconds.
+            warnings.filterwarnings("ignore", message="(?s).*acc_events")
+            self._profile.start()
         # A block from before the recording that is freed in it makes the allocator log a warning. It is expected here.
         if self._log_level is not None:
             self._level_before, self._log_level.value = self._log_level.value, 2
