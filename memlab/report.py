@@ -71,7 +71,7 @@ def summary_table(data: dict, paths: Sequence[Path], base: Path) -> str:
         alone = len(variants) == 1
         known = [v for v in variants if v["predicted_bytes"] is not None]
         residuals = [100 * (v["peak_bytes"] - v["predicted_bytes"]) / v["predicted_bytes"] for v in known]
-        timed = not alone and before["seconds"] and after["seconds"]
+        timed = not alone and _steady(before["seconds"]) and _steady(after["seconds"])
         difference = None if alone else after["max_gradient_difference"]
         table.append(
             {
@@ -86,6 +86,11 @@ def summary_table(data: dict, paths: Sequence[Path], base: Path) -> str:
             }
         )
     return f"{_caption(data)}\n\n{_markdown(table)}" if table else _caption(data)
+
+
+def _steady(seconds: dict | None) -> bool:
+    """Whether a step was timed, and its times lie within half of their median: else the machine was busy."""
+    return seconds is not None and seconds["spread"] <= 0.5 * seconds["median"]
 
 
 def claims_table(files: Sequence[dict], paths: Sequence[Path], base: Path) -> str:

@@ -82,6 +82,14 @@ def test_the_summary_has_the_first_record_of_each_notebook(tmp_path):
     ]
 
 
+def test_the_summary_compares_no_seconds_of_a_busy_machine(tmp_path):
+    write_notebook(tmp_path / "notebooks/03_x.ipynb", "# About")
+    paths = [tmp_path / "notebooks/03_x.ipynb"]
+    for spread, shown in ((0.37, "| 1.50 |"), (0.38, "| - |")):
+        busy = record(after_seconds=Seconds(0.75, spread, 3))
+        assert shown in report.summary_table(results_file(busy), paths, tmp_path)
+
+
 def test_the_summary_of_a_run_that_stands_alone(tmp_path):
     alone = record() | {"variants": record()["variants"][:1]}
     write_notebook(tmp_path / "notebooks/03_x.ipynb", "a = 1")
