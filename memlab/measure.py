@@ -423,13 +423,17 @@ class _Recording:
         """A model from before the measurement would be missing in the ledger without a word."""
         if self._count_alive:
             return
-        foreign: dict[int, str] = {}
+        foreign: dict[tuple[int, int], str] = {}
+        names: dict[int, str] = {}
         for seen in missed:
             if seen.column == "parameters" and seen.address in self.observer.before:
-                foreign[seen.address] = foreign.get(seen.address) or seen.name
-        sizes = {use.address: use.bytes for use in self.observer.uses if use.address in foreign}
-        if sizes:  # else the run did not use them: another model that lives in this process
-            name = next((foreign[address] for address in sizes if foreign[address]), "the optimizer's")
+                foreign[seen.time, seen.address] = seen.name
+                names[seen.address] = names.get(seen.address) or seen.name
+        # By time too: memory of a model that is gone since may be the run's own by now. What the run did not use is
+        # another model that lives in this process.
+        sizes = {use.address: use.bytes for use in self.observer.uses if (use.seen, use.address) in foreign}
+        if sizes:
+            name = next((names[address] for address in sizes if names[address]), "the optimizer's")
             raise ValueError(
                 f"the model was built before the measurement began: {format_bytes(sum(sizes.values()))} of its "
                 f"parameters would be missing ({name!r} is one). Build it inside build(), or put "

@@ -16,8 +16,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from memlab import COLUMNS, Measurement, MemoryLeakError, measure, watch
-from memlab.ledger import PHASES
-from memlab.measure import Seconds, environment
+from memlab.ledger import PHASES, Observation
+from memlab.measure import Seconds, _Recording, environment
+from memlab.meters.columns import Use
 
 FLOAT = 4
 WIDTH, BATCH = 64, 32
@@ -754,3 +755,17 @@ def test_a_step_that_returns_a_function_was_not_called_yet():
 
     with pytest.raises(ValueError, match="not yet called"):
         measure(lambda: lambda: build_other, device="cpu")
+
+
+@pytest.mark.parametrize(("used_at", "refused"), [(100, True), (200, False)])
+def test_memory_that_a_model_from_before_has_given_back_is_not_that_model(used_at, refused):
+    """A model from before was seen at an address, at 100. Used then, it is a stranger; later, another is there."""
+    recording = _Recording(torch.device("cpu"))
+    recording.observer.before.add(4096)
+    recording.observer.uses.append(Use(4096, 64, used_at))
+    missed = [Observation(100, 4096, "parameters", "old.weight")]
+    if refused:
+        with pytest.raises(ValueError, match="64 B of its parameters would be missing .'old.weight' is one"):
+            recording._refuse_foreign_parameters(missed)
+    else:
+        recording._refuse_foreign_parameters(missed)
