@@ -89,8 +89,8 @@ def notebook_paths(root):
 
 
 def topic(path):
-    """`03_gradient_checkpointing.ipynb` is about `gradient_checkpointing`."""
-    return re.sub(r"^\d+_", "", path.stem)
+    """`03_gradient_checkpointing.ipynb` is about `gradient_checkpointing`, `electives/e2_pruning.ipynb` about `pruning`."""
+    return re.sub(r"^e?\d+_", "", path.stem)
 
 
 def code_cells(notebook):
@@ -178,8 +178,10 @@ def name_problems(root):
             yield f"technique {name}: missing {' and '.join(missing)}"
     stems = [p.stem for p in notebook_paths(root)]
     for path in notebook_paths(root):
-        if not re.fullmatch(r"\d\d_[a-z0-9_]+", path.stem):
-            yield f"{path.name}: a notebook is named by two digits and a name, 03_gradient_checkpointing.ipynb"
+        elective = path.parent.name == "electives"
+        if not re.fullmatch(r"e\d_[a-z0-9_]+" if elective else r"\d\d_[a-z0-9_]+", path.stem):
+            form = "e and a digit" if elective else "two digits"
+            yield f"{path.name}: a notebook is named by {form} and a name, like the others beside it"
         if stems.count(path.stem) > 1:
             yield f"{path.name}: there are two of this name"
 
@@ -210,6 +212,15 @@ def test_a_technique_without_one_of_its_places_is_found(good_tree, lost):
 def test_a_notebook_without_a_number_is_found(good_tree):
     (good_tree / "notebooks/01_x.ipynb").rename(good_tree / "notebooks/x.ipynb")
     assert ["two digits" in p for p in name_problems(good_tree)] == [True]
+
+
+def test_an_elective_is_numbered_apart(good_tree):
+    (good_tree / "notebooks/electives").mkdir()
+    core, elective = good_tree / "notebooks/01_x.ipynb", good_tree / "notebooks/electives/e1_x.ipynb"
+    core.rename(elective)
+    assert list(name_problems(good_tree)) == []
+    elective.rename(elective.with_name("01_x.ipynb"))
+    assert ["e and a digit" in p for p in name_problems(good_tree)] == [True]
 
 
 def test_unit_tests_mirror_the_package():

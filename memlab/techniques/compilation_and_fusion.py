@@ -11,8 +11,10 @@ chunk; Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models" (20
 goes further, in one kernel. `torch.nn.functional.linear_cross_entropy` is PyTorch's own, from 2.13 on.
 """
 
+import functools
 import inspect
 import weakref
+from collections.abc import Callable
 from types import MethodType, SimpleNamespace
 
 import torch
@@ -160,7 +162,10 @@ def _check_chunk(tokens) -> None:
 # --- Applying it from outside -------------------------------------------------------------------------------
 
 
-def apply_fused_loss(model: nn.Module, head: nn.Linear | None = None, *, chunk_tokens: int | None = None):
+def apply_fused_loss(
+    model: nn.Module, head: nn.Linear | None = None, *,
+    chunk_tokens: int | None = None, loss: Callable = linear_cross_entropy,
+) -> SimpleNamespace:  # fmt: skip
     """Let a model's output layer return `UncomputedLogits` in training; `remove()` on the result undoes it.
 
     The model's own code goes on as it is: when it gives them to `torch.nn.functional.cross_entropy`, they go
@@ -169,6 +174,7 @@ def apply_fused_loss(model: nn.Module, head: nn.Linear | None = None, *, chunk_t
     head: the output layer, an `nn.Linear`; None takes what `model.get_output_embeddings()` returns (as all
         language models of Hugging Face have it), else `model.head` or `model.lm_head`.
     chunk_tokens: as for `linear_cross_entropy`.
+    loss: another function to take its place, called as it is but for `chunk_tokens`.
 
     Remove it before copying or pickling the model (TypeError otherwise). Raises TypeError for a head that is
     no plain `nn.Linear`, ValueError for one that is not found or has it already; in training, TypeError for a
@@ -186,7 +192,13 @@ def apply_fused_loss(model: nn.Module, head: nn.Linear | None = None, *, chunk_t
     if isinstance(head.forward, _HeadForward):
         raise ValueError(f"The loss of this {type(model).__name__} is fused already: remove() it first.")
     _check_chunk(chunk_tokens)
-    forward = head.forward = _HeadForward(head, chunk_tokens)
+    if not callable(loss):
+        raise TypeError(f"loss must be a function like linear_cross_entropy, but it is {loss!r:.80}.")
+    if loss is linear_cross_entropy:
+        loss = functools.partial(loss, chunk_tokens=chunk_tokens)
+    elif chunk_tokens is not None:
+        raise ValueError("chunk_tokens is linear_cross_entropy's: give another loss its sizes with functools.partial.")
+    forward = head.forward = _HeadForward(head, loss)
 
     def remove() -> None:
         if (head := forward.head()) is not None:
@@ -204,8 +216,8 @@ class _HeadForward:
     """The `forward` of the output layer. It holds the layer weakly: otherwise a deleted model would be a cycle
     and stay in memory until the garbage collector came."""
 
-    def __init__(self, head: nn.Linear, chunk_tokens: int | None):
-        self.head, self.chunk_tokens = weakref.ref(head), chunk_tokens
+    def __init__(self, head: nn.Linear, loss: Callable):
+        self.head, self.loss = weakref.ref(head), loss
         self.previous = vars(head).get("forward")
         self.__signature__ = inspect.signature(head.forward)
 
@@ -214,7 +226,7 @@ class _HeadForward:
         if head.training and torch.is_grad_enabled():
             kind = input.device.type
             autocast = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
-            return UncomputedLogits(input, head.weight, head.bias, self.chunk_tokens, autocast)
+            return UncomputedLogits(input, head.weight, head.bias, self.loss, autocast)
         return (self.previous or MethodType(nn.Linear.forward, head))(input)
 
     def __reduce__(self):
@@ -228,8 +240,8 @@ class UncomputedLogits:
     as targets, without `weight` or label smoothing. `compute()` returns the logits; all else is a TypeError.
     """
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_tokens, autocast):
-        self.hidden, self.weight, self.bias, self.chunk_tokens = hidden, weight, bias, chunk_tokens
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, loss: Callable, autocast):
+        self.hidden, self.weight, self.bias, self.loss = hidden, weight, bias, loss
         self.autocast = autocast  # as it was where the logits would have been computed
 
     shape = property(lambda self: torch.Size((*self.hidden.shape[:-1], len(self.weight))))
@@ -265,15 +277,15 @@ class UncomputedLogits:
             return F.linear(self.hidden, self.weight, self.bias)
 
     def _with(self, hidden: Tensor) -> "UncomputedLogits":
-        return UncomputedLogits(hidden, self.weight, self.bias, self.chunk_tokens, self.autocast)
+        return UncomputedLogits(hidden, self.weight, self.bias, self.loss, self.autocast)
 
     def _cross_entropy(self, target, weight=None, size_average=None, ignore_index=-100, reduce=None,
                        reduction="mean", label_smoothing=0.0):  # fmt: skip
         if any(option is not None for option in (weight, size_average, reduce)) or label_smoothing:
             raise _refusal("cross_entropy with weight=, label_smoothing=, size_average= or reduce=")
-        options = {"ignore_index": ignore_index, "reduction": reduction, "chunk_tokens": self.chunk_tokens}
+        options = {"ignore_index": ignore_index, "reduction": reduction}
         with torch.autocast(*self.autocast):
-            return linear_cross_entropy(self.hidden, self.weight, target, self.bias, **options)
+            return self.loss(self.hidden, self.weight, target, self.bias, **options)
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):

@@ -12,6 +12,7 @@ Sources: Dettmers et al., "8-bit Optimizers via Block-wise Quantization" (2021),
 SGD-like Memory, AdamW-level Performance" (2024), arXiv:2412.05270.
 """
 
+import functools
 import math
 from collections.abc import Iterator
 
@@ -20,9 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-_TINY = torch.finfo(
-    torch.float32
-).tiny  # the smallest normal number: nothing becomes infinite that is divided by it
+_TINY = torch.finfo(torch.float32).tiny  # the smallest normal number: divided by it, nothing becomes infinite
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # as torch.optim calls them
 
 # --- Eight bits a number ------------------------------------------------------------------------------------
@@ -35,14 +34,20 @@ def code_table(signed: bool, *, dynamic: bool = True) -> Tensor:
     paper: each of seven powers of ten has twice as many values as the one below, so that small numbers are told
     apart. Not dynamic: equally spaced, too coarse near zero for a second moment.
     """
+    return torch.tensor(_code_values(signed, dynamic), dtype=torch.float32)
+
+
+@functools.cache
+def _code_values(signed: bool, dynamic: bool) -> tuple[float, ...]:
     if not dynamic:
-        return torch.arange(-127, 129) / 128 if signed else torch.arange(256) / 255
+        return tuple([code / 128 for code in range(-127, 129)] if signed else [code / 255 for code in range(256)])
     values = [0.0, 1.0]
     for power in range(7):
-        edges = torch.linspace(0.1, 1, 2 ** (power if signed else power + 1) + 1, dtype=torch.float64)
+        count = 2 ** (power if signed else power + 1) + 1
+        edges = torch.linspace(0.1, 1, count, dtype=torch.float64, device="cpu")
         centres = ((edges[:-1] + edges[1:]) / 2 * 10.0 ** (power - 6)).tolist()
         values += centres + [-value for value in centres if signed]
-    return torch.tensor(sorted(values), dtype=torch.float32)
+    return tuple(sorted(values))
 
 
 def quantize(values: Tensor, table: Tensor, block_size: int = 256) -> tuple[Tensor, Tensor]:
@@ -92,25 +97,34 @@ def load_state_dict(optimizer: Optimizer, state_dict: dict) -> None:
     numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for number, parameter in zip(numbers, parameters, strict=True):
-        if number in state_dict["state"]:
-            optimizer.state[parameter] = {
-                name: value.to(parameter.device, copy=True) if isinstance(value, Tensor) else value
-                for name, value in state_dict["state"][number].items()
-            }
+        saved = state_dict["state"].get(number, {})
+        for name, value in saved.items():
+            if isinstance(value, Tensor) and f"{name.removesuffix('_scale')}_scale" in saved:
+                value = optimizer.zeros(value.shape, dtype=value.dtype, device=parameter.device).copy_(value)
+            elif isinstance(value, Tensor):
+                value = value.to(parameter.device, copy=True)
+            optimizer.state[parameter][name] = value
 
 
 class AdamW8bit(Optimizer):
     """AdamW whose two moments are 8-bit codes, with one FP32 scale for each block of `block_size` numbers.
 
     State: 2 (1 + 4 / block_size) bytes a parameter. Tensors of fewer than `smallest` numbers (biases, norms)
-    keep FP32 moments, 8 bytes. A step takes `slice_size` numbers at a time, and needs 12 bytes for each. The
-    weights are updated with the new moments as they are before they are rounded. `dynamic=False` takes equally
-    spaced codes, to see why they are not used. Raises ValueError for a number out of range.
+    keep FP32 moments, 8 bytes. A step takes `slice_size` numbers at a time, and needs 12 bytes for each, 20
+    with 16-bit weights. The weights are updated with the new moments as they are before they are rounded.
+    `dynamic=False` takes equally spaced codes, to see why they are not used.
+
+    rounding: from an FP32 tensor to its 16-bit one. With it the update of 16-bit weights is computed in FP32 and
+        rounded by it: stochastically, or small updates are lost. `stochastic_round` needs 19 bytes, not 20.
+    zeros: makes the state of 8 bits, with the arguments of `torch.zeros`. It may lie elsewhere, such as in a
+        mapped file: of each slice a copy comes to the parameter's device, and goes back.
+
+    Raises ValueError for a number out of range, TypeError for a `rounding` or `zeros` that is no function.
     """
 
     def __init__(
         self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, *,
-        block_size=256, smallest=4096, slice_size=2**20, dynamic=True,
+        block_size=256, smallest=4096, slice_size=2**20, dynamic=True, rounding=None, zeros=torch.zeros,
     ):  # fmt: skip
         _check(lr, betas, weight_decay, eps)
         if not 1 <= block_size <= slice_size:
@@ -119,7 +133,13 @@ class AdamW8bit(Optimizer):
             )
         options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "dynamic": dynamic}
         options |= {"block_size": block_size, "smallest": smallest, "slice_size": slice_size}
+        if not callable(zeros) or not (rounding is None or callable(rounding)):
+            raise TypeError(f"rounding and zeros must be functions, but they are {rounding!r} and {zeros!r}.")
         super().__init__(params, options)
+        self.rounding, self.zeros = rounding, zeros
+
+    def __getstate__(self):  # for copy and pickle, which would leave them out
+        return {**super().__getstate__(), "rounding": self.rounding, "zeros": self.zeros}
 
     load_state_dict = load_state_dict
 
@@ -131,13 +151,13 @@ class AdamW8bit(Optimizer):
         for parameter, gradient, state, group, _ in _with_gradients(self):
             size, device, count = group["block_size"], parameter.device, parameter.numel()
             if count < group["smallest"]:
-                _adamw(parameter, gradient, state, group)
+                _adamw(parameter, gradient, state, group, self.rounding)
                 continue
             if not state:
                 state["step"] = 0
                 for name in _MOMENTS:
-                    state[name] = torch.zeros(-(-count // size), size, dtype=torch.uint8, device=device)
-                    state[f"{name}_scale"] = torch.zeros(-(-count // size), device=device)
+                    state[name] = self.zeros(-(-count // size), size, dtype=torch.uint8, device=device)
+                    state[f"{name}_scale"] = self.zeros(-(-count // size), device=device)
             state["step"] += 1
             key = (group["dynamic"], device)
             if key not in tables:
@@ -148,13 +168,20 @@ class AdamW8bit(Optimizer):
             rows = group["slice_size"] // size
             for first in range(0, len(state["exp_avg"]), rows):
                 part, numbers = slice(first, first + rows), slice(first * size, (first + rows) * size)
-                kept = [(state[name][part], state[f"{name}_scale"][part]) for name in _MOMENTS]
+                stored = [(state[name][part], state[f"{name}_scale"][part]) for name in _MOMENTS]
+                kept = [[one.to(device) for one in pair] for pair in stored]  # the same, if they are there
                 blocks = [dequantize(*one, table) for one, (table, _) in zip(kept, tables[key], strict=True)]
                 moments = [one.view(-1)[: count - first * size] for one in blocks]
-                _adamw_update(weights[numbers], gradients[numbers], *moments, state["step"], group)
+                _adamw_update(
+                    weights[numbers], gradients[numbers], *moments, state["step"], group, self.rounding
+                )
                 for one, new, (_, halfway) in zip(kept, blocks, tables[key], strict=True):
                     _quantize_into(*one, new, halfway)
-                del blocks, moments, new  # else they are there when the next slice is read
+                for pair, near in zip(stored, kept, strict=True):
+                    for one, new in zip(pair, near, strict=True):
+                        if new.device != one.device:
+                            one.copy_(new)
+                del blocks, moments, kept, near, new  # else they are there when the next slice is read
             if not parameter.is_contiguous():
                 parameter.copy_(weights.view(parameter.shape))
         return loss
@@ -286,15 +313,20 @@ def _denominator(gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: in
     return exp_avg_sq.sqrt().div_(math.sqrt(1 - beta2**step)).add_(group["eps"])
 
 
-def _adamw_update(parameter, gradient, exp_avg, exp_avg_sq, step: int, group: dict) -> None:
+def _adamw_update(parameter, gradient, exp_avg, exp_avg_sq, step: int, group: dict, rounding=None) -> None:
     denominator = _denominator(gradient, exp_avg, exp_avg_sq, step, group)
-    parameter.mul_(1 - group["lr"] * group["weight_decay"])
-    parameter.addcdiv_(exp_avg, denominator, value=-group["lr"] / (1 - group["betas"][0] ** step))
+    # FP32 weights are updated where they are.
+    exact = parameter if rounding is None or parameter.dtype.itemsize > 2 else parameter.float()
+    exact.mul_(1 - group["lr"] * group["weight_decay"])
+    exact.addcdiv_(exp_avg, denominator, value=-group["lr"] / (1 - group["betas"][0] ** step))
+    if exact is not parameter:
+        del denominator  # rounding needs as much
+        parameter.copy_(rounding(exact))
 
 
-def _adamw(parameter: Tensor, gradient: Tensor, state: dict, group: dict) -> None:
+def _adamw(parameter: Tensor, gradient: Tensor, state: dict, group: dict, rounding=None) -> None:
     if not state:
         state.update(step=0, exp_avg=torch.zeros_like(parameter, dtype=torch.float32))
         state.update(exp_avg_sq=torch.zeros_like(parameter, dtype=torch.float32))
     state["step"] += 1
-    _adamw_update(parameter, gradient, state["exp_avg"], state["exp_avg_sq"], state["step"], group)
+    _adamw_update(parameter, gradient, state["exp_avg"], state["exp_avg_sq"], state["step"], group, rounding)

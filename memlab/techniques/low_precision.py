@@ -65,7 +65,9 @@ def apply_low_precision(
             raise ValueError(
                 f"{name} has a gradient: call zero_grad() first, then cast, then make the optimizer."
             )
-        if not tensor.is_meta and (tensor.isfinite() & ~tensor.to(dtype).isfinite()).any():
+        # In slices: looking at all of an embedding at once would need more memory than the cast itself.
+        parts = () if tensor.is_meta else tensor.detach().reshape(-1).split(2**16)
+        if any((part.isfinite() & ~part.to(dtype).isfinite()).any() for part in parts):
             largest = torch.finfo(dtype).max
             raise ValueError(
                 f"{name} holds a number above {largest:.4g}, the largest in {dtype}: use another."

@@ -21,17 +21,19 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 
-def far_like(tensor: Tensor, directory: str | os.PathLike | None = None) -> Tensor:
+def far_like(tensor: Tensor, directory: str | os.PathLike | None = None, *, device=None) -> Tensor:
     """Return a tensor of this tensor's shape, strides and dtype on the far side, not initialized.
 
     For a CUDA tensor that is pinned memory; for a CPU tensor a mapped file in `directory` (by default where
     temporary files go: on some systems that is itself in memory). The file has no name: it ends with the
-    tensor, or with the process. Raises ValueError for other devices, OSError when the file cannot be made.
+    tensor, or with the process. `device` says whose far side is meant, if not that of the tensor's own: of a
+    tensor on the meta device. Raises ValueError for other devices, OSError when the file cannot be made.
     """
-    if tensor.is_cuda:
+    near = torch.device(device or tensor.device)
+    if near.type == "cuda":
         return torch.empty_like(tensor, device="cpu", pin_memory=True)
-    if tensor.device.type != "cpu":
-        raise ValueError(f"Offloading knows CPU and CUDA tensors: this one is on {tensor.device}.")
+    if near.type != "cpu":
+        raise ValueError(f"Offloading knows CPU and CUDA tensors: this one is on {near}.")
     size, strides = max(1, tensor.nbytes), torch.empty_like(tensor, device="meta").stride()
     handle, path = tempfile.mkstemp(prefix="offloaded-", dir=directory)
     try:
@@ -43,7 +45,13 @@ def far_like(tensor: Tensor, directory: str | os.PathLike | None = None) -> Tens
     finally:
         os.close(handle)
         os.unlink(path)
-    return torch.empty(0, dtype=tensor.dtype).set_(storage, 0, tensor.size(), strides)
+    return torch.empty(0, dtype=tensor.dtype, device="cpu").set_(storage, 0, tensor.size(), strides)
+
+
+def far_zeros(*size, dtype: torch.dtype | None = None, device=None, directory=None) -> Tensor:
+    """Return `torch.zeros(*size, dtype=dtype)` on the far side of a device, for what is far from its birth."""
+    like = torch.empty(*size, dtype=dtype, device="meta")
+    return far_like(like, directory, device=device or torch.get_default_device()).zero_()
 
 
 _copy_stream = functools.cache(torch.cuda.Stream)  # one for each device
@@ -248,7 +256,7 @@ def offload_optimizer_state(optimizer: torch.optim.Optimizer, *, min_bytes: int 
 _PARAMETER_OF = weakref.WeakKeyDictionary()  # by the storage of a near copy, which need not move when saved
 
 
-def stream_parameters(blocks, *, min_bytes: int = 2**16, directory=None) -> None:
+def stream_parameters(blocks, *, min_bytes: int = 2**16, device=None, directory=None) -> None:
     """Keep the parameters of blocks and their gradients far; the block that runs has copies near.
 
     They stay the objects they were, and an optimizer steps them where they are: in the file, or beside a GPU
@@ -257,6 +265,7 @@ def stream_parameters(blocks, *, min_bytes: int = 2**16, directory=None) -> None
 
     blocks: modules such as `model.blocks`, which share no parameters. Stream them before the first step.
     min_bytes: smaller parameters stay near.
+    device: where the blocks run, if their parameters are far already (made by `far_like`).
 
     Raises ValueError for a block with nothing to stream, with gradients, or with a replaced `forward`.
     """
@@ -264,13 +273,14 @@ def stream_parameters(blocks, *, min_bytes: int = 2**16, directory=None) -> None
         streamed = [parameter for parameter in block.parameters() if parameter.nbytes >= min_bytes]
         if not streamed:
             raise ValueError(f"{type(block).__name__} has no parameter of {min_bytes:,} bytes or more.")
-        if "forward" in vars(block) or any(p.grad is not None or _is_far(p) for p in streamed):
+        if "forward" in vars(block) or any(p.grad is not None for p in streamed):
             raise ValueError("Stream parameters once: before checkpointing, and before there are gradients.")
-        device = streamed[0].device
-        block.forward = _StreamedForward(block, {id(parameter) for parameter in streamed}, device)
+        near = torch.device(device or streamed[0].device)
+        block.forward = _StreamedForward(block, {id(parameter) for parameter in streamed}, near)
         for parameter in streamed:
-            parameter.data = far_like(parameter, directory).copy_(parameter.detach())
-            if device.type == "cpu":  # beside a GPU autograd takes the gradient to its parameter's device
+            if not _is_far(parameter):
+                parameter.data = far_like(parameter, directory).copy_(parameter.detach())
+            if near.type == "cpu":  # beside a GPU autograd takes the gradient to its parameter's device
                 parameter.register_hook(lambda gradient: far_like(gradient, directory).copy_(gradient))
 
 

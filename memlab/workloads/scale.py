@@ -1,7 +1,7 @@
 """The sizes of every experiment, chosen by the device: one notebook runs on a laptop and on an H200."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -10,7 +10,7 @@ from .gpt import GPTConfig
 from .vit import ViTConfig
 
 GIB = 2**30
-NAMES = ("cpu", "t4", "gpu")
+NAMES = ("cpu", "t4", "gpu", "large")
 
 # A CUDA device below this runs as a T4. Cards sold as 24 GB report 22 to 24 GiB.
 GPU_MEMORY_BYTES = 20 * GIB
@@ -66,6 +66,9 @@ def scale(name: str | None = None) -> Scale:
     "cpu" where there is no CUDA device (Apple's mps is not supported and runs as cpu), "t4" for a CUDA device
     with less than 20 GiB or without BF16 of its own, "gpu" for all others.
 
+    "large" is chosen by name only: GPT-2 124M, 8 sequences of 1,024 tokens, on whatever device there is, so that one
+    geometry can be compared everywhere. On a CPU it needs 16 GiB and takes about a minute for each step.
+
     Raises ValueError for an unknown name and RuntimeError for t4 or gpu where there is no CUDA device.
     """
     origin = "scale(name)"
@@ -73,6 +76,10 @@ def scale(name: str | None = None) -> Scale:
         name, origin = os.environ.get("MEMLAB_SCALE") or None, "MEMLAB_SCALE"
     if name is not None and name not in NAMES:
         raise ValueError(f"{origin} must be one of {', '.join(NAMES)}, but it is {name!r}.")
+    if name == "large":
+        base = scale("gpu") if torch.cuda.is_available() else _cpu()
+        sizes = {"gpt": gpt.gpt2_124m(), "batch_size": 8, "sequence_length": 1024}
+        return replace(base, name=name, **sizes, repeats=1 if base.device.type == "cpu" else base.repeats)
     if name == "cpu" or (name is None and not torch.cuda.is_available()):
         return _cpu()
     if not torch.cuda.is_available():

@@ -2,6 +2,7 @@
 and applied from outside to our GPT, our ViT and models of Hugging Face."""
 
 import copy
+import functools
 import gc
 import inspect
 import logging
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from memlab import measure
+from memlab.techniques.capstone import tiled_linear_cross_entropy
 from memlab.techniques.compilation_and_fusion import (
     UncomputedLogits,
     apply_fused_loss,
@@ -487,6 +489,70 @@ def test_a_wrong_head_is_refused():
     with pytest.raises(ValueError, match="fused already"):
         apply_fused_loss(model, model[0])
     assert isinstance(model[0](torch.randn(2, 3)), UncomputedLogits)
+
+
+@pytest.mark.parametrize("make", [small_gpt, small_vit])
+def test_another_loss_takes_the_place_of_ours(make):
+    run, given = run_gpt if make is small_gpt else run_vit, []
+
+    def loss(hidden, weight, targets, bias, *, ignore_index, reduction):
+        given.append((hidden.shape, weight is model.head.weight, bias is model.head.bias, ignore_index, reduction))
+        return 2 * linear_cross_entropy(hidden, weight, targets, bias, chunk_tokens=3)
+
+    model = make()
+    expected, wanted = gradients_of(model, run, factor=2.0)
+    handle = apply_fused_loss(model, loss=loss)
+    got, gradients = gradients_of(model, run)
+    tokens = (2 * 24, 64) if make is small_gpt else (4, 32)
+    assert given == [(tokens, True, True, -100, "mean")]
+    torch.testing.assert_close(got, 2 * expected)
+    assert 0 < largest_difference(gradients, wanted) < 5e-6
+    with torch.no_grad():
+        torch.testing.assert_close(run(model), expected)
+    handle.remove()
+    assert torch.equal(gradients_of(model, run)[0], expected) and len(given) == 1
+
+
+def test_another_loss_gets_what_cross_entropy_was_given_in_the_same_autocast():
+    given = []
+
+    def loss(hidden, weight, targets, bias, **options):
+        given.append((options, torch.is_autocast_enabled("cpu")))
+        return hidden.sum()
+
+    model, tokens = small_gpt(), torch.randint(500, (2, 24))
+    apply_fused_loss(model, loss=loss)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(tokens)
+    F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), ignore_index=7, reduction="sum")
+    assert given == [({"ignore_index": 7, "reduction": "sum"}, True)]
+
+
+def test_with_the_loss_in_tiles_a_bias_is_refused_and_without_one_it_trains_the_same():
+    tiled = functools.partial(tiled_linear_cross_entropy, tile_words=90)
+    expected, wanted = gradients_of(small_gpt(), run_gpt)
+    model = small_gpt()
+    apply_fused_loss(model, loss=tiled)
+    loss, gradients = gradients_of(model, run_gpt)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    assert 0 < largest_difference(gradients, wanted) < 5e-6
+    model = small_vit()
+    apply_fused_loss(model, loss=tiled)
+    with pytest.raises(TypeError, match="output layer with a bias is not known here"):
+        run_vit(model)
+
+
+@pytest.mark.parametrize("loss", [None, "tiled", torch.ones(())])
+def test_a_loss_that_is_no_function_is_refused(loss):
+    model = small_gpt()
+    with pytest.raises(TypeError, match="loss must be a function like linear_cross_entropy, but it is"):
+        apply_fused_loss(model, loss=loss)
+    assert "forward" not in vars(model.head)
+
+
+def test_another_loss_takes_no_chunk_tokens():
+    with pytest.raises(ValueError, match="chunk_tokens is linear_cross_entropy's"):
+        apply_fused_loss(small_gpt(), loss=lambda *_, **__: None, chunk_tokens=8)
 
 
 def test_a_forward_replaced_since_is_not_undone():

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from memlab import measure
+from memlab.techniques import lean_optimizers
 from memlab.techniques.lean_optimizers import (
     AdamW8bit,
     Apollo,
@@ -21,6 +22,8 @@ from memlab.techniques.lean_optimizers import (
     dequantize,
     quantize,
 )
+from memlab.techniques.low_precision import stochastic_round
+from memlab.techniques.offloading import far_zeros
 from memlab.workloads import gpt, vit
 
 BLOCK, SMALLEST = 256, 4096
@@ -84,6 +87,27 @@ def test_the_dynamic_table_is_fine_near_zero():
     # Each power of ten has twice as many values as the one below it.
     counts = [((unsigned > 10.0**-k) & (unsigned < 10.0 ** (1 - k))).sum().item() for k in range(1, 8)]
     assert counts == [128, 64, 32, 16, 8, 4, 2]
+
+
+def test_the_tables_value_by_value():
+    assert torch.equal(code_table(True, dynamic=False), torch.arange(-127, 129) / 128)
+    assert torch.equal(code_table(False, dynamic=False), torch.arange(256) / 255)
+    for signed in (True, False):
+        values = [0.0, 1.0]
+        for power in range(7):  # 0.1 to 1 in equal parts, twice as many as for the power below; their middles
+            count = 2 ** (power if signed else power + 1)
+            middles = [(0.1 + 0.9 * (part + 0.5) / count) * 10.0 ** (power - 6) for part in range(count)]
+            values += middles + [-middle for middle in middles if signed]
+        torch.testing.assert_close(code_table(signed), torch.tensor(sorted(values)), rtol=1e-6, atol=0)
+
+
+def test_a_table_is_made_anew_also_after_one_was_made_without_memory_or_changed():
+    expected = code_table(True)
+    lean_optimizers._code_values.cache_clear()
+    with torch.device("meta"):
+        code_table(True)
+    code_table(True).zero_()
+    assert torch.equal(code_table(True), expected)
 
 
 def test_the_tables_and_codes_are_those_of_torchao():
@@ -392,6 +416,133 @@ def test_equally_spaced_codes_lose_the_second_moment():
     assert steps[True] < 2 and steps[False] > 10 * steps[True]
 
 
+# --- Rounding, and a state that lies elsewhere --------------------------------------------------------------
+
+
+def is_far(tensor):
+    return tensor.is_pinned() or tensor.untyped_storage().filename is not None
+
+
+@pytest.mark.parametrize("count", [SMALLEST - 1, 2**17])  # FP32 moments, and those of 8 bits
+def test_updates_below_the_spacing_of_bf16_are_right_in_the_mean(count):
+    """Below 1 the next BF16 number is 1/256 away. To the nearest, ten steps of 1e-4 come to nothing."""
+    lr, steps = 1e-4, 10
+    moved = {}
+    for rounding in (None, stochastic_round):
+        parameter = nn.Parameter(torch.ones(count, dtype=torch.bfloat16))
+        optimizer = AdamW8bit([parameter], lr=lr, weight_decay=0.0, rounding=rounding)
+        for _ in range(steps):
+            parameter.grad = torch.ones_like(parameter)  # each step is one learning rate
+            optimizer.step()
+        moved[rounding] = 1 - parameter.detach().double().mean().item()
+    assert moved[None] == 0
+    share = 256 * lr  # how often a number moves by 1/256
+    deviation = (steps * share * (1 - share) / count) ** 0.5 / 256
+    assert moved[stochastic_round] == pytest.approx(steps * lr, abs=5 * deviation) and 5 * deviation < lr * steps
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_weights_of_more_than_16_bits_are_not_rounded(dtype):
+    weights = []
+    for rounding in (None, lambda exact: pytest.fail("was called")):
+        model = make_gpt_of(0).to(dtype)
+        weights.append(trained(model, AdamW8bit(model.parameters(), rounding=rounding), 2))
+    assert all(map(torch.equal, *weights))
+
+
+def make_gpt_of(seed):
+    torch.manual_seed(seed)
+    return make_gpt()
+
+
+def test_what_a_step_of_16_bit_weights_needs_on_top():
+    count = 2**18
+
+    def build(**options):
+        def build_run():
+            parameter = nn.Parameter(torch.ones(count, dtype=torch.bfloat16))
+            optimizer = AdamW8bit([parameter], **options)
+
+            def step():
+                parameter.grad = torch.ones_like(parameter)
+                optimizer.step()
+                parameter.grad = None
+
+            return step
+
+        return build_run
+
+    nearest, rounded, sliced = (
+        measure(build(**options), device="cpu").peak_bytes
+        for options in ({}, {"rounding": stochastic_round}, {"rounding": stochastic_round, "slice_size": 2**13})
+    )
+    kept, small = 2 * 2 * count + expected_8bit([(count,)]), 5000  # weights, gradient, state; the tables
+    # Moments (8) and denominators (4). To the nearest: what PyTorch converts for a sum of two types (8).
+    assert kept + 20 * count <= nearest <= kept + 20 * count + small
+    # Moments (8), and for their turn the exact weights, random bits (4 each), the rounded ones (2), which are NaN (1).
+    assert kept + 19 * count <= rounded <= kept + 19 * count + small
+    assert kept + 19 * 2**13 <= sliced <= kept + 20 * 2**13 + small
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("slice_size", [4096, 2**20])
+def test_a_far_state_gives_the_same_weights_bit_for_bit_and_stays_far(dtype, slice_size, tmp_path):
+    asked = []
+
+    def zeros(*size, **options):
+        asked.append(options)
+        return far_zeros(*size, directory=tmp_path, **options)
+
+    def codes_of(optimizer):
+        return [
+            state[name]
+            for state in optimizer.state.values()
+            for name in state
+            if "exp_avg_scale" in state and name != "step"
+        ]
+
+    near, far = make_gpt_of(0).to(dtype), make_gpt_of(0).to(dtype)
+    one = AdamW8bit(near.parameters(), slice_size=slice_size)
+    other = AdamW8bit(far.parameters(), slice_size=slice_size, zeros=zeros)
+    assert all(map(torch.equal, trained(near, one, 3), trained(far, other, 3)))
+    large = sum(p.numel() >= SMALLEST for p in far.parameters())
+    assert len(codes_of(other)) == 4 * large == len(asked) and all(map(is_far, codes_of(other)))
+    assert {options["device"] for options in asked} == {torch.device("cpu")}
+    assert not any(map(is_far, codes_of(one)))
+
+    # Through a file, and into the other kind.
+    file = io.BytesIO()
+    torch.save(other.state_dict(), file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    again, nearer = AdamW8bit(far.parameters(), zeros=zeros), AdamW8bit(near.parameters())
+    again.load_state_dict(state)
+    nearer.load_state_dict(other.state_dict())
+    assert len(codes_of(again)) == 4 * large and all(map(is_far, codes_of(again)))
+    assert not any(map(is_far, codes_of(nearer)))
+    assert all(map(torch.equal, codes_of(again), codes_of(other)))
+    pointers = {value.data_ptr() for value in codes_of(other)}
+    assert not pointers & {value.data_ptr() for value in (*codes_of(again), *codes_of(nearer))}
+    assert all(map(torch.equal, trained(far, again, 2), trained(near, nearer, 2)))
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda thing: pickle.loads(pickle.dumps(thing))])
+def test_a_copy_rounds_and_makes_its_state_as_the_original(duplicate):
+    parameter = nn.Parameter(torch.ones(SMALLEST, dtype=torch.bfloat16))
+    optimizer = AdamW8bit([parameter], lr=1e-4, rounding=stochastic_round, zeros=far_zeros)
+    parameter, optimizer = duplicate((parameter, optimizer))
+    parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert (parameter < 1).any()  # to the nearest, none would be
+    assert is_far(optimizer.state[parameter]["exp_avg"])
+
+
+@pytest.mark.parametrize("options", [{"rounding": 0.5}, {"rounding": True}, {"zeros": None}, {"zeros": "far"}])
+def test_a_rounding_or_zeros_that_is_no_function_is_refused(options):
+    with pytest.raises(TypeError, match="rounding and zeros must be functions, but they are"):
+        AdamW8bit([nn.Parameter(torch.zeros(2))], **options)
+
+
 # --- Saving, loading, copying -------------------------------------------------------------------------------
 
 
@@ -571,3 +722,20 @@ def test_on_a_gpu_the_update_is_close_to_that_of_the_cpu(make):
     moved = sum((one - before).norm() for one, before in zip(weights["cpu"], start, strict=True))
     apart = sum((one - two).norm() for one, two in zip(weights["cpu"], weights["cuda"], strict=True))
     assert 0 < moved and apart < 0.2 * moved
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_state_on_the_host_gives_the_same_weights_bit_for_bit():
+    weights = []
+    for zeros in (torch.zeros, far_zeros):
+        model = make_gpt_of(0).cuda()
+        optimizer = AdamW8bit(model.parameters(), slice_size=4096, zeros=zeros)
+        for seed in range(3):
+            for number, parameter in enumerate(model.parameters()):
+                generator = torch.Generator("cuda").manual_seed(100 * seed + number)
+                parameter.grad = torch.randn(parameter.shape, device="cuda", generator=generator)
+            optimizer.step()
+        weights.append([parameter.detach() for parameter in model.parameters()])
+    codes = optimizer.state[model.token_embedding.weight]["exp_avg"]
+    assert codes.is_pinned() and codes.any()
+    assert all(map(torch.equal, *weights))

@@ -168,6 +168,27 @@ def test_what_is_no_model_is_refused():
         apply_low_precision(nn.Identity())
 
 
+def test_casting_needs_one_tensor_twice_and_looking_for_large_numbers_no_more_than_slices():
+    small, large = 2**10, 5 * 2**20  # numbers: the large one has five slices
+
+    def build():
+        model = nn.ParameterList([torch.ones(large), torch.ones(small)])
+        apply_low_precision(model)
+        return lambda: model[1].sum().item()
+
+    run = measure(build, device="cpu", steps=1)
+    assert run.peak_bytes == 4 * large + 2 * large + 4 * small
+
+
+def test_a_number_that_is_too_large_is_found_in_the_last_slice_and_where_rows_are_not_contiguous():
+    for weight in (torch.ones(2**20 + 3), torch.ones(2**10, 2**10 + 1).T):
+        model = nn.ParameterDict({"weight": weight})
+        model["weight"].data[-1] = 1e5
+        with pytest.raises(ValueError, match="weight holds a number above"):
+            apply_low_precision(model, FP16)
+        assert model["weight"].dtype == FP32
+
+
 def test_infinite_weights_are_not_mistaken_for_large_ones():
     layer = nn.Linear(2, 2)
     layer.weight.data[0, 0] = float("-inf")

@@ -16,6 +16,7 @@ from memlab import measure
 from memlab.techniques.gradient_checkpointing import apply_gradient_checkpointing
 from memlab.techniques.offloading import (
     far_like,
+    far_zeros,
     offload_activations,
     offload_optimizer_state,
     stream_parameters,
@@ -97,6 +98,40 @@ def test_a_far_tensor_is_a_file_without_a_name_in_the_folder_that_was_given(dtyp
 def test_far_tensors_of_no_or_one_number():
     assert far_like(torch.empty(0, 3)).shape == (0, 3)
     assert far_like(torch.tensor(2.0)).fill_(3).item() == 3
+
+
+def test_whose_far_side_is_meant_can_be_said_for_a_tensor_without_memory(tmp_path):
+    like = torch.empty(3, 20, dtype=torch.bfloat16, device="meta").t()
+    far = far_like(like, tmp_path, device="cpu")
+    assert (far.shape, far.stride(), far.dtype) == (like.shape, like.stride(), like.dtype)
+    assert os.path.dirname(far.untyped_storage().filename) == str(tmp_path)
+    assert is_far(far_like(torch.empty(2), device=torch.device("cpu")))
+    for device in ("meta", torch.device("mps")):
+        with pytest.raises(ValueError, match=f"CPU and CUDA tensors: this one is on {device}"):
+            far_like(torch.empty(2), device=device)
+
+
+@pytest.mark.parametrize("size", [(3, 4), ((3, 4),), (torch.Size([3, 4]),), (5,), (0,), ((),)])
+@pytest.mark.parametrize("dtype", [None, torch.uint8])
+def test_far_zeros_are_zeros_on_the_far_side(size, dtype, tmp_path):
+    far, near = far_zeros(*size, dtype=dtype, directory=tmp_path), torch.zeros(*size, dtype=dtype)
+    assert torch.equal(far, near) and far.dtype == near.dtype and is_far(far)
+    assert os.path.dirname(far.untyped_storage().filename) == str(tmp_path)
+    assert is_far(far_zeros(*size, device="cpu"))
+
+
+def test_far_zeros_follow_the_default_type_and_device(monkeypatch):
+    monkeypatch.setattr(torch, "get_default_device", lambda: torch.device("meta"))
+    with pytest.raises(ValueError, match="this one is on meta"):
+        far_zeros(2)
+    with torch.device("meta"):
+        assert torch.equal(far_zeros(2, device="cpu").cpu(), torch.zeros(2, device="cpu"))
+        assert is_far(far_like(torch.empty(2, device="cpu")))
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert far_zeros(2, device="cpu").dtype == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_a_far_tensor_that_cannot_be_made_is_refused(tmp_path, monkeypatch):
@@ -561,6 +596,24 @@ def test_streamed_models_train_to_the_same_weights(make, saved_by):
     assert equal(train(model, run, optimizer, context=context), expected)
     with torch.no_grad():
         assert torch.isfinite(run())
+
+
+@MODELS
+@pytest.mark.parametrize("device", ["cpu", None])
+def test_parameters_that_are_far_already_stay_where_they_are(make, device, tmp_path):
+    model, blocks, run = make()
+    expected = train(model, run, torch.optim.AdamW(model.parameters()))
+    model, blocks, run = make()
+    for parameter in model.parameters():  # also those outside the blocks
+        parameter.data = far_like(parameter, tmp_path).copy_(parameter.detach())
+    pointers = [parameter.data_ptr() for parameter in model.parameters()]
+    stream_parameters(blocks, min_bytes=1024, device=device)
+    weights = train(model, run, torch.optim.AdamW(model.parameters()), context=offload_activations(model))
+    assert equal(weights, expected)
+    assert [parameter.data_ptr() for parameter in model.parameters()] == pointers
+    run().backward()
+    streamed = [p for block in blocks for p in block.parameters() if p.nbytes >= 1024]
+    assert streamed and all(is_far(parameter.grad) for parameter in streamed)
 
 
 def test_matrices_and_their_gradients_are_far_and_small_ones_near():

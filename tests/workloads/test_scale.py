@@ -88,7 +88,7 @@ def test_the_device_decides(memory_gib, native_bfloat16, name, pretend):
     assert chosen.memory_bytes == memory
 
 
-@pytest.mark.parametrize("name", ["cpu", "t4", "gpu"], ids="scale-{}".format)  # "gpu" alone is a marker
+@pytest.mark.parametrize("name", ["cpu", "t4", "gpu", "large"], ids="scale-{}".format)  # "gpu" alone is a marker
 def test_memlab_scale_overrides_the_device(name, pretend, monkeypatch):
     pretend(79.1, True)
     assert scale().name == "gpu"
@@ -105,12 +105,12 @@ def test_an_empty_memlab_scale_is_none(cpu_only, monkeypatch):
 
 
 def test_unknown_names_are_refused(monkeypatch):
-    with pytest.raises(ValueError, match=r"scale\(name\) must be one of cpu, t4, gpu, but it is 'tpu'"):
+    with pytest.raises(ValueError, match=r"scale\(name\) must be one of cpu, t4, gpu, large, but it is 'tpu'"):
         scale("tpu")
     with pytest.raises(ValueError, match="but it is ''"):
         scale("")
     monkeypatch.setenv("MEMLAB_SCALE", "GPU!")
-    with pytest.raises(ValueError, match="MEMLAB_SCALE must be one of cpu, t4, gpu, but it is 'GPU!'"):
+    with pytest.raises(ValueError, match="MEMLAB_SCALE must be one of cpu, t4, gpu, large, but it is 'GPU!'"):
         scale()
 
 
@@ -121,6 +121,28 @@ def test_a_gpu_scale_without_a_gpu_is_refused(name, cpu_only, monkeypatch):
     monkeypatch.setenv("MEMLAB_SCALE", name)
     with pytest.raises(RuntimeError, match="MEMLAB_SCALE asks for"):
         scale()
+
+
+LARGE = {"name": "large", "gpt": gpt.gpt2_124m(), "batch_size": 8, "sequence_length": 1024}
+
+
+def test_the_large_scale_is_the_cpus_with_one_geometry_and_one_repeat(cpu_only, monkeypatch):
+    assert scale("large") == dataclasses.replace(scale("cpu"), **LARGE, repeats=1)
+    assert scale().name == "cpu"  # it is chosen by name only
+    monkeypatch.setenv("MEMLAB_SCALE", "large")
+    assert scale() == scale("large")
+    assert str(scale()).startswith("Scale large on cpu: ")
+    assert "124,439,808 parameters" in str(scale()) and "batch 8 x sequence 1024" in str(scale())
+
+
+@pytest.mark.parametrize("memory_gib, native_bfloat16", [(14.56, False), (22, True), (139.7, True)])
+def test_the_large_scale_is_a_gpus_with_the_same_geometry_on_every_gpu(memory_gib, native_bfloat16, pretend):
+    memory = pretend(memory_gib, native_bfloat16)
+    chosen = scale("large")
+    assert chosen == dataclasses.replace(scale("gpu"), **LARGE)
+    assert (chosen.device, chosen.memory_bytes) == (torch.device("cuda", 1), memory)
+    assert chosen.sequence_length == chosen.gpt.context_length
+    assert scale().name == ("t4" if memory_gib < 20 else "gpu")
 
 
 def test_the_t4_scale_is_a_t4s_on_a_larger_device(pretend):
