@@ -22,7 +22,7 @@ THREADS = OMP_NUM_THREADS=$$(( ($$(getconf _NPROCESSORS_ONLN) + $(JOBS) - 1) / $
 NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout=120 --nbval-sanitize-with tests/nbval_sanitize.cfg
 
 .DEFAULT_GOAL := help
-.PHONY: help lab measure report doctor test lint test-unit test-notebooks test-gpu test-browser test-colab \
+.PHONY: help lab measure measure-large report doctor test lint test-unit test-notebooks test-gpu test-browser test-colab \
 	address constraints clean
 
 help:
@@ -35,6 +35,9 @@ lab: .venv/.installed ## open the course in JupyterLab
 
 measure: .venv/.installed ## run the notebooks on this machine's device and print the before/after table
 	.venv/bin/python -m memlab measure $(NOTEBOOKS)
+
+measure-large: .venv/.installed ## run the capstone's ladder on GPT-2 124M (on a CPU: 16 GiB, most of an hour on two cores)
+	MEMLAB_SCALE=large .venv/bin/python -m memlab measure --cells large --timeout 36000 11_capstone
 
 doctor: .venv/.installed ## show the device, its scale, and whether the meter measures right here
 	.venv/bin/python -m memlab doctor

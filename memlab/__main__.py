@@ -41,6 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--in-place", action="store_true", help="write the outputs into the notebooks and the records into results/"
     )
     measure.add_argument("--output", type=Path, metavar="DIR", help="where copies and records go (default: build)")
+    measure.add_argument("--cells", metavar="TAG", help="run only the cells with this tag; the notebooks stay as they are")
+    measure.add_argument("--timeout", type=int, default=600, metavar="S", help="seconds a cell may take (default: 600)")
 
     report = commands.add_parser("report", help="write the generated tables into README.md, results/README.md and the notebooks")
     report.add_argument("--check", action="store_true", help="write nothing; say what differs, and fail if anything does")
@@ -50,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         if given.command == "measure":
-            return run_measure(given.notebooks, given.in_place, given.output)
+            return run_measure(given.notebooks, given.in_place, given.output, given.cells, given.timeout)
         if given.command == "report":
             return run_report(given.check)
         return run_doctor()
@@ -62,7 +64,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def run_measure(names: Sequence[str], in_place: bool = False, output: Path | None = None) -> int:
+def run_measure(
+    names: Sequence[str],
+    in_place: bool = False,
+    output: Path | None = None,
+    cells: str | None = None,
+    timeout: int = 600,
+) -> int:
     """Run notebooks and print this machine's numbers beside the committed ones. 1 if a notebook failed, else 0."""
     root = course.find_root()
     chosen = course.select(names, root)
@@ -71,9 +79,9 @@ def run_measure(names: Sequence[str], in_place: bool = False, output: Path | Non
         return 1
     sizes = scale()
     print(sizes, flush=True)
-    file = root / "results" / results.file_name(results.environment(root, sizes.device))
+    file = root / "results" / results.file_name(results.environment(root, sizes.device), sizes.name)
     committed = results.load(file) if file.is_file() else None  # now: a run in place replaces it
-    outcomes = course.run(chosen, in_place=in_place, output=output, root=root)
+    outcomes = course.run(chosen, in_place=in_place, output=output, timeout=timeout, root=root, cells=cells)
     print()
     lines = [line for outcome in outcomes for line in outcome.records]
     print(course.table([line["record"] for line in lines if "record" in line], committed))

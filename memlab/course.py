@@ -125,6 +125,7 @@ def run(
     output: str | Path | None = None,
     timeout: int = 600,
     root: Path | None = None,
+    cells: str | None = None,
 ) -> list[Outcome]:
     """Run notebooks, each in its folder and with a kernel of this very Python, and gather their records.
 
@@ -139,6 +140,8 @@ def run(
         output: the folder for copies and records; by default `build` in the checkout.
         timeout: seconds that one cell may take.
         root: the checkout; by default `find_root()`.
+        cells: run only the code cells with this tag, in their order. Then `in_place` is about the records alone: a
+            notebook of which a part was run is not written.
 
     Raises:
         ModuleNotFoundError: nbclient is not installed.
@@ -153,22 +156,23 @@ def run(
         ) from error
     root = find_root() if root is None else Path(root)
     output = root / "build" if output is None else Path(output).resolve()
-    environment = results.environment(root, scale().device)  # now: the run itself makes the checkout's files differ
-    file = (root if in_place else output) / "results" / results.file_name(environment)
+    sizes = scale()
+    environment = results.environment(root, sizes.device)  # now: the run itself makes the checkout's files differ
+    file = (root if in_place else output) / "results" / results.file_name(environment, sizes.name)
     data = None
     if in_place:
         data = results.load(file) if file.is_file() else None
     else:
         file.unlink(missing_ok=True)  # `build` holds what the latest run recorded
     outcomes = []
-    books = [(Path(path).resolve(), _count(path)) for path in notebooks]
+    books = [(Path(path).resolve(), _count(path, cells)) for path in notebooks]
     with tqdm(total=sum(count for _, count in books), unit="cell", disable=None, leave=False) as bar:
         done = 0
         for path, count in books:
-            outcome, notebook = _run_one(path, timeout, bar)
+            outcome, notebook = _run_one(path, timeout, bar, cells)
             done += count
             bar.update(done - bar.n)  # the cells that a failure left out
-            if in_place and not outcome.failed:
+            if in_place and not outcome.failed and cells is None:
                 strip(notebook)
                 notebook.metadata.setdefault("memlab", {})["source_hash"] = source_hash(notebook)
                 outcome.copy = path
@@ -184,11 +188,16 @@ def run(
     return outcomes
 
 
-def _count(path: str | Path) -> int:
-    """The code cells of a notebook (0 if it cannot be read, of which `_run_one` tells)."""
+def _runs(cell: dict, tag: str | None) -> bool:
+    """Whether a cell is one of code, and carries the tag if there is one."""
+    return cell["cell_type"] == "code" and (tag is None or tag in cell["metadata"].get("tags", ()))
+
+
+def _count(path: str | Path, tag: str | None = None) -> int:
+    """The code cells of a notebook that will run (0 if it cannot be read, of which `_run_one` tells)."""
     try:
         cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
-        return sum(cell["cell_type"] == "code" and bool("".join(cell["source"]).strip()) for cell in cells)
+        return sum(_runs(cell, tag) and bool("".join(cell["source"]).strip()) for cell in cells)
     except (OSError, ValueError, KeyError):
         return 0
 
@@ -199,7 +208,7 @@ def _place(path: Path, root: Path) -> Path:
     return path.relative_to(folder) if path.is_relative_to(folder) else Path(path.name)
 
 
-def _run_one(path: Path, timeout: int, bar: tqdm):
+def _run_one(path: Path, timeout: int, bar: tqdm, cells: str | None = None):
     """Run one notebook. How it ended, and the executed notebook (None if it could not be read)."""
     import nbformat
     from jupyter_client.kernelspec import KernelSpecManager
@@ -214,6 +223,11 @@ def _run_one(path: Path, timeout: int, bar: tqdm):
     except (OSError, ValueError) as error:  # nbformat's errors are ValueErrors
         outcome.error = f"cannot be read: {_first_line(str(error))}"
         return outcome, None
+    if cells is not None:
+        notebook.cells = [cell for cell in notebook.cells if _runs(cell, cells)]
+        if not notebook.cells:
+            outcome.error = f"no code cell has the tag {cells!r}"
+            return outcome, None
 
     class Kernel(AsyncKernelManager):
         """A kernel that stops at Ctrl-C and remembers it: nbclient would tell no more than that the kernel died."""
@@ -229,6 +243,14 @@ def _run_one(path: Path, timeout: int, bar: tqdm):
             self.interrupted = True
             self.stopping = asyncio.ensure_future(self.shutdown_kernel(now=True))
 
+    class Client(NotebookClient):
+        """Shows beside the bar what a cell printed last: a long one tells how far it is."""
+
+        def process_message(self, message: dict, cell: dict, index: int) -> object:
+            if message["msg_type"] == "stream" and (text := message["content"]["text"].strip()):
+                bar.set_postfix_str(re.split(r"[\r\n]+", text)[-1][:80])
+            return super().process_message(message, cell, index)
+
     number = 0
 
     def on_cell(**_: object) -> None:
@@ -243,7 +265,7 @@ def _run_one(path: Path, timeout: int, bar: tqdm):
         lines = Path(folder) / "records.jsonl"
         # With no folder to look for kernels in, what is left is this Python's own, whatever else is registered here.
         kernel = Kernel(kernel_name="python3", kernel_spec_manager=KernelSpecManager(kernel_dirs=[]))
-        client = NotebookClient(
+        client = Client(
             notebook,
             km=kernel,
             timeout=timeout,

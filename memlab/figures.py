@@ -272,6 +272,30 @@ def ledgers(
     return figure
 
 
+def ladder(
+    columns: Mapping[str, Mapping[str, int]], title: str, predicted: Mapping[str, int | None] | None = None
+) -> Drawing:
+    """Ledgers that shrink step by step, from plain numbers, the first on top. The small ones are drawn once more, enlarged.
+
+    Small are those from the first on that is below an eighth of the largest, if no later one is above it.
+    """
+    totals = {name: sum(held.values()) for name, held in columns.items()}
+    names = list(columns)
+    count = next((n for n, name in enumerate(reversed(names)) if totals[name] > max(totals.values()) / 8), len(names))
+    small = {name: columns[name] for name in names[len(names) - count :]} if 1 < count < len(names) else {}
+    rows = [1 + 0.27 * len(columns), 1 + 0.27 * len(small)] if small else [1 + 0.27 * len(columns)]
+    figure = drawing(0.6 + sum(rows) + 0.2 * (len(title) > _TITLE))
+    parts = figure.subfigures(len(rows), 1, height_ratios=rows, squeeze=False)[:, 0]
+    for part, held in zip(parts, (columns, small), strict=False):
+        bars(part.subplots(), held, predicted and {name: predicted.get(name) for name in held})
+    if small:
+        parts[1].axes[0].set_title(f"The last {len(small)} of them, enlarged", fontsize=_FONT, loc="left")
+    headline(figure, title)
+    legend(figure, list(columns.values()), bool(predicted and any(predicted.values())))
+    figure.alt = _alt(title, columns, predicted)
+    return figure
+
+
 def comparison(compared: Comparison, title: str | None = None) -> Drawing:
     """The one figure of every notebook: ledgers on one axis with the predictions, timelines below on one axis."""
     variants = compared.variants

@@ -18,7 +18,11 @@ from memlab.units import format_bytes
 FIGURE = "results/figures/headline.png"
 
 #: The documents that have generated blocks, and the blocks that each has to have.
-DOCUMENTS = {"README.md": ("map", "summary"), "results/README.md": ("results", "claims")}
+DOCUMENTS = {
+    "README.md": ("map", "summary"),
+    "CHEATSHEET.md": ("cheatsheet",),
+    "results/README.md": ("results", "claims"),
+}
 
 
 # Tables --------------------------------------------------------------------------------------------------------------
@@ -83,6 +87,37 @@ def summary_table(data: dict, paths: Sequence[Path], base: Path) -> str:
                 "residual": f"{max(residuals, key=abs):+.2f} %" if residuals else "-",
                 "× time": f"{after['seconds']['median'] / before['seconds']['median']:.2f}" if timed else "-",
                 "gradients": "-" if difference is None else "equal" if difference == 0 else f"within {difference:.0e}",
+            }
+        )
+    return f"{_caption(data)}\n\n{_markdown(table)}" if table else _caption(data)
+
+
+def cheat_sheet(data: dict, paths: Sequence[Path], base: Path) -> str:
+    """Every technique in one row, as Markdown: what it shrinks, by how much here, what it costs, when to leave it.
+
+    The numbers are those of each notebook's first record in a results file. The words are in the notebook's metadata:
+    `"memlab": {"column": "activations", "exact": "yes", "leave": "the batch is small"}`. A notebook without them has no row.
+    """
+    table = []
+    for path in paths:
+        notebook = json.loads(path.read_text(encoding="utf-8"))
+        about = notebook.get("metadata", {}).get("memlab", {})
+        records = [one for one in data["records"] if one["notebook"] == path.stem]
+        if not records or not about.get("leave"):
+            continue
+        before, after = records[0]["variants"][0], records[0]["variants"][-1]
+        timed = _steady(before["seconds"]) and _steady(after["seconds"])
+        name = _title(notebook).partition("·")[2].strip() or path.stem
+        columns = [about["column"]] if isinstance(about["column"], str) else about["column"]
+        table.append(
+            {
+                "technique": f"[{name}]({_relative(path, base)})",
+                "shrinks": ", ".join(columns).replace("_", " "),
+                "here": f"{before['name']} → {after['name']}",
+                "× less": f"{before['peak_bytes'] / after['peak_bytes']:.2f}",
+                "× time": f"{after['seconds']['median'] / before['seconds']['median']:.2f}" if timed else "-",
+                "exact?": about.get("exact", "-"),
+                "leave it when": about["leave"],
             }
         )
     return f"{_caption(data)}\n\n{_markdown(table)}" if table else _caption(data)
@@ -227,8 +262,8 @@ def generate(root: Path, check: bool = False) -> list[str]:
 
     A block stands between `<!-- memlab:NAME:begin -->` and `<!-- memlab:NAME:end -->`, in a document (`DOCUMENTS` says
     which have to have which) or in a Markdown cell of a notebook. The names: `map` (the notebooks), `summary` (a row a
-    notebook), `results` (everything that was measured), `claims` (the verdicts), `figure` (README's first figure, with
-    its alternative text).
+    notebook), `results` (everything that was measured), `claims` (the verdicts), `cheatsheet` (a row a technique),
+    `figure` (README's first figure, with its alternative text).
 
     Args:
         root: the checkout.
@@ -256,6 +291,8 @@ def generate(root: Path, check: bool = False) -> list[str]:
             return "\n\n".join(results_table(data) for data in files) or "Nothing is recorded yet."
         if name == "summary":
             return "\n\n".join(summary_table(data, paths, base) for data in files) or "Nothing is recorded yet."
+        if name == "cheatsheet":
+            return cheat_sheet(files[0], paths, base) if files else "Nothing is recorded yet."
         if name == "claims":
             return claims_table(files, paths, base) or "No claim is tested yet."
         if name == "map":

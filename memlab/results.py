@@ -66,7 +66,7 @@ def record(
         tokens_per_step: tokens in one step, from which tokens per second are made where a step was timed.
         loss: variant → loss; a variant that is not named gets the last loss of its measurement, if there is one.
         max_gradient_difference: variant → largest difference of a gradient from the baseline's.
-        scale: `"cpu"`, `"t4"` or `"gpu"`; by default what `memlab.workloads.scale()` chooses here.
+        scale: `"cpu"`, `"t4"`, `"gpu"` or `"large"`; by default what `memlab.workloads.scale()` chooses here.
 
     Raises:
         ValueError: a name that is no variant's, a number that is not finite, or anything else that a results file
@@ -196,9 +196,9 @@ def commit(root: Path) -> str | None:
         return None
 
 
-def file_name(environment: dict[str, object]) -> str:
-    """The name of a device's results file: `cpu.json`, `nvidia-h200.json`."""
-    name = str(environment["gpu"] or environment["device"])
+def file_name(environment: dict[str, object], scale: str | None = None) -> str:
+    """The name of a device's results file: `cpu.json`, `nvidia-h200.json`; that of the scale "large" has a file of its own."""
+    name = str(environment["gpu"] or environment["device"]) + (" large" if scale == "large" else "")
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ".json"
 
 

@@ -44,6 +44,7 @@ class Scale:
     training_gpt: GPTConfig
     training_batch_size: int
     training_steps: int
+    ladder_batch_size: int
     seeds: tuple[int, ...]
     repeats: int
 
@@ -78,7 +79,7 @@ def scale(name: str | None = None) -> Scale:
         raise ValueError(f"{origin} must be one of {', '.join(NAMES)}, but it is {name!r}.")
     if name == "large":
         base = scale("gpu") if torch.cuda.is_available() else _cpu()
-        sizes = {"gpt": gpt.gpt2_124m(), "batch_size": 8, "sequence_length": 1024}
+        sizes = {"gpt": gpt.gpt2_124m(), "batch_size": 8, "ladder_batch_size": 8, "sequence_length": 1024}
         return replace(base, name=name, **sizes, repeats=1 if base.device.type == "cpu" else base.repeats)
     if name == "cpu" or (name is None and not torch.cuda.is_available()):
         return _cpu()
@@ -197,6 +198,7 @@ def _cpu() -> Scale:
         training_gpt=gpt.tiny(),
         training_batch_size=8,
         training_steps=100,
+        ladder_batch_size=4,
         seeds=(0, 1, 2),
         repeats=3,
     )
@@ -219,6 +221,7 @@ def _cuda(name: str, memory_bytes: int, device: torch.device, device_name: str) 
         training_gpt=gpt.small(),
         training_batch_size=16,
         training_steps=300,
+        ladder_batch_size=batch_size,
         seeds=(0, 1, 2),
         repeats=5 if name == "t4" else 10,
     )
