@@ -25,8 +25,9 @@ from memlab.course import source_hash
 
 ROOT = Path(__file__).resolve().parents[1]
 
-#: Notebooks that are about no single technique.
-NO_TECHNIQUE = {"measuring_memory", "capstone"}
+#: The notebook that is about no technique, and those that have fewer sections than a technique's.
+NO_TECHNIQUE = {"measuring_memory"}
+OF_ANOTHER_FORM = {"measuring_memory", "capstone"}
 
 #: The package from the bottom up: a room may import the rooms before it, and nothing else of memlab.
 ORDER = (
@@ -38,7 +39,7 @@ APART = {"units", "techniques", "workloads"}
 #: Third-party packages, for the rooms that are held to few of them. Others may use every declared dependency.
 FEW_PACKAGES = {"units": set(), "ledger": {"numpy"}, "techniques": {"torch"}}
 
-#: The headings of a technique's notebook, in order, and of the two that are about no technique.
+#: The headings of a technique's notebook, in order, and of the two of another form.
 SECTIONS = (
     "The problem", "Predict", "The technique", "Measure again", "Proof", "Turn the knob",
     "When it does not help", "In production", "Exercises", "Takeaways",
@@ -317,7 +318,7 @@ def notebook_problems(path):
                 yield f"{where}: a warning in the output: {found[0]}"
             if found := MACHINE_PATH.search(text):
                 yield f"{where}: a path of a machine in the output: {found[0]}"
-    yield from shape_problems(notebook, SECTIONS if topic(path) not in NO_TECHNIQUE else FEWER_SECTIONS)
+    yield from shape_problems(notebook, SECTIONS if topic(path) not in OF_ANOTHER_FORM else FEWER_SECTIONS)
     for cell in notebook.cells:
         if found := FORBIDDEN_WORDS.search(cell.source) or MACHINE_PATH.search(cell.source):
             yield f"not to be written in a notebook: {found[0]}"
