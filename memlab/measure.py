@@ -29,6 +29,9 @@ from memlab.units import KiB, format_bytes
 # Small constants that PyTorch keeps for good once they were needed are not a leak.
 _LEAK_TOLERANCE = 64 * KiB
 
+# Seconds. A step that takes so long needs no other one before it that warms up.
+_LONG_STEP = 10.0
+
 _measuring = False
 
 
@@ -64,6 +67,7 @@ class Measurement:
         outside_bytes: the most bytes at once of tensors that the run used and this device's allocator did not hand
             out during it, as far as they were seen: memory maps, shared memory (a data loader's workers), NumPy
             arrays, what other threads made. Not counted in anything above.
+        outside_memory_bytes: the same without the memory maps: files and shared memory.
         environment: device, GPU, torch, driver, Python.
         ledger: every block with its life (`memlab.ledger.Ledger`).
     """
@@ -79,6 +83,7 @@ class Measurement:
     seconds: Seconds | None = None
     losses: tuple[float, ...] | None = None
     outside_bytes: int = 0
+    outside_memory_bytes: int = 0
     _timeline: Timeline | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -157,7 +162,8 @@ def measure(
             inside the measurement, so the ledger starts at zero and sees the model being built.
         steps: how many times the step is called. Two show the steady state: from the second step on, the optimizer's
             state is there.
-        repeats: how many steps to time as well, in a separate run with nothing switched on (one more warms up).
+        repeats: how many steps to time as well, in a separate run with nothing switched on (one more warms up, unless
+            a step takes ten seconds or more).
         device: `"cpu"` or `"cuda"`; by default CUDA if there is a device, else the CPU.
 
     Returns:
@@ -407,7 +413,7 @@ class _Recording:
             # The counter is the truth. What the history does not explain (rounding, other libraries) is unattributed.
             peak = max(counted, sum(columns.values()))
             columns["unattributed"] += peak - sum(columns.values())
-        outside = _outside(self.meter.mapped, self.observer.uses, missed)
+        maps, others = _outside(self.meter.mapped, self.observer.uses, missed)
         return Measurement(
             peak_bytes=peak,
             columns=columns,
@@ -416,7 +422,8 @@ class _Recording:
             environment=environment(self.device),
             reserved_bytes=self.meter.reserved_bytes if cuda else None,
             device_bytes=self.meter.device_bytes if cuda else None,
-            outside_bytes=Ledger(outside).peak_bytes,
+            outside_bytes=Ledger(maps + others).peak_bytes,
+            outside_memory_bytes=Ledger(others).peak_bytes,
         )
 
     def _refuse_foreign_parameters(self, missed: list) -> None:
@@ -489,8 +496,8 @@ class _Recording:
             budget.check(measurement.peak_bytes + self._budget_before, where, measurement.columns)
 
 
-def _outside(mapped: list[Event], uses: list[Use], missed: list[Observation]) -> list[Block]:
-    """What was used and is not the allocator's, each with its life: memory maps, and what fell on no block."""
+def _outside(mapped: list[Event], uses: list[Use], missed: list[Observation]) -> tuple[list[Block], list[Block]]:
+    """What was used and is not the allocator's, each with its life: memory maps, and what else fell on no block."""
     maps = lives(mapped)
     unseen = {(observation.time, observation.address) for observation in missed}
     others = [
@@ -498,7 +505,7 @@ def _outside(mapped: list[Event], uses: list[Use], missed: list[Observation]) ->
         for use in uses
         if (use.seen, use.address) in unseen and not any(m.address <= use.address < m.address + m.bytes for m in maps)
     ]
-    return maps + others
+    return maps, others
 
 
 def _build(build: Callable) -> Callable:
@@ -527,14 +534,18 @@ def _number(result: object) -> float | None:
 def _time(build: Callable, repeats: int, device: torch.device) -> Seconds:
     """Time steps of a fresh run with nothing switched on."""
     step = _build(build)
-    step()  # the first step makes the optimizer's state and warms caches
-    times = []
-    for _ in range(repeats):
+    times: list[float] = []
+    warm = False
+    while len(times) < repeats:
         _synchronize(device)
         began = time.perf_counter()
         step()
         _synchronize(device)
-        times.append(time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        # The first step makes the optimizer's state and warms caches, which takes seconds at most.
+        if warm or seconds >= _LONG_STEP:
+            times.append(seconds)
+        warm = True
     del step
     gc.collect()
     return Seconds(statistics.median(times), max(times) - min(times), repeats)

@@ -4,6 +4,7 @@ import functools
 import gc
 import pickle
 import queue
+import sys
 import threading
 
 import numpy as np
@@ -173,6 +174,23 @@ def test_seconds_come_from_separate_runs_with_nothing_switched_on():
     assert measured.seconds.repeats == 3
     assert 0 < measured.seconds.median and 0 <= measured.seconds.spread
     assert "a step" in str(measured)
+
+
+def test_a_long_step_needs_no_other_one_to_warm_up(monkeypatch):
+    monkeypatch.setattr(sys.modules["memlab.measure"], "_LONG_STEP", 0.0)  # `memlab.measure` is the function
+    calls = []
+
+    def counted():
+        step = build()
+
+        def count():
+            calls.append(None)
+            step()
+
+        return count
+
+    measured = measure(counted, steps=2, repeats=3)
+    assert len(calls) == 2 + 3 and measured.seconds.repeats == 3
 
 
 def test_it_pickles():
@@ -615,6 +633,7 @@ def test_a_data_loader_with_two_workers():
     assert workers.columns["parameters"] == here.columns["parameters"] == 2 * LAYER
     assert workers.columns["optimizer_state"] == here.columns["optimizer_state"]
     assert workers.outside_bytes >= PAIR and workers.outside_bytes % (BATCH * WIDTH * FLOAT) == 0
+    assert workers.outside_memory_bytes == 0
     assert "not counted" in str(workers) and "shared memory" in str(workers)
 
 
@@ -645,7 +664,7 @@ class Prefetching:
 def test_what_a_prefetching_thread_makes_is_said_to_be_outside():
     """The profiler sees one thread. What others make is not in the ledger, and that is not passed over in silence."""
     measured = measure(lambda: Prefetching(3), steps=2)
-    assert measured.outside_bytes == 3 * PAIR
+    assert measured.outside_bytes == measured.outside_memory_bytes == 3 * PAIR
     assert measured.columns["batch"] == 0
     assert measured.columns["parameters"] == measured.columns["gradients"] == 2 * LAYER
     assert "other threads" in str(measured)
@@ -660,6 +679,7 @@ def test_numpy_arrays_and_memory_maps_are_outside(tmp_path):
 
     measured = measure(inner)
     assert measured.outside_bytes == PAIR
+    assert measured.outside_memory_bytes == PAIR // 2  # the array
     assert measured.columns["batch"] == 0
 
 
@@ -671,7 +691,7 @@ def test_a_batch_from_outside_the_run_is_outside():
         return lambda: model(data).mean().backward()
 
     measured = measure(inner)
-    assert measured.outside_bytes == data.nbytes
+    assert measured.outside_bytes == measured.outside_memory_bytes == data.nbytes
     assert measured.columns["batch"] == 0
 
 
