@@ -392,7 +392,8 @@ def summary(outcomes: Sequence[Outcome]) -> str:
     count = len(outcomes)
     lines = [f"{count} notebook{'s' * (count != 1)} in {seconds:.0f} s, {len(failed)} failed"]
     for outcome in failed:
-        lines.append(f"  {outcome.notebook.name}, " + str(outcome).partition("FAILED")[2].removeprefix(" in ").strip())
+        where = "" if outcome.cell is None else f", cell [{outcome.cell}]"
+        lines.append(f"  {outcome.notebook.name}{where}: {outcome.error}")
         if outcome.copy is not None:
             lines.append(f"    the copy with its outputs: {outcome.copy}")
     return "\n".join(lines)

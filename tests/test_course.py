@@ -221,16 +221,96 @@ def test_control_c_ends_the_whole_run(root):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_the_progress_bar_names_notebook_and_cell(root, monkeypatch):
+def at_a_terminal(monkeypatch):
+    """What the progress bar writes where somebody sees it."""
+
     class Terminal(io.StringIO):
         def isatty(self):
             return True
 
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
     monkeypatch.setenv("TQDM_MININTERVAL", "0")
+    return terminal
+
+
+def test_the_progress_bar_names_notebook_and_cell(root, monkeypatch):
+    terminal = at_a_terminal(monkeypatch)
     course.run([save(root / "notebooks" / "00_a.ipynb", code("1"), code("2"))], root=root)
     shown = terminal.getvalue()
     assert "00_a [1]" in shown and "00_a [2]" in shown and "0/2" in shown
+
+
+def test_what_a_cell_prints_is_shown_beside_the_bar(root, monkeypatch):
+    terminal = at_a_terminal(monkeypatch)
+    cells = [code("print('first line\\nrung 3 of 14')"), code("print(' ')\nprint('x' * 200)")]
+    (outcome,) = course.run([save(root / "notebooks" / "00_a.ipynb", *cells)], root=root)
+    shown = terminal.getvalue()
+    assert "rung 3 of 14" in shown and "first line" not in shown  # the last line that is not empty
+    assert "x" * 80 in shown and "x" * 81 not in shown
+    assert outputs(outcome.copy) == ["first line\nrung 3 of 14\n", f" \n{'x' * 200}\n"]
+
+
+# A part of a notebook ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tagged(root):
+    """A notebook with three tagged cells of code; of the others one would fail, and one would record."""
+    return save(
+        root / "notebooks" / "03_x.ipynb",
+        code("1 / 0", "exercise"),
+        code("order = ['first']\nprint(*order)", "large"),
+        new.new_markdown_cell("Words.", metadata={"tags": ["large"]}),
+        code("order.append('not tagged')"),
+        code("order.append('second')\nprint(*order)", "other", "large"),
+        recording("03_x", peak=1, technique="other"),
+        code(recording("03_x", peak=3000).source, "large"),
+    )
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_only_the_tagged_cells_run_and_the_notebook_stays_as_it_is(root, tagged, in_place):
+    before = contents(root, besides=root / "build")
+    (outcome,) = course.run([tagged], root=root, cells="large", in_place=in_place)
+    assert not outcome.failed
+    assert outcome.copy == root / "build/notebooks/03_x.ipynb"
+    assert outputs(outcome.copy) == ["first\n", "first second\n", ""]
+    file = Path("results/cpu.json") if in_place else Path("build/results/cpu.json")
+    assert [one["variants"][0]["peak_bytes"] for one in results.load(root / file)["records"]] == [3000]
+    after = contents(root, besides=root / "build")
+    assert (after.pop(Path("results/cpu.json"), None) is not None) == in_place
+    assert after == before
+
+
+def test_the_records_of_the_large_scale_go_to_a_file_of_their_own(root, tagged, monkeypatch):
+    monkeypatch.setenv("MEMLAB_SCALE", "large")
+    course.run([tagged], root=root, cells="large", in_place=True)
+    assert [path.name for path in (root / "results").iterdir()] == ["cpu-large.json"]
+
+
+def test_a_tagged_cell_that_fails_is_told_and_leaves_no_record(root, capsys):
+    path = save(root / "notebooks" / "03_x.ipynb", recording("03_x"), code("missing", "large"))
+    (outcome,) = course.run([path], root=root, cells="large", in_place=True)
+    assert (outcome.cell, outcome.error) == (1, "NameError: name 'missing' is not defined")
+    assert not (root / "results").exists()
+
+
+def test_a_notebook_without_the_tag_is_told_and_does_not_stop_the_others(root, tagged, capsys):
+    plain = save(root / "notebooks" / "01_plain.ipynb", code("print(1)"), recording("01_plain"))
+    before = plain.read_bytes()
+    for in_place in (False, True):
+        without, other = course.run([plain, tagged], root=root, cells="large", in_place=in_place)
+        assert (without.failed, without.error, without.cell) == (True, "no code cell has the tag 'large'", None)
+        assert without.copy is None and not other.failed
+    assert plain.read_bytes() == before
+    assert "01_plain" in capsys.readouterr().out
+    assert course.summary([without]).splitlines()[1:] == ["  01_plain.ipynb: no code cell has the tag 'large'"]
+
+
+def test_the_bar_counts_the_tagged_cells_only(root, tagged, monkeypatch):
+    terminal = at_a_terminal(monkeypatch)
+    course.run([tagged], root=root, cells="large")
+    assert "0/3" in terminal.getvalue() and "03_x [3]" in terminal.getvalue() and "/6" not in terminal.getvalue()
 
 
 def test_without_nbclient_it_says_what_to_install(root, monkeypatch):

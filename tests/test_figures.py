@@ -293,6 +293,87 @@ def test_the_legend_reads_by_rows():
     assert sorted(names, key=lambda name: (-round(boxes[name].y0), boxes[name].x0)) == names
 
 
+# Ladders --------------------------------------------------------------------------------------------------------------
+
+LADDER = {  # in MiB: an eighth of the first is 100
+    "as it is": ledger(parameters=200 * MiB, activations=600 * MiB),
+    "in BF16": ledger(parameters=200 * MiB, activations=300 * MiB),
+    "recomputed": ledger(parameters=70 * MiB, activations=30 * MiB),
+    "8-bit state": ledger(parameters=40 * MiB, optimizer_state=10 * MiB, unattributed=10 * MiB),
+    "streamed, with a name that is too long for a line": ledger(parameters=5 * MiB),
+}
+
+
+def test_the_small_rungs_of_a_ladder_are_drawn_once_more():
+    figure = figures.ladder(LADDER, "Peak 800.00 MiB → 5.00 MiB")
+    all_of_them, enlarged = figure.axes
+    check_bars(all_of_them, LADDER.values(), MiB)
+    check_bars(enlarged, list(LADDER.values())[2:], MiB)  # an eighth itself is small
+    shown = [label.get_text().replace("\n", " ") for label in enlarged.get_yticklabels()]
+    assert shown == list(LADDER)[2:]
+    assert enlarged.get_xlim()[1] == pytest.approx(116)  # MiB: the axis ends a little beyond the largest of them
+    assert "The last 3 of them, enlarged" in {text for text, _, _ in words(figure)}
+    assert figure.get_suptitle() == "Peak 800.00 MiB → 5.00 MiB"
+    # What is small in the whole is in the legend if it is half a percent of it.
+    assert legend(figure) == ["parameters", "optimizer state", "activations", "unattributed"]
+    check_readable(figure)
+
+
+def test_the_alternative_text_of_a_ladder_names_every_rung_once():
+    figure = figures.ladder(LADDER, "Title", {"in BF16": 510 * MiB, "8-bit state": 61 * MiB, "as it is": None})
+    assert figure.alt == (
+        "Title. as it is: 800.00 MiB (parameters 200.00 MiB, activations 600.00 MiB). "
+        "in BF16: 500.00 MiB, predicted 510.00 MiB (parameters 200.00 MiB, activations 300.00 MiB). "
+        "recomputed: 100.00 MiB (parameters 70.00 MiB, activations 30.00 MiB). "
+        "8-bit state: 60.00 MiB, predicted 61.00 MiB "
+        "(parameters 40.00 MiB, optimizer state 10.00 MiB, unattributed 10.00 MiB). "
+        "streamed, with a name that is too long for a line: 5.00 MiB (parameters 5.00 MiB)."
+    )
+
+
+def test_the_predictions_of_a_ladder_stand_in_both_parts():
+    figure = figures.ladder(LADDER, "Title", {"in BF16": 510 * MiB, "8-bit state": 61 * MiB})
+    found = [[(at, int(row)) for at, row in marks(axes, "^")] for axes in figure.axes]
+    assert found == [[(510, 1), (61, 3)], [(61, 1)]]
+    assert "predicted peak" in legend(figure)
+    check_readable(figure)
+    for nothing in (None, {}, {"in BF16": None}):
+        without = figures.ladder(LADDER, "Title", nothing)
+        assert [marks(axes, "^") for axes in without.axes] == [[], []]
+        assert "predicted peak" not in legend(without) and "predicted" not in without.alt
+
+
+@pytest.mark.parametrize(
+    "totals, small",
+    [
+        ([800, 101, 100, 60], 2),
+        ([800, 50, 600, 90, 40], 2),  # the one above a larger one is not enlarged
+        ([90, 800, 90, 90], 2),
+        ([800, 600, 90], 0),  # one alone shows no difference
+        ([800, 90, 600], 0),
+        ([800, 700, 600], 0),
+        ([800], 0),
+        ([0, 0, 0], 0),
+    ],
+)
+def test_which_rungs_of_a_ladder_are_enlarged(totals, small):
+    rungs = {f"rung {i}": ledger(parameters=total * MiB) for i, total in enumerate(totals)}
+    figure = figures.ladder(rungs, "Title")
+    assert len(figure.axes) == 1 + bool(small)
+    assert len(figure.axes[0].get_yticks()) == len(totals)
+    if small:
+        assert [label.get_text() for label in figure.axes[1].get_yticklabels()] == list(rungs)[-small:]
+    check_readable(figure)
+
+
+def test_a_long_title_of_a_ladder_has_room():
+    title = "Peak 1,023.99 MiB → 5.00 MiB (205× less): a title as long as they come, on two lines at least"
+    figure = figures.ladder(LADDER, title)
+    assert figure.get_suptitle().replace("\n", " ") == title
+    assert figure.get_size_inches()[1] > figures.ladder(LADDER, "Short").get_size_inches()[1]
+    check_readable(figure)
+
+
 # Timelines ------------------------------------------------------------------------------------------------------------
 
 

@@ -70,14 +70,31 @@ def test_measure_prints_this_machines_numbers_beside_the_committed_ones(root, mo
 
     monkeypatch.setattr(course, "run", run)
     assert commands.main(["measure", "--in-place"]) == 0
-    assert asked == {"names": ["00_a", "01_b"], "in_place": True, "output": None, "root": root}
+    usual = {"root": root, "cells": None, "timeout": 600}
+    assert asked == {"names": ["00_a", "01_b"], "in_place": True, "output": None, **usual}
     printed = capsys.readouterr().out
     assert re.search(r"00_a +before +- +2\.00 KiB .* 1\.00 KiB\n", printed)
     assert re.search(r"01_b +before +- +2\.00 KiB .* -\n", printed)
     assert "2 notebooks in 2 s, 0 failed" in printed
 
     assert commands.main(["measure", "1", "--output", "elsewhere"]) == 0
-    assert asked == {"names": ["01_b"], "in_place": False, "output": Path("elsewhere"), "root": root}
+    assert asked == {"names": ["01_b"], "in_place": False, "output": Path("elsewhere"), **usual}
+
+    assert commands.main(["measure", "0", "--cells", "large", "--timeout", "36000"]) == 0
+    asked_for = {"root": root, "cells": "large", "timeout": 36000}
+    assert asked == {"names": ["00_a"], "in_place": False, "output": None, **asked_for}
+
+
+def test_measure_compares_the_large_scale_with_its_own_file(root, monkeypatch, capsys):
+    save(root, "00_a")
+    commit_results(root, made_record("00_a", 1024))
+    (root / "results" / "cpu.json").rename(root / "results" / "cpu-large.json")
+    commit_results(root, made_record("00_a", 4096))
+    monkeypatch.setattr(course, "run", lambda paths, **options: [outcome(root, "00_a", 2048)])
+    for scale_name, committed in (("large", "1.00 KiB"), ("cpu", "4.00 KiB")):
+        monkeypatch.setenv("MEMLAB_SCALE", scale_name)
+        assert commands.main(["measure"]) == 0
+        assert re.search(rf"00_a +before +- +2\.00 KiB .* {committed}\n", capsys.readouterr().out)
 
 
 def test_measure_fails_when_a_notebook_does(root, monkeypatch, capsys):
@@ -133,7 +150,9 @@ def test_the_command_runs_in_a_checkout_that_is_not_installed(tmp_path):
     assert (checkout / "out" / "notebooks" / "00_a.ipynb").is_file()
 
 
-@pytest.mark.parametrize("arguments", [[], ["measur"], ["measure", "--nonsense"], ["report", "x"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["measur"], ["measure", "--nonsense"], ["measure", "--timeout", "long"], ["report", "x"]]
+)
 def test_a_wrong_call_is_told(arguments, capsys):
     with pytest.raises(SystemExit) as end:
         commands.main(arguments)
@@ -156,7 +175,7 @@ def test_report_writes_and_checks(root, capsys):
     assert commands.main(["report", "--check"]) == 1
     assert "+| 00_a | before | - | 1.00 KiB" in capsys.readouterr().out
     assert commands.main(["report"]) == 0
-    assert capsys.readouterr().out == "written: README.md\nwritten: results/README.md\n"
+    assert capsys.readouterr().out == "written: README.md\nwritten: CHEATSHEET.md\nwritten: results/README.md\n"
     assert commands.main(["report", "--check"]) == 0
     assert commands.main(["report"]) == 0
     assert "everything is as the records say" in capsys.readouterr().out

@@ -90,6 +90,37 @@ def test_the_summary_compares_no_seconds_of_a_busy_machine(tmp_path):
         assert shown in report.summary_table(results_file(busy), paths, tmp_path)
 
 
+def test_the_cheat_sheet_has_a_row_for_each_notebook_with_words_and_records(tmp_path):
+    folder = tmp_path / "notebooks"
+    write_notebook(folder / "02_no_record.ipynb", "# 02 · Not run", column="batch", leave="ever")
+    write_notebook(folder / "03_x.ipynb", "# 03 · The x | technique", column="optimizer_state", **WORDS)
+    write_notebook(folder / "04_y.ipynb", "# No number", column=["gradients", "optimizer_state"], leave="it is slow")
+    write_notebook(folder / "05_z.ipynb", "# 05 · No words", column="batch")
+    paths = sorted(folder.glob("*.ipynb"))
+    x = record(after_seconds=Seconds(0.75, 0.1, 3))
+    data = results_file(x, record(technique="second", after_seconds=None), record("04_y", "y"), record("05_z", "z"))
+    assert report.cheat_sheet(data, paths, tmp_path).splitlines() == [
+        "**CPU, 2 threads** (torch 2.13.0; scale cpu; measured 2026-01-31)",
+        "",
+        "| technique | shrinks | here | × less | × time | exact? | leave it when |",
+        "| --- | --- | --- | ---: | ---: | --- | --- |",
+        "| [The x \\| technique](notebooks/03_x.ipynb) | optimizer state | before → after | 2.00 | 1.50 | yes "
+        "| the batch \\| is small |",
+        "| [04_y](notebooks/04_y.ipynb) | gradients, optimizer state | before → after | 2.00 | - | - | it is slow |",
+    ]
+    inside = report.cheat_sheet(data, paths, tmp_path / "results")
+    assert "(../notebooks/03_x.ipynb)" in inside
+    assert report.cheat_sheet(data, paths[:1], tmp_path) == report.cheat_sheet(data, [], tmp_path)
+    assert len(report.cheat_sheet(data, [], tmp_path).splitlines()) == 1
+
+
+def test_the_cheat_sheet_compares_no_seconds_of_a_busy_machine(tmp_path):
+    write_notebook(tmp_path / "03_x.ipynb", "# 03 · X", column="batch", **WORDS)
+    for spread, shown in ((0.37, "| 1.50 |"), (0.38, "| - |")):
+        busy = results_file(record(after_seconds=Seconds(0.75, spread, 3)))
+        assert shown in report.cheat_sheet(busy, [tmp_path / "03_x.ipynb"], tmp_path)
+
+
 def test_the_summary_of_a_run_that_stands_alone(tmp_path):
     alone = record() | {"variants": record()["variants"][:1]}
     write_notebook(tmp_path / "notebooks/03_x.ipynb", "a = 1")
@@ -133,7 +164,13 @@ def write_notebook(path, *cells, **about):
     path.write_text(text, encoding="utf-8")
 
 
-WRITTEN = ["README.md", "notebooks/03_x.ipynb", "results/README.md", "results/figures/headline.png"]
+WRITTEN = [
+    "CHEATSHEET.md", "README.md", "notebooks/03_x.ipynb", "results/README.md", "results/figures/headline.png",
+]  # fmt: skip
+DOCUMENTS = {
+    "README.md": ("figure", "summary", "map"), "CHEATSHEET.md": ("cheatsheet",), "results/README.md": ("results", "claims"),
+}  # fmt: skip
+WORDS = {"exact": "yes", "leave": "the batch | is small"}
 PICTURE = b"\x89PNG a picture"
 
 
@@ -155,12 +192,12 @@ def checkout(tmp_path):
     write_notebook(folder / "00_measuring_memory.ipynb", "# Measuring | memory\n\nText.", minutes=20)
     write_notebook(
         folder / "03_x.ipynb", "# The x technique", "a = 1", BLOCK.format("results") + "\nafter — it",
-        minutes=15, needs=["00", "calculus"], column="optimizer_state",
+        minutes=15, needs=["00", "calculus"], column="optimizer_state", **WORDS,
     )  # fmt: skip
     show(folder / "03_x.ipynb", PICTURE, "Peak 4.00 MiB → 2.00 MiB: x.")
     write_notebook(folder / "electives" / "12_y.ipynb", "x = 1", needs=["x"], column=["activations", "batch"])
     (tmp_path / "results").mkdir()
-    for document, names in (("README.md", ("figure", "summary", "map")), ("results/README.md", ("results", "claims"))):
+    for document, names in DOCUMENTS.items():
         blocks = "\n\n".join(BLOCK.format(name) for name in names)
         (tmp_path / document).write_text(f"# Title\n\n{blocks}\n\nEnd.\n", encoding="utf-8")
     results.write(tmp_path / "results" / "nvidia-h200.json", results_file(record(), environment=GPU))
@@ -202,6 +239,8 @@ def test_a_report_writes_the_tables_and_a_second_one_has_nothing_to_write(checko
         assert report.summary_table(data, paths, checkout) in readme
     assert report.map_table(paths, checkout) in readme
     assert report.claims_table(files, paths, checkout / "results") in long and "(../notebooks/03_x.ipynb)" in long
+    sheet = (checkout / "CHEATSHEET.md").read_text(encoding="utf-8")
+    assert report.cheat_sheet(files[0], paths, checkout) in sheet and "NVIDIA" not in sheet and "old" not in sheet
     assert "old" not in readme and readme.startswith("# Title\n") and readme.endswith("-->\n\nEnd.\n")
     assert "![Peak 4.00 MiB → 2.00 MiB: x.](results/figures/headline.png)" in readme
     assert (checkout / "results/figures/headline.png").read_bytes() == PICTURE
@@ -209,7 +248,8 @@ def test_a_report_writes_the_tables_and_a_second_one_has_nothing_to_write(checko
     book = json.loads((checkout / "notebooks/03_x.ipynb").read_text(encoding="utf-8"))
     source = "".join(book["cells"][2]["source"])
     assert report.results_table(files[0]) in source and source.endswith("after — it")
-    rest = notebook("# The x technique", "a = 1", source, minutes=15, needs=["00", "calculus"], column="optimizer_state")
+    about = {"minutes": 15, "needs": ["00", "calculus"], "column": "optimizer_state", **WORDS}
+    rest = notebook("# The x technique", "a = 1", source, **about)
     assert book["metadata"] == rest["metadata"]
     assert [cell["source"] for cell in book["cells"]] == [cell["source"] for cell in rest["cells"]]
 
@@ -222,14 +262,15 @@ def test_a_check_finds_what_differs_and_writes_nothing(checkout):
     found = report.generate(checkout, check=True)
     assert {path: path.read_bytes() for path in checkout.rglob("*") if path.is_file()} == before
     assert sorted(re.search(r"[\w/]+\.\w+", one)[0] for one in found) == WRITTEN
-    assert "-old" in found[1] and "+| 03_x | before | 4.00 MiB" in found[1]
+    assert "-old" in found[1] and "+| [03_x](notebooks/03_x.ipynb) | optimizer state | before → after | 2.00" in found[1]
+    assert "-old" in found[2] and "+| 03_x | before | 4.00 MiB" in found[2]
 
     report.generate(checkout)
     path = checkout / "results" / "cpu.json"
     data = results.load(path)
     data["records"][0]["variants"][0]["predicted_bytes"] = 3 * MiB
     results.write(path, data)
-    assert len(report.generate(checkout, check=True)) == 3  # both documents and the notebook
+    assert len(report.generate(checkout, check=True)) == 3  # both tables of predictions and the notebook
     report.generate(checkout)
     readme = checkout / "README.md"
     readme.write_text(readme.read_text(encoding="utf-8").replace("4.00 MiB", "4.01 MiB"), encoding="utf-8")
@@ -240,7 +281,8 @@ def test_a_checkout_with_no_records_says_so(checkout):
     for path in (checkout / "results").glob("*.json"):
         path.unlink()
     show(checkout / "notebooks" / "03_x.ipynb", PICTURE, "no tag", tag="other")
-    assert report.generate(checkout) == ["README.md", "results/README.md", "notebooks/03_x.ipynb"]
+    assert report.generate(checkout) == ["README.md", "CHEATSHEET.md", "results/README.md", "notebooks/03_x.ipynb"]
+    assert "Nothing is recorded yet." in (checkout / "CHEATSHEET.md").read_text(encoding="utf-8")
     assert "No claim is tested yet." in (checkout / "results/README.md").read_text(encoding="utf-8")
     readme = (checkout / "README.md").read_text(encoding="utf-8")
     assert "Nothing is recorded yet." in readme
@@ -263,6 +305,12 @@ def _edit(name, old, new):
     [
         (lambda root: (root / "README.md").unlink(), FileNotFoundError, "there is no README.md"),
         (lambda root: (root / "results/README.md").unlink(), FileNotFoundError, "there is no results/README.md"),
+        (lambda root: (root / "CHEATSHEET.md").unlink(), FileNotFoundError, "there is no CHEATSHEET.md"),
+        (
+            _edit("CHEATSHEET.md", BLOCK.format("cheatsheet"), ""),
+            ValueError,
+            "CHEATSHEET.md has no <!-- memlab:cheatsheet:begin -->",
+        ),
         (_edit("README.md", BLOCK.format("map"), ""), ValueError, "README.md has no <!-- memlab:map:begin -->"),
         (
             _edit("results/README.md", BLOCK.format("claims"), ""),

@@ -240,6 +240,14 @@ def test_a_file_is_named_by_its_device():
     assert results.file_name(GPU | {"gpu": "Tesla T4 (16 GB)"}) == "tesla-t4-16-gb.json"
 
 
+def test_the_large_scale_has_a_file_of_its_own():
+    """Its records are of another size: beside the course's own they would be compared with them."""
+    assert results.file_name(ENVIRONMENT, "large") == "cpu-large.json"
+    assert results.file_name(GPU, "large") == "nvidia-h200-large.json"
+    for scale in ("cpu", "t4", "gpu", None):
+        assert results.file_name(GPU, scale) == results.file_name(GPU)
+
+
 def test_the_environment_is_complete(tmp_path):
     results.validate(results_file(environment=results.environment(tmp_path, "cpu")))
 
