@@ -19,7 +19,7 @@ NOTEBOOKS ?=
 # there the notebooks take turns.
 JOBS ?= $(if $(wildcard /dev/nvidia0),1,2)
 THREADS = OMP_NUM_THREADS=$$(( ($$(getconf _NPROCESSORS_ONLN) + $(JOBS) - 1) / $(JOBS) ))
-NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout=120 --nbval-sanitize-with tests/nbval_sanitize.cfg
+NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout=400 --nbval-sanitize-with tests/nbval_sanitize.cfg
 
 .DEFAULT_GOAL := help
 .PHONY: help lab measure measure-large report doctor test lint test-unit test-notebooks test-gpu test-browser test-colab \
