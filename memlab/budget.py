@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from memlab.ledger import COLUMNS, PRIORITY
 from memlab.meters.columns import Observer, live_storages, storages, tensors_in
+from memlab.meters.cuda import clear_workspaces, workspace_bytes
 from memlab.units import format_bytes, parse_bytes
 
 # What to try when a column is the largest. The numbers are the course's notebooks.
@@ -40,6 +41,7 @@ def bytes_alive(device: torch.device | str) -> int:
     device = resolve_device(device)
     gc.collect()
     if device.type == "cuda":
+        clear_workspaces()  # which the budget allows for
         torch.cuda.empty_cache()
         return torch.cuda.memory_reserved(device)
     return sum(storage.nbytes() for storage in live_storages(device).values())
@@ -50,7 +52,7 @@ def budget(size: int | str, *, device: str | torch.device | None = None) -> Iter
     """Allow at most `size` bytes ("2 GiB", "600 MiB") on a device; the allocation that passes it raises.
 
     Everything alive on the device counts, also what was there before. On CUDA the allocator enforces it
-    (`torch.cuda.set_per_process_memory_fraction`). On the CPU every operator's result is counted as it is made, in the
+    (`torch.cuda.set_per_process_memory_fraction`; cuBLAS's workspaces are allowed on top). On the CPU every operator's result is counted as it is made, in the
     thread that set the budget; what an operator takes for itself and gives back, and what compiled code makes, is not
     seen here, but `memlab.measure` inside the budget sees it and raises the same error afterwards.
 
@@ -118,7 +120,8 @@ class Budget:
         if self.device.type == "cuda":
             total = torch.cuda.get_device_properties(self.device).total_memory
             self._fraction_before = torch.cuda.get_per_process_memory_fraction(self.device)
-            torch.cuda.set_per_process_memory_fraction(min(1.0, self.limit / total), self.device)
+            allowed = self.limit + workspace_bytes(self.device)
+            torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total), self.device)
         else:
             self._counter = _Counter(self)
             self._counter.__enter__()

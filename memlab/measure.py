@@ -55,10 +55,12 @@ class Measurement:
     """What a run needed: the peak in bytes, what the bytes were for, and when.
 
     Attributes:
-        peak_bytes: the most bytes allocated at once during the run. Exact on the CPU; on CUDA the allocator's counter.
+        peak_bytes: the most bytes allocated at once during the run. Exact on the CPU; on CUDA the allocator's counter,
+            less `workspace_bytes`.
         columns: bytes by column at the moment of the peak; they sum to `peak_bytes`.
         phase: the phase that held the peak: forward, backward, optimizer or other.
         reserved_bytes: the most that the allocator held from the driver, whole process (None on the CPU).
+        workspace_bytes: what cuBLAS held for itself, as it does for every model (None on the CPU). Reserved, not in the peak.
         device_bytes: what the driver says is in use on the whole device at the end of the run (None on the CPU).
         bytes_after_step: bytes alive after each step. In a loop that leaks they grow. (Empty for `watch`, which knows
             no steps.)
@@ -79,6 +81,7 @@ class Measurement:
     environment: dict[str, object]
     reserved_bytes: int | None = None
     device_bytes: int | None = None
+    workspace_bytes: int | None = None
     bytes_after_step: tuple[int, ...] = ()
     seconds: Seconds | None = None
     losses: tuple[float, ...] | None = None
@@ -111,6 +114,10 @@ class Measurement:
             notes.append(
                 f"allocated {format_bytes(self.peak_bytes)} · reserved {format_bytes(self.reserved_bytes)} · "
                 f"device {format_bytes(self.device_bytes)}"
+            )
+        if self.workspace_bytes:
+            notes.append(
+                f"not counted: {format_bytes(self.workspace_bytes)} of workspaces that cuBLAS keeps, whatever the model"
             )
         if self.seconds is not None:
             notes.append(f"{self.seconds} a step")
@@ -422,6 +429,7 @@ class _Recording:
             environment=environment(self.device),
             reserved_bytes=self.meter.reserved_bytes if cuda else None,
             device_bytes=self.meter.device_bytes if cuda else None,
+            workspace_bytes=self.meter.workspace_bytes if cuda else None,
             outside_bytes=Ledger(maps + others).peak_bytes,
             outside_memory_bytes=Ledger(others).peak_bytes,
         )

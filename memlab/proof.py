@@ -23,11 +23,40 @@ from memlab.meters.columns import live_objects
 T = TypeVar("T")
 
 
+def _attention_operations(query: torch.Size, key: torch.Size, value: torch.Size, *_: object, **__: object) -> int:
+    """The operations of scaled dot-product attention: two matrix products. (batch, heads, length, width) each."""
+    batch, heads, length, width = query
+    # With grouped-query attention keys and values have fewer heads, and each is multiplied by several queries.
+    return 2 * batch * heads * length * key[2] * (width + value[3])
+
+
+def _attention_backward_operations(gradient: object, *shapes: torch.Size, **__: object) -> int:
+    """Five products in backward: the scores again, and the gradients of value, scores, query and key."""
+    query, key, value = shapes[:3]
+    batch, heads, length, width = query
+    return 2 * batch * heads * length * key[2] * (3 * width + 2 * value[3])
+
+
+# PyTorch's counter knows no fused attention on the CPU, and none with fewer heads of keys than of queries on CUDA.
+_ATTENTION = {
+    getattr(torch.ops.aten, name + suffix): count
+    for name in (
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention",
+    )
+    for suffix, count in (("", _attention_operations), ("_backward", _attention_backward_operations))
+    if hasattr(torch.ops.aten, name + suffix)
+}
+
+
 @dataclass
 class FirstStep:
     """What the first step of a run did: its loss, every parameter's gradient by name, its FLOPs, what it updated.
 
-    `flops` counts the matrix products (two operations for each multiply-and-add), as `FlopCounterMode` does.
+    `flops` counts the matrix products (two operations for each multiply-and-add), as `FlopCounterMode` does, those in
+    fused attention included; masked scores count as computed.
     `updated` names the parameters that an optimizer stepped or whose values changed; if no value changed, none.
     """
 
@@ -86,7 +115,7 @@ def first_step(build: Callable[[], Callable[[], object]]) -> FirstStep:
     handles = [register_module_forward_pre_hook(name_parameters), register_optimizer_step_pre_hook(keep)]
     try:
         step = build()
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=_ATTENTION) as counter:
             result = step()
     finally:
         for handle in handles:

@@ -1,4 +1,8 @@
-"""What all tests have in common: fixed seeds, no network, no window, GPU tests only where there is a GPU."""
+"""What all tests have in common: fixed seeds, no network, no window, GPU tests only where there is a GPU.
+
+All others are tests of the CPU, also on a machine with a GPU: they count on the CPU's default device, scale and bytes.
+So a GPU is hidden from them, and seen only where the GPU's tests are asked for (`make test-gpu`).
+"""
 
 import os
 
@@ -10,10 +14,15 @@ import pytest
 import torch
 
 
+def pytest_configure(config):
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before CUDA is looked for
+
+
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return
-    skip = pytest.mark.skip(reason="needs a CUDA device, and torch sees none here")
+    skip = pytest.mark.skip(reason="needs a CUDA device and `make test-gpu`")
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)

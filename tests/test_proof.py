@@ -346,6 +346,26 @@ def test_a_checkpointed_model_computes_more_and_its_gradients_are_equal():
     assert again.flops == plain.flops + 2 * BATCH * 32 * OUTPUTS
 
 
+@pytest.mark.parametrize("key_heads", [4, 2])
+def test_fused_attention_is_counted_like_its_products(key_heads):
+    """Also where several heads of queries share one of keys, and on the CPU, whose kernel PyTorch's counter leaves out."""
+    b, h, n, d = 2, 4, 8, 16
+
+    def build_attention():
+        q = torch.randn(b, h, n, d, requires_grad=True)
+        k, v = (torch.randn(b, key_heads, n, d, requires_grad=True) for _ in range(2))
+
+        def step():
+            out = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=key_heads != h)
+            out.sum().backward()
+
+        return step
+
+    product = 2 * b * h * n * n * d
+    # Forward two. Backward recomputes the scores, and has four products of its own.
+    assert first_step(build_attention).flops == 2 * product + 5 * product
+
+
 # Nothing stays --------------------------------------------------------------------------------------------------------
 
 

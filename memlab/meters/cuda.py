@@ -2,9 +2,17 @@
 
 Three numbers, never mixed up: *allocated* (what tensors hold), *reserved* (what the allocator holds from the driver,
 free blocks included) and *device* (what the driver says is in use on the whole device, CUDA's context included).
+
+cuBLAS's workspaces are none of a run's bytes: PyTorch allocates one for each thread that multiplies matrices (32 MiB on
+Hopper, 8.1 MiB before; backward runs in a thread of its own) and keeps it as long as the process lives, whatever the
+model. They are told apart from the rest and reported by themselves.
 """
 
 from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Iterable
 
 import torch
 
@@ -28,6 +36,7 @@ class CudaTrace:
         self.spans: list[Span] = []
         self.alive: list[Block] = []
         self.complete = True
+        self.workspace_bytes = 0
         self._trace = Trace(memory=False)  # for the operators' and backward's spans only
 
     def start(self) -> None:
@@ -45,20 +54,26 @@ class CudaTrace:
 
     def stop(self) -> None:
         """Stop recording, switch the history off again and read what was recorded."""
+        # Read before the workspaces go: the allocator keeps what it reserved until asked, so this is near the highest.
+        torch.cuda.synchronize(self.device)
+        free, total = torch.cuda.mem_get_info(self.device)
+        self.device_bytes = total - free
+        time.sleep(0.002)  # what goes from now on goes at a time that nothing else went
+        ended = time.time_ns() - 1_000_000
         clear_workspaces()
         torch.cuda.synchronize(self.device)
-        self.peak_allocated = torch.cuda.max_memory_allocated(self.device)
+        peak_allocated = torch.cuda.max_memory_allocated(self.device)
         self.reserved_bytes = torch.cuda.max_memory_reserved(self.device)
-        free, total = torch.cuda.mem_get_info(self.device)
-        # The allocator keeps what it reserved until asked, so this is read at (or near) the run's highest.
-        self.device_bytes = total - free
         try:
             history = torch.cuda.memory._snapshot(self.device)["device_traces"][self.device.index]
         finally:
             torch.cuda.memory._record_memory_history(enabled=None)
             self._trace.stop()
         self.complete = len(history) < _MAX_ENTRIES
-        self.events = read_history(history)
+        self.events, workspaces = split_workspaces(read_history(history), ended)
+        self.workspace_bytes, at_peak = workspaces
+        #: The counter's peak without the workspaces that were there at that moment.
+        self.peak_allocated = peak_allocated - at_peak
         self.spans = self._trace.spans
 
 
@@ -89,8 +104,60 @@ def _active_blocks(device: torch.device) -> list[Block]:
     return blocks
 
 
+def split_workspaces(events: Iterable[Event], ended: int) -> tuple[list[Event], tuple[int, int]]:
+    """Part a run's events from those of cuBLAS's workspaces: the blocks that go when the workspaces are cleared.
+
+    Args:
+        events: in order of time; those from `ended` (nanoseconds) on are what the clearing freed.
+
+    Returns:
+        The run's events; the workspaces' bytes in all, and those of them that were alive when all together peaked.
+    """
+    events = list(events)
+    born: dict[int, int] = {}  # address → index of the allocation that holds it
+    workspaces: set[int] = set()
+    dropped: set[int] = set()
+    total = held = 0
+    for index, event in enumerate(events):
+        if event.bytes > 0:
+            born[event.address] = index
+            continue
+        first = born.pop(event.address, None)
+        if event.time >= ended:
+            total -= event.bytes
+            dropped.add(index)
+            if first is None:  # from before the history begins
+                held -= event.bytes
+            else:
+                workspaces.add(first)
+    alive = highest = 0
+    at_peak = held
+    for index, event in enumerate(events):
+        if event.time >= ended:
+            break
+        alive += event.bytes
+        if index in workspaces:
+            held += event.bytes
+        if alive > highest:
+            highest, at_peak = alive, held
+    return [event for index, event in enumerate(events) if index not in dropped | workspaces], (total, at_peak)
+
+
 def clear_workspaces() -> None:
     """Give back cuBLAS's workspaces (32 MiB on Hopper), which else stay from run to run and belong to none of them."""
     clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)  # no public way; without it they are counted
     if clear is not None and torch.cuda.is_initialized():
         clear()
+
+
+@functools.cache
+def workspace_bytes(device: torch.device) -> int:
+    """What cuBLAS's workspaces hold in a process that trains on one stream: allocated, looked at and given back."""
+    clear_workspaces()
+    before = torch.cuda.memory_allocated(device)
+    x = torch.ones(16, 16, device=device, requires_grad=True)
+    torch.addmm(x.detach()[0], x, x).sum().backward()  # backward has a thread and a workspace of its own
+    del x
+    held = torch.cuda.memory_allocated(device) - before
+    clear_workspaces()
+    return max(0, held)

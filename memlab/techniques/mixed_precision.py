@@ -75,7 +75,8 @@ def apply_mixed_precision(
     Remove it before copying or pickling the model (TypeError otherwise). Raises TypeError for a model that is
     no module, and ValueError for a dtype that is not FP16 or BF16 or not supported on the model's device, a
     model with no parameters or with floating-point parameters that are not FP32 (there is nothing left to
-    mix), parameters on several kinds of device, or a second application.
+    mix), parameters on several kinds of device (those that wait on the CPU beside another device, as in
+    offloading, do not count), or a second application.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, but it is {model!r:.80}.")
@@ -87,14 +88,21 @@ def apply_mixed_precision(
             f"All parameters must be FP32, but {name} has {', '.join(sorted(map(str, other)))}. "
             "Call model.float() first."
         )
-    devices = {p.device.type for p in parameters}
-    if len(devices) > 1:
-        raise ValueError(f"{name} must be on one kind of device, but it is on {', '.join(sorted(devices))}.")
-    if precision_support(dtype, parameters[0].device) == "none":
-        raise ValueError(f"{parameters[0].device} does not support {dtype}.")
+    devices = _computing_devices(parameters)
+    if len({device.type for device in devices}) > 1:
+        kinds = ", ".join(sorted({p.device.type for p in parameters}))
+        raise ValueError(f"{name} must be on one kind of device, but it is on {kinds}.")
+    if precision_support(dtype, devices[0]) == "none":
+        raise ValueError(f"{devices[0]} does not support {dtype}.")
     if isinstance(vars(model).get("forward"), _AutocastForward):
         raise ValueError(f"Mixed precision is applied to this {name} already: remove() it first.")
     return MixedPrecisionHandle(_AutocastForward(model, dtype, cache_weights))
+
+
+def _computing_devices(parameters: list[nn.Parameter]) -> list[torch.device]:
+    """The devices that a model computes on. Beside another device, parameters on the CPU only wait to be moved."""
+    devices = [p.device for p in parameters]
+    return [device for device in devices if device.type not in ("cpu", "meta")] or devices
 
 
 class MixedPrecisionHandle:
@@ -130,7 +138,7 @@ class _AutocastForward:
 
     def __call__(self, *args, **kwargs):
         model = self.model()
-        device = next(model.parameters()).device.type  # asked anew: the model may have moved
+        device = _computing_devices(list(model.parameters()))[0].type  # asked anew: the model may have moved
         with torch.autocast(device, self.dtype, cache_enabled=self.cache_weights):
             if self.previous is not None:
                 return self.previous(*args, **kwargs)

@@ -9,7 +9,14 @@ from torch.nn import functional as F
 
 from memlab import budget, measure, watch
 from memlab.ledger import COLUMNS, Event, build_ledger
-from memlab.meters.cuda import _MAX_ENTRIES, CudaTrace, clear_workspaces, read_history
+from memlab.meters.cuda import (
+    _MAX_ENTRIES,
+    CudaTrace,
+    clear_workspaces,
+    read_history,
+    split_workspaces,
+    workspace_bytes,
+)
 from memlab.workloads import gpt
 
 MiB = 2**20
@@ -65,6 +72,26 @@ def test_the_counters_fall_when_a_return_is_asked_for():
     """Not when the streams are done with the block (`free_completed`)."""
     history = [entry("alloc", 1, 512, 1), entry("free_requested", 1, 512, 5), entry("free_completed", 1, 512, 50)]
     assert [event.time for event in read_history(history)] == [1000, 5000]
+
+
+def test_workspaces_are_parted_from_the_run():
+    """They are the blocks that go when the workspaces are cleared, after the run."""
+    run = [Event(1, 0x10, 100), Event(3, 0x30, 50), Event(4, 0x10, -100), Event(6, 0x10, 70), Event(7, 0x10, -70)]
+    forward, backward = Event(2, 0x20, 32), Event(5, 0x40, 32)
+    cleared = [Event(100, 0x20, -32), Event(101, 0x40, -32)]
+    events = sorted([*run, forward, backward]) + cleared
+    # All together peak at time 6 with 50 + 70 + 64 bytes, or at 3 with 100 + 50 + 32: at 6 both workspaces are there.
+    assert split_workspaces(events, ended=90) == (run, (64, 64))
+    # A history that begins after the first of them: it was there all the time.
+    assert split_workspaces(events[2:], ended=90)[1] == (64, 64)
+    assert split_workspaces(run, ended=90) == (run, (0, 0))
+    early = sorted([Event(1, 0x10, 100), Event(2, 0x20, 32), Event(3, 0x10, -100), Event(5, 0x40, 32)]) + cleared
+    assert split_workspaces(early, ended=90)[1] == (64, 32)
+
+
+def test_a_block_that_outlives_the_run_is_no_workspace():
+    events = [Event(1, 0x10, 100), Event(2, 0x20, 32), Event(100, 0x20, -32)]
+    assert split_workspaces(events, ended=90) == ([Event(1, 0x10, 100)], (32, 32))
 
 
 def test_what_the_gpus_meter_calls_takes_the_arguments_that_it_gives():
@@ -142,7 +169,8 @@ def test_the_peak_is_the_rise_of_the_allocators_counter(warm):
     step = build()()
     step()
     step()
-    assert measured.peak_bytes == torch.cuda.max_memory_allocated(CUDA) - before
+    assert measured.workspace_bytes == workspace_bytes(CUDA) > 0
+    assert measured.peak_bytes + measured.workspace_bytes == torch.cuda.max_memory_allocated(CUDA) - before
 
 
 @gpu
@@ -229,7 +257,8 @@ def test_watch_counts_what_was_there_before(warm):
     assert found.columns["parameters"] == 1024 * 1024 * 4 + 1024 * 4
     assert found.columns["optimizer_state"] >= 2 * 1024 * 1024 * 4
     assert sum(found.columns.values()) == found.peak_bytes
-    assert found.peak_bytes == torch.cuda.max_memory_allocated(CUDA)
+    assert 0 < found.workspace_bytes <= workspace_bytes(CUDA)
+    assert found.peak_bytes + found.workspace_bytes == torch.cuda.max_memory_allocated(CUDA)
 
 
 @gpu
@@ -248,12 +277,12 @@ def test_the_budget_raises_on_the_gpu_as_on_the_cpu(warm):
     fraction = torch.cuda.get_per_process_memory_fraction(CUDA)
     with pytest.raises(torch.OutOfMemoryError) as caught:
         with budget(torch.cuda.memory_reserved(CUDA) + 64 * MiB, device="cuda"):
-            build(batch=256)()()
+            build(batch=1024)()()
     message = str(caught.value)
     assert "out of memory: the budget is" in message
     assert "Alive by column: " in message and "parameters" in message
     assert "The largest column is" in message and "Try " in message
-    assert "blocks." in message or "head" in message  # the module
+    assert "An operator in " in message  # the module, as far as it had got
     assert torch.cuda.get_per_process_memory_fraction(CUDA) == fraction
     build(batch=64)()()  # and the limit is gone
 

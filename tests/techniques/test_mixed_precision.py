@@ -652,3 +652,17 @@ def test_a_loss_that_is_nan_whatever_the_scale_is_said_to_be_so():
         for _ in range(4):
             scaler.scale(weight.sum() * float("nan")).backward()
             assert scaler.step(optimizer) is False
+
+
+@pytest.mark.gpu
+def test_weights_that_wait_on_the_host_do_not_keep_autocast_from_the_gpu():
+    """As where they are streamed: the model computes on the GPU, wherever its first parameter is."""
+
+    class Streamed(nn.Linear):
+        def forward(self, x):
+            return nn.functional.linear(x, self.weight.to(x.device), self.bias)
+
+    model = Streamed(8, 8)
+    model.bias = nn.Parameter(model.bias.detach().cuda())
+    apply_mixed_precision(model, torch.bfloat16)
+    assert model(torch.randn(2, 8, device="cuda")).dtype == torch.bfloat16

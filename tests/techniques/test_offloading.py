@@ -726,9 +726,13 @@ def test_everything_far_trains_to_the_same_weights_on_a_gpu(make, ahead):
         weights = train(model, run, optimizer, context=context)
         assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(weights, expected, strict=True))
         assert context._leaving == type(context._leaving)() and context.moved_bytes > 0
+        # Adam's first steps are the gradients' signs, and where a gradient is next to nothing, the host and the GPU
+        # do not agree on that. SGD steps as the gradients are.
+        model, blocks, run = make("cuda")
+        expected = train(model, run, torch.optim.SGD(model.parameters(), lr=0.1))
         model, blocks, run = make("cuda")
         stream_parameters(blocks, min_bytes=1024)
-        optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         weights = train(model, run, optimizer, context=offload_activations(model, min_bytes=0))
         assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(weights, expected, strict=True))
     finally:
