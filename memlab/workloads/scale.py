@@ -29,7 +29,8 @@ class Scale:
     `gpt` trains on batches of `batch_size` sequences of `sequence_length` tokens, `vit` on `image_batch_size`
     images. A run of many steps uses the smaller `training_gpt`, for `training_steps` steps of
     `training_batch_size` sequences of its own context length, once with each of the `seeds`. `repeats` is how
-    often a step is timed. `memory_bytes` is the device's memory, None on the CPU.
+    often a step is timed. `optimizer_slices` is into how many pieces an optimizer cuts its step where it can: a
+    GPU needs larger ones to be busy. `memory_bytes` is the device's memory, None on the CPU.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Scale:
     training_batch_size: int
     training_steps: int
     ladder_batch_size: int
+    optimizer_slices: int
     seeds: tuple[int, ...]
     repeats: int
 
@@ -199,6 +201,7 @@ def _cpu() -> Scale:
         training_batch_size=8,
         training_steps=100,
         ladder_batch_size=4,
+        optimizer_slices=1000,
         seeds=(0, 1, 2),
         repeats=3,
     )
@@ -220,8 +223,9 @@ def _cuda(name: str, memory_bytes: int, device: torch.device, device_name: str) 
         image_batch_size=image_batch_size,
         training_gpt=gpt.small(),
         training_batch_size=16,
-        training_steps=300,
+        training_steps=150,
         ladder_batch_size=batch_size,
+        optimizer_slices=100,
         seeds=(0, 1, 2),
-        repeats=5 if name == "t4" else 10,
+        repeats=5,
     )
