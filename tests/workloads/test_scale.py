@@ -123,7 +123,10 @@ def test_a_gpu_scale_without_a_gpu_is_refused(name, cpu_only, monkeypatch):
         scale()
 
 
-LARGE = {"name": "large", "gpt": gpt.gpt2_124m(), "batch_size": 8, "ladder_batch_size": 8, "sequence_length": 1024}
+LARGE = {
+    "name": "large", "gpt": gpt.gpt2_124m(), "batch_size": 8, "sequence_length": 1024,
+    "ladder_gpt": gpt.gpt2_124m(), "ladder_batch_size": 8,
+}  # fmt: skip
 
 
 def test_the_large_scale_is_the_cpus_with_one_geometry_and_one_repeat(cpu_only, monkeypatch):
@@ -145,17 +148,20 @@ def test_the_large_scale_is_a_gpus_with_the_same_geometry_on_every_gpu(memory_gi
     assert scale().name == ("t4" if memory_gib < 20 else "gpu")
 
 
-def test_the_ladder_has_the_batch_of_the_other_notebooks_except_on_a_small_cpu(cpu_only):
-    """The capstone climbs many rungs, each measured: on a CPU half the batch has to do."""
+def test_the_ladder_is_smaller_on_a_cpu_and_its_head_large_beside_the_rest(cpu_only):
+    """The capstone climbs many rungs, each measured: on a CPU half the layers and a quarter of the batch have to do."""
     here = scale("cpu")
-    assert 2 * here.ladder_batch_size == here.batch_size == 8
+    assert (here.ladder_gpt.layers, here.ladder_batch_size) == (here.gpt.layers // 2, here.batch_size // 4)
+    head = here.ladder_gpt.vocabulary_size * here.ladder_gpt.hidden
+    assert head > here.ladder_gpt.parameter_count / 2  # else the lines about the head would be idle
 
 
 @pytest.mark.parametrize("memory_gib", [14.56, 22, 139.7])
 def test_the_ladder_has_the_batch_of_the_other_notebooks_on_a_gpu(memory_gib, pretend):
     pretend(memory_gib, memory_gib > 20)
     for name in (None, "large"):
-        assert scale(name).ladder_batch_size == scale(name).batch_size
+        here = scale(name)
+        assert (here.ladder_gpt, here.ladder_batch_size) == (here.gpt, here.batch_size)
 
 
 def test_the_t4_scale_is_a_t4s_on_a_larger_device(pretend):
