@@ -46,9 +46,10 @@ def solutions(cells):
 
 
 def names(source):
-    """The global names that a cell binds, those that it changes, and those that it uses (in its functions, too)."""
+    """The global names that a cell binds, those that it changes, those that it uses itself, and those its functions use."""
     source = TransformerManager().transform_cell(source)  # %magics to Python
-    bound, changed, used = set(), set(), set()
+    tree = ast.parse(source)
+    bound, changed, used, used_in_functions = set(), set(), set(), set()
     module = symtable.symtable(source, "cell", "exec")
     tables = [module]
     while tables:
@@ -57,8 +58,10 @@ def names(source):
         for symbol in table.get_symbols():
             if table is module or symbol.is_global():
                 bound |= {symbol.get_name()} if symbol.is_assigned() or symbol.is_imported() else set()
-                used |= {symbol.get_name()} if symbol.is_referenced() else set()
-    for node in ast.walk(ast.parse(source)):
+                if symbol.is_referenced():
+                    # A comprehension runs at once, and what a class body uses, too; both count as functions here.
+                    (used if table is module else used_in_functions).add(symbol.get_name())
+    for node in ast.walk(tree):
         # `name.method(...)`, `name[...] = ...` and `name.attribute = ...` change what the name stands for.
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
             node = node.value.func
@@ -68,7 +71,22 @@ def names(source):
             node = node.value
             if isinstance(node, ast.Name):
                 changed.add(node.id)
-    return bound, changed, used
+    # The variable of a loop comes from the loop, whatever had its name before.
+    looped = {name.id for node in ast.walk(tree) if isinstance(node, ast.For) for name in stored(node.target)}
+    others = [name.id for node in ast.walk(tree) if not isinstance(node, ast.For) for name in stored_here(node)]
+    return bound, changed, used - (looped - set(others)), used_in_functions
+
+
+def stored(target):
+    """The names that a loop's target binds."""
+    return [node for node in ast.walk(target) if isinstance(node, ast.Name)]
+
+
+def stored_here(node):
+    """The names that a statement binds, a loop's variables left out."""
+    targets = [*getattr(node, "targets", []), *([node.target] if hasattr(node, "target") else [])]
+    targets += [item.optional_vars for item in getattr(node, "items", []) if item.optional_vars is not None]
+    return [name for target in targets if not isinstance(node, ast.comprehension) for name in stored(target)]
 
 
 def imported(source):
@@ -79,17 +97,27 @@ def imported(source):
 
 
 def needed(cells):
-    """The positions of the cells that the exercises and checks need, with these, in order."""
+    """The positions of the cells that the exercises and checks need, with these, in order.
+
+    What a cell itself uses was bound last before it; what its functions use may be bound anywhere.
+    """
     code = {i: cell for i, cell in enumerate(cells) if cell.cell_type == "code"}
     of = {i: names(cell.source) for i, cell in code.items()}
     modules = {name for cell in code.values() for name in imported(cell.source)}
     kept = {i for i, cell in code.items() if tagged(cell, "exercise") or tagged(cell, "check")}
-    while True:
-        used = set().union(*(of[i][2] for i in kept))
-        more = {i for i, (bound, changed, _) in of.items() if (bound | (changed - modules)) & used} - kept
-        if not more:
-            return sorted(kept)
+    waiting = list(kept)
+    while waiting:
+        i = waiting.pop()
+        _, _, used, in_functions = of[i]
+        more = {j for j, (bound, changed, *_) in of.items() if (bound | (changed - modules)) & in_functions}
+        for name in used:
+            before = [j for j in of if j < i and name in of[j][0]]
+            since = before[-1] if before else -1
+            more |= {since} if before else set()
+            more |= {j for j in of if since < j < i and name in of[j][1] - modules}
+        waiting += more - kept
         kept |= more
+    return sorted(kept)
 
 
 def solved(notebook):
@@ -264,7 +292,8 @@ def test_only_the_cells_that_exercises_need_are_kept():
         ("def f(x):\n    y = x\n    return y + z", "f", "", "z"),
         ("def f():\n    global g\n    g = 1", "f g", "", ""),
         ("class A(B):\n    c = d", "A", "", "B d"),
-        ("for i in range(n):\n    xs.append(i)", "i", "xs", "i n range xs"),
+        ("for i in range(n):\n    xs.append(i)", "i", "xs", "n range xs"),
+        ("for i in a:\n    pass\ni = i + 1", "i", "", "a i"),
         ("import os.path as p, sys\nfrom a import b", "p sys b", "", ""),
         ("x[0].y = 1\ndel z.w", "", "x z", "x z"),
         ("with f() as g:\n    pass", "g", "", "f"),
@@ -277,7 +306,13 @@ def test_names(source, bound, changed, used):
     found = names(source)
     assert found[0] == set(bound.split())
     assert changed.split() == sorted(found[1] - {"get_ipython"})
-    assert set(used.split()) <= found[2] <= set(used.split()) | {"get_ipython", "w", "v"}
+    assert set(used.split()) <= found[2] | found[3] <= set(used.split()) | {"get_ipython", "w", "v"}
+
+
+def test_a_name_is_that_of_the_last_cell_that_binds_it():
+    cells = [code("x = 1"), code("x = 2"), code("def f():\n    return y"), code("for x in z:\n    pass"), code("y = 3"),
+             code("answer = x, f()", "exercise"), code("check(answer)", "check")]  # fmt: skip
+    assert needed(cells) == [2, 3, 4, 5, 6]  # z is bound nowhere: the run would say so
 
 
 def test_committed_outputs_that_do_not_say_unsolved_are_found():

@@ -17,7 +17,7 @@ Anshumann et al., "Sparse Logit Sampling: Accelerating Knowledge Distillation in
 import json
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -95,13 +95,12 @@ class TopK:
 
     def rows(self, which) -> "TopK":
         """The same for some tokens: a slice, or a tensor of their numbers."""
-        cut = self.log_probabilities[which], self.indices[which]
-        return TopK(*cut, self.temperature, self.vocabulary_size)
+        return replace(self, log_probabilities=self.log_probabilities[which], indices=self.indices[which])
 
     def to(self, device) -> "TopK":
         """The same on another device."""
-        moved = self.log_probabilities.to(device), self.indices.to(device)
-        return TopK(*moved, self.temperature, self.vocabulary_size)
+        moved = self.log_probabilities.to(device)
+        return replace(self, log_probabilities=moved, indices=self.indices.to(device))
 
 
 @torch.no_grad()
@@ -112,6 +111,8 @@ def top_k_targets(teacher_logits: Tensor, k: int, *, temperature: float = 1.0) -
     follow. Raises ValueError for a k that is not from 1 to the vocabulary's size, or a temperature not above 0.
     """
     rows = _rows(teacher_logits, k, temperature)
+    if k > rows.shape[-1]:
+        raise ValueError(f"The teacher has {rows.shape[-1]:,} words, and k must be no more, but it is {k}.")
     # The largest logits are the largest probabilities, so no softmax of the vocabulary's size is made.
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32)) / temperature
     values, indices = rows.topk(k, dim=-1)
@@ -129,18 +130,17 @@ def sampled_targets(
     draws, and noisy. The loss itself differs from the KL by a number that does not depend on the student. Raises
     ValueError for less than one draw or a temperature not above 0.
     """
-    rows = _rows(teacher_logits, draws, temperature, most=None)
+    rows = _rows(teacher_logits, draws, temperature)
     probabilities = _log_softmax(rows, temperature).exp_()
     indices = probabilities.multinomial(draws, replacement=True, generator=generator)
     equal = torch.full(indices.shape, 1 / draws, device=rows.device).log_()
     return TopK(equal, indices.int(), temperature, rows.shape[-1])
 
 
-def _rows(logits: Tensor, count: int, temperature: float, most: int | None = 0) -> Tensor:
+def _rows(logits: Tensor, count: int, temperature: float) -> Tensor:
     _check_temperature(temperature)
-    most = logits.shape[-1] if most == 0 else count
-    if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= most:
-        raise ValueError(f"The words to keep of {logits.shape[-1]:,} must be 1 or more, not {count!r}.")
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise ValueError(f"The words to keep of each token must be 1 or more, but they are {count!r}.")
     return logits.detach().flatten(0, -2)
 
 
