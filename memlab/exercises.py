@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -51,6 +52,7 @@ def check(
     reference: Callable,
     budget: int | str,
     max_compute: float = 1.5,
+    min_compute: float = 0.97,
     tolerance: float = 1e-4,
     steps: int = 2,
     device: str | torch.device | None = None,
@@ -66,6 +68,8 @@ def check(
         budget: the most bytes allowed at once ("60 MiB"), counted from zero for the answer. It is enforced.
         max_compute: the most floating-point operations allowed, as a multiple of the reference's. Operations rather
             than seconds: they are the same on a busy machine.
+        min_compute: the least, likewise: an answer that computes less has left a part of the task out. Lower it where
+            computing less is the point.
         tolerance: the largest relative difference allowed between the gradients.
         steps: how many steps are run.
         device: as for `memlab.measure`.
@@ -74,7 +78,8 @@ def check(
         ValueError: the reference itself meets the budget, so there would be nothing to do; the answer cannot be
             measured, because it returns no step, for one.
     """
-    result = _check(build, reference, parse_bytes(budget), max_compute, tolerance, steps, resolve_device(device))
+    limits = (parse_bytes(budget), min_compute, max_compute, tolerance)
+    result = _check(build, reference, *limits, steps, resolve_device(device))
     history.append(result)
     return result
 
@@ -83,6 +88,7 @@ def _check(
     build: Callable | None,
     reference: Callable,
     limit: int,
+    min_compute: float,
     max_compute: float,
     tolerance: float,
     steps: int,
@@ -129,12 +135,17 @@ def _check(
         ]
         return Result(False, lines, ledgers, limit)
 
-    wanted, given = first_step(reference), first_step(build)
+    wanted, wanted_by_python = _first_step_traced(reference)
+    given, given_by_python = _first_step_traced(build)
+    hidden = max(given_by_python - wanted_by_python, after.outside_memory_bytes - before.outside_memory_bytes)
+    if hidden > MiB:
+        line = f"It fits, but it holds {format_bytes(hidden)} where the meter does not count, in NumPy's arrays for one"
+        return Result(False, [line], ledgers, limit)
     problem = _wrong_gradients(wanted, given, tolerance)
     if problem:
         return Result(False, ["It fits, but it does not train the same model", problem], ledgers, limit)
     compute = given.flops / wanted.flops if wanted.flops else 1.0
-    if compute < 0.97:
+    if compute < min_compute:
         line = f"It fits, but it computes only {compute:.2f}× as much: a part of the task is missing"
         return Result(False, [line], ledgers, limit)
     if compute > max_compute:
@@ -146,6 +157,21 @@ def _check(
         f"{compute:.2f}× the floating-point operations (allowed {max_compute:g}×).",
     ]
     return Result(True, lines, ledgers, limit)
+
+
+def _first_step_traced(build: Callable) -> tuple[FirstStep, int]:
+    """A run's first step, and the most bytes that Python and NumPy held in it beside the tensors."""
+    running = tracemalloc.is_tracing()
+    if not running:
+        tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        tracemalloc.reset_peak()
+        step = first_step(build)
+        return step, tracemalloc.get_traced_memory()[1] - before
+    finally:
+        if not running:
+            tracemalloc.stop()
 
 
 def _returns_nothing(build: Callable) -> bool:

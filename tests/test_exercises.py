@@ -427,3 +427,25 @@ def on_gpu(forward):
         return step
 
     return build
+
+
+def test_bytes_that_are_hidden_in_numpy_are_found(check):
+    """The allocator knows nothing of NumPy's arrays: an answer that keeps its activations there saves nothing."""
+
+    def hidden(model, inputs):
+        def pack(tensor):
+            return tensor.detach().numpy().copy()
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, torch.from_numpy):
+            return model(inputs)
+
+    result = check(builder(hidden))
+    assert not result.passed
+    assert "where the meter does not count" in result.lines[0]
+
+
+def test_an_answer_may_compute_less_where_that_is_the_point(check):
+    half = builder(forward, rows=ROWS // 2)
+    refused = check(half, tolerance=10)
+    assert not refused.passed and "a part of the task is missing" in refused.lines[0]
+    assert check(half, tolerance=10, min_compute=0.4).passed
