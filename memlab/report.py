@@ -45,12 +45,17 @@ def rows(one: dict) -> list[dict[str, str]]:
                 "variant": variant["name"],
                 "predicted": format_bytes(predicted),
                 "measured": format_bytes(measured),
-                "residual": "-" if predicted is None else f"{100 * (measured - predicted) / predicted:+.2f} %",
+                "residual": "-" if predicted is None else _percent(100 * (measured - predicted) / predicted),
                 "× less": f"{baseline / measured:.2f}",
                 "seconds (spread)": "-" if seconds is None else f"{seconds['median']:.3g} ({seconds['spread']:.2g})",
             }
         )
     return table
+
+
+def _percent(value: float) -> str:
+    """A residual; nothing has no sign of its own."""
+    return f"{value:+.2f} %".replace("-0.00", "+0.00")
 
 
 def results_table(data: dict) -> str:
@@ -84,7 +89,7 @@ def summary_table(data: dict, paths: Sequence[Path], base: Path) -> str:
                 "peak before": format_bytes(before["peak_bytes"]),
                 "peak after": "-" if alone else format_bytes(after["peak_bytes"]),
                 "× less": "-" if alone else f"{before['peak_bytes'] / after['peak_bytes']:.2f}",
-                "residual": f"{max(residuals, key=abs):+.2f} %" if residuals else "-",
+                "residual": _percent(max(residuals, key=abs)) if residuals else "-",
                 "× time": f"{after['seconds']['median'] / before['seconds']['median']:.2f}" if timed else "-",
                 "gradients": "-" if difference is None else "equal" if difference == 0 else f"within {difference:.0e}",
             }

@@ -349,3 +349,7 @@ def test_the_headline_is_what_a_notebook_shows(checkout):
         show(path, PICTURE, "twice")
     with pytest.raises(ValueError, match="more than one cell"):
         report.headline(paths)
+
+
+def test_no_residual_is_less_than_nothing():
+    assert [report._percent(value) for value in (-0.001, 0.0, -0.01)] == ["+0.00 %", "+0.00 %", "-0.01 %"]
