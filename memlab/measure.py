@@ -72,7 +72,6 @@ class Measurement:
         columns: bytes by column at the moment of the peak; they sum to `peak_bytes`.
         phase: the phase that held the peak: forward, backward, optimizer or other.
         reserved_bytes: the most that the allocator held from the driver, whole process (None on the CPU).
-        workspace_bytes: what cuBLAS held for itself, as it does for every model (None on the CPU). Reserved, not in the peak.
         device_bytes: what the driver says is in use on the whole device at the end of the run (None on the CPU).
         bytes_after_step: bytes alive after each step. In a loop that leaks they grow. (Empty for `watch`, which knows
             no steps.)
@@ -82,6 +81,7 @@ class Measurement:
             out during it, as far as they were seen: memory maps, shared memory (a data loader's workers), NumPy
             arrays, what other threads made. Not counted in anything above.
         outside_memory_bytes: the same without the memory maps: files and shared memory.
+        workspace_bytes: what cuBLAS held for itself, as it does for every model (None on the CPU). Reserved, not in the peak.
         environment: device, GPU, torch, driver, Python.
         ledger: every block with its life (`memlab.ledger.Ledger`).
     """
@@ -93,12 +93,12 @@ class Measurement:
     environment: dict[str, object]
     reserved_bytes: int | None = None
     device_bytes: int | None = None
-    workspace_bytes: int | None = None
     bytes_after_step: tuple[int, ...] = ()
     seconds: Seconds | None = None
     losses: tuple[float, ...] | None = None
     outside_bytes: int = 0
     outside_memory_bytes: int = 0
+    workspace_bytes: int | None = None
     _timeline: Timeline | None = field(default=None, repr=False, compare=False)
 
     @property

@@ -263,7 +263,8 @@ def test_bf16_weights_cost_an_fp32_sum_of_their_gradient_and_no_product_beside_i
     inputs = 2 * tokens * hidden + 2 * vocabulary * hidden + 8 * tokens
     # The sum, and beside it, in backward, the 16-bit gradient that it becomes. Both at once only there.
     kept = 2 * tokens * hidden + 4 * vocabulary * hidden
-    assert peak < inputs + kept + 1.05 * 2 * vocabulary * hidden
+    # A quarter more for the product's scratch memory, which depends on the processor. A product beside it would double it.
+    assert peak < inputs + kept + 1.25 * 2 * vocabulary * hidden
 
 
 def test_the_gradient_is_given_away_not_copied():
