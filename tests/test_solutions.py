@@ -54,14 +54,16 @@ def names(source):
     tree = ast.parse(source)
     bound, changed, used, used_in_functions = set(), set(), set(), set()
     module = symtable.symtable(source, "cell", "exec")
-    tables = [module]
+    tables = [(module, False)]
     while tables:
-        table = tables.pop()
-        tables += table.get_children()
+        table, later = tables.pop()
+        # What a comprehension of the cell uses, the cell uses; in a function it belongs to that.
+        later = later or (table is not module and not table.get_name().endswith(("comp", "genexpr")))
+        tables += [(child, later) for child in table.get_children()]
         for symbol in table.get_symbols():
             if table is module or symbol.is_global():
                 bound |= {symbol.get_name()} if symbol.is_assigned() or symbol.is_imported() else set()
-                if symbol.is_referenced() and table is not module and not table.get_name().endswith(("comp", "genexpr")):
+                if symbol.is_referenced() and later:
                     used_in_functions.add(symbol.get_name())
     so_far = set()
     for statement in tree.body:
@@ -339,6 +341,7 @@ def test_only_the_cells_that_exercises_need_are_kept():
         ("for i in a:\n    pass\ni = i + 1", "i", "", "a"),
         ("x = f(x)\ny = x", "x y", "", "f x"),
         ("a = {k: v for k, v in xs}\nb = k", "a b", "", "xs k"),
+        ("def f():\n    return [corpus[v] for v in vs]", "f", "", "corpus vs"),
         ("y = [v for v in vs for v in v.w]\nz = {k: lambda: q for k in y}", "y z", "", "vs q"),
         ("import os.path as p, sys\nfrom a import b", "p sys b", "", ""),
         ("x[0].y = 1\ndel z.w", "", "x z", "x z"),
