@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import difflib
 import json
+import math
 import os
 import re
 import tomllib
@@ -58,6 +59,12 @@ def _percent(value: float) -> str:
     return f"{value:+.2f} %".replace("-0.00", "+0.00")
 
 
+def _at_most(value: float) -> str:
+    """A number above zero, rounded up to one digit: 0.14 is within 2e-01."""
+    exponent = math.floor(math.log10(value))
+    return f"{math.ceil(round(value / 10**exponent, 6)) * 10**exponent:.0e}"
+
+
 def results_table(data: dict) -> str:
     """A results file as Markdown: one line that says where it was measured, then a row a variant."""
     table = []
@@ -91,7 +98,7 @@ def summary_table(data: dict, paths: Sequence[Path], base: Path) -> str:
                 "× less": "-" if alone else f"{before['peak_bytes'] / after['peak_bytes']:.2f}",
                 "residual": _percent(max(residuals, key=abs)) if residuals else "-",
                 "× time": f"{after['seconds']['median'] / before['seconds']['median']:.2f}" if timed else "-",
-                "gradients": "-" if difference is None else "equal" if difference == 0 else f"within {difference:.0e}",
+                "gradients": "-" if difference is None else "equal" if difference == 0 else f"within {_at_most(difference)}",
             }
         )
     return f"{_caption(data)}\n\n{_markdown(table)}" if table else _caption(data)

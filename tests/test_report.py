@@ -353,3 +353,7 @@ def test_the_headline_is_what_a_notebook_shows(checkout):
 
 def test_no_residual_is_less_than_nothing():
     assert [report._percent(value) for value in (-0.001, 0.0, -0.01)] == ["+0.00 %", "+0.00 %", "-0.01 %"]
+
+
+def test_a_difference_is_within_what_is_said_of_it():
+    assert [report._at_most(value) for value in (0.14, 0.1, 9.1e-7, 3e-7, 1)] == ["2e-01", "1e-01", "1e-06", "3e-07", "1e+00"]
