@@ -275,7 +275,7 @@ class _TiedLookup(torch.autograd.Function):
             for part, rows in zip(of_weight.split(64, 1), of_rows.split(64, 1), strict=True):
                 sums = torch.zeros(len(words), rows.shape[1], dtype=exact, device=rows.device)
                 sums.index_add_(0, position, rows.to(exact))
-                part.index_add_(0, words, sums.to(device, dtype))
+                part[words] += sums.to(device, dtype)  # each word once
         return of_weight, None, None, None
 
 

@@ -100,7 +100,8 @@ def load_state_dict(optimizer: Optimizer, state_dict: dict) -> None:
         saved = state_dict["state"].get(number, {})
         for name, value in saved.items():
             if isinstance(value, Tensor) and f"{name.removesuffix('_scale')}_scale" in saved:
-                value = optimizer.zeros(value.shape, dtype=value.dtype, device=parameter.device).copy_(value)
+                near = optimizer.device or parameter.device
+                value = optimizer.zeros(value.shape, dtype=value.dtype, device=near).copy_(value)
             elif isinstance(value, Tensor):
                 value = value.to(parameter.device, copy=True)
             optimizer.state[parameter][name] = value
@@ -118,6 +119,8 @@ class AdamW8bit(Optimizer):
         rounded by it: stochastically, or small updates are lost. `stochastic_round` needs 19 bytes, not 20.
     zeros: makes the state of 8 bits, with the arguments of `torch.zeros`. It may lie elsewhere, such as in a
         mapped file: of each slice a copy comes to the parameter's device, and goes back.
+    device: where steps are computed, if not where the parameters lie: weights on a GPU's host come near a slice at a
+        time with their gradients, and the weights go back. (Tensors below `smallest` are stepped where they are.)
 
     Raises ValueError for a number out of range, TypeError for a `rounding` or `zeros` that is no function.
     """
@@ -125,6 +128,7 @@ class AdamW8bit(Optimizer):
     def __init__(
         self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, *,
         block_size=256, smallest=4096, slice_size=2**20, dynamic=True, rounding=None, zeros=torch.zeros,
+        device: torch.device | str | None = None,
     ):  # fmt: skip
         _check(lr, betas, weight_decay, eps)
         if not 1 <= block_size <= slice_size:
@@ -136,10 +140,11 @@ class AdamW8bit(Optimizer):
         if not callable(zeros) or not (rounding is None or callable(rounding)):
             raise TypeError(f"rounding and zeros must be functions, but they are {rounding!r} and {zeros!r}.")
         super().__init__(params, options)
-        self.rounding, self.zeros = rounding, zeros
+        self.rounding, self.zeros, self.device = rounding, zeros, device and torch.device(device)
 
     def __getstate__(self):  # for copy and pickle, which would leave them out
-        return {**super().__getstate__(), "rounding": self.rounding, "zeros": self.zeros}
+        own = {name: getattr(self, name) for name in ("rounding", "zeros", "device")}
+        return {**super().__getstate__(), **own}
 
     load_state_dict = load_state_dict
 
@@ -147,9 +152,9 @@ class AdamW8bit(Optimizer):
     def step(self, closure=None):
         """Update every parameter that has a gradient. Raises ValueError for one that is sparse or not real."""
         loss = _loss(closure)
-        tables = {}  # 4 KiB, made anew in each step: nothing that has to be saved, or moved to a device
+        tables, left = {}, False  # 4 KiB, made anew in each step: nothing to be saved, or moved to a device
         for parameter, gradient, state, group, _ in _with_gradients(self):
-            size, device, count = group["block_size"], parameter.device, parameter.numel()
+            size, device, count = group["block_size"], self.device or parameter.device, parameter.numel()
             if count < group["smallest"]:
                 _adamw(parameter, gradient, state, group, self.rounding)
                 continue
@@ -168,22 +173,27 @@ class AdamW8bit(Optimizer):
             rows = group["slice_size"] // size
             for first in range(0, len(state["exp_avg"]), rows):
                 part, numbers = slice(first, first + rows), slice(first * size, (first + rows) * size)
-                stored = [(state[name][part], state[f"{name}_scale"][part]) for name in _MOMENTS]
-                kept = [[one.to(device) for one in pair] for pair in stored]  # the same, if they are there
+                stored = [state[f"{name}{what}"][part] for name in _MOMENTS for what in ("", "_scale")]
+                stored.append(weights[numbers])
+                near = [one.to(device, non_blocking=True) for one in stored]  # the same, if they are there
+                kept, weight = (near[:2], near[2:4]), near[4]
                 blocks = [dequantize(*one, table) for one, (table, _) in zip(kept, tables[key], strict=True)]
                 moments = [one.view(-1)[: count - first * size] for one in blocks]
                 _adamw_update(
-                    weights[numbers], gradients[numbers], *moments, state["step"], group, self.rounding
-                )
+                    weight, gradients[numbers].to(device, non_blocking=True), *moments, state["step"], group,
+                    self.rounding,
+                )  # fmt: skip
                 for one, new, (_, halfway) in zip(kept, blocks, tables[key], strict=True):
                     _quantize_into(*one, new, halfway)
-                for pair, near in zip(stored, kept, strict=True):
-                    for one, new in zip(pair, near, strict=True):
-                        if new.device != one.device:
-                            one.copy_(new)
-                del blocks, moments, kept, near, new  # else they are there when the next slice is read
+                for one, new in zip(stored, near, strict=True):
+                    if new.device != one.device:
+                        one.copy_(new, non_blocking=True)
+                        left = left or new.is_cuda
+                del blocks, moments, kept, near, weight, new  # else they are there when the next slice is read
             if not parameter.is_contiguous():
                 parameter.copy_(weights.view(parameter.shape))
+        if left:  # the host may read now what is on its way to it
+            torch.cuda.synchronize()
         return loss
 
 

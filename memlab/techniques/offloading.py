@@ -260,8 +260,8 @@ def stream_parameters(blocks, *, min_bytes: int = 2**16, device=None, directory=
     """Keep the parameters of blocks and their gradients far; the block that runs has copies near.
 
     They stay the objects they were, and an optimizer steps them where they are: in the file, or beside a GPU
-    on the host. Autograd saves the near copies, so this saves memory in training only inside
-    `offload_activations`, or if gradient checkpointing is applied to the blocks after it.
+    on the host, unless it brings them near itself. Autograd saves the near copies, so this saves memory in
+    training only inside `offload_activations`, or if gradient checkpointing is applied to the blocks after it.
 
     blocks: modules such as `model.blocks`, which share no parameters. Stream them before the first step.
     min_bytes: smaller parameters stay near.
@@ -280,8 +280,20 @@ def stream_parameters(blocks, *, min_bytes: int = 2**16, device=None, directory=
         for parameter in streamed:
             if not _is_far(parameter):
                 parameter.data = far_like(parameter, directory).copy_(parameter.detach())
-            if near.type == "cpu":  # beside a GPU autograd takes the gradient to its parameter's device
+            if near.type == "cpu":  # for a GPU `_Near` does it
                 parameter.register_hook(lambda gradient: far_like(gradient, directory).copy_(gradient))
+
+
+class _Near(torch.autograd.Function):
+    """A GPU's copy of a parameter of the host. Its gradient goes to pinned memory, not to any of the host's."""
+
+    @staticmethod
+    def forward(ctx, parameter, device):
+        return parameter.to(device, non_blocking=True)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return far_like(gradient).copy_(gradient), None
 
 
 class _StreamedForward:  # it holds the block weakly, for the block holds it
@@ -289,8 +301,9 @@ class _StreamedForward:  # it holds the block weakly, for the block holds it
         self.block, self.streamed, self.device = weakref.ref(block), streamed, device
 
     def __call__(self, *args, **kwargs):
-        block, to = self.block(), {"device": self.device, "copy": True, "non_blocking": True}
-        near = {p: p.to(**to) for p in block.parameters() if id(p) in self.streamed}
+        block, on_gpu = self.block(), self.device.type == "cuda"
+        streamed = [parameter for parameter in block.parameters() if id(parameter) in self.streamed]
+        near = {p: _Near.apply(p, self.device) if on_gpu else p.to("cpu", copy=True) for p in streamed}
         _PARAMETER_OF.update({copy.untyped_storage(): parameter for parameter, copy in near.items()})
         own = [(vars(m), *item) for m in block.modules() for item in m.named_parameters(recurse=False)]
         try:

@@ -23,7 +23,7 @@ from memlab.techniques.lean_optimizers import (
     quantize,
 )
 from memlab.techniques.low_precision import stochastic_round
-from memlab.techniques.offloading import far_zeros
+from memlab.techniques.offloading import far_like, far_zeros
 from memlab.workloads import gpt, vit
 
 BLOCK, SMALLEST = 256, 4096
@@ -739,3 +739,54 @@ def test_on_a_gpu_a_state_on_the_host_gives_the_same_weights_bit_for_bit():
     codes = optimizer.state[model.token_embedding.weight]["exp_avg"]
     assert codes.is_pinned() and codes.any()
     assert all(map(torch.equal, *weights))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("state_far", [False, True])
+def test_weights_on_the_host_step_on_the_gpu_bit_for_bit_as_weights_on_the_gpu(state_far):
+    weights = []
+    for far in (False, True):
+        model = make_gpt_of(0).cuda()
+        homes = {}
+        for number, parameter in enumerate(model.parameters()):
+            if far and parameter.numel() >= 4096:
+                parameter.data = far_like(parameter).copy_(parameter.detach())
+            homes[number] = parameter.device
+        zeros = far_zeros_of_cuda if state_far else torch.zeros
+        optimizer = AdamW8bit(model.parameters(), slice_size=4096, zeros=zeros, device="cuda")
+        for seed in range(3):
+            for number, parameter in enumerate(model.parameters()):
+                generator = torch.Generator("cuda").manual_seed(100 * seed + number)
+                gradient = torch.randn(parameter.shape, device="cuda", generator=generator)
+                parameter.grad = gradient.to(homes[number])
+            optimizer.step()
+        weights.append([parameter.detach().cuda() for parameter in model.parameters()])
+        state = optimizer.state[model.token_embedding.weight]
+        assert state["exp_avg"].is_pinned() == state_far and state["exp_avg"].any()
+    assert model.token_embedding.weight.is_pinned()  # it has stayed where it was
+    assert all(map(torch.equal, *weights))
+    kept = copy.deepcopy(optimizer.state_dict())
+    optimizer.load_state_dict(kept)
+    assert optimizer.state[model.token_embedding.weight]["exp_avg"].is_cuda != state_far
+
+
+def far_zeros_of_cuda(*size, dtype=None, device=None):
+    return far_zeros(*size, dtype=dtype, device="cuda")
+
+
+def test_device_names_where_steps_are_computed_and_the_default_is_where_the_weights_are():
+    weights = []
+    for options in ({}, {"device": "cpu"}):
+        torch.manual_seed(0)
+        model = make_gpt()
+        optimizer = AdamW8bit(model.parameters(), slice_size=4096, **options)
+        for seed in range(2):
+            tokens = torch.randint(256, (2, 16), generator=torch.Generator().manual_seed(seed))
+            model(tokens, tokens.roll(-1, 1)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        weights.append([parameter.detach() for parameter in model.parameters()])
+    assert all(map(torch.equal, *weights))
+    assert copy.copy(optimizer).device == torch.device("cpu")
+    with pytest.raises(RuntimeError, match="device"):
+        AdamW8bit(model.parameters(), device="nowhere")

@@ -770,3 +770,17 @@ def test_a_change_beside_the_copy_is_refused_on_a_gpu():
         y.add_(1)
     with pytest.raises(RuntimeError, match="was changed in place"):
         y.sum().backward()
+
+
+@pytest.mark.gpu
+def test_the_gradient_of_a_streamed_parameter_comes_to_pinned_memory():
+    block = nn.Sequential(nn.Linear(256, 256, device="cuda"), nn.GELU())
+    x = torch.randn(8, 256, device="cuda")
+    block(x).square().mean().backward()
+    expected = block[0].weight.grad.cpu()
+    block.zero_grad()
+    stream_parameters([block])
+    block(x).square().mean().backward()
+    assert block[0].weight.is_pinned() and block[0].weight.grad.is_pinned()
+    assert block[0].bias.grad.is_cuda  # small: it has stayed
+    assert torch.equal(block[0].weight.grad, expected)
