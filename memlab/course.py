@@ -181,7 +181,13 @@ def run(
             if notebook is not None:
                 results.replace(outcome.copy, nbformat.writes(notebook, version=nbformat.NO_CONVERT).rstrip() + "\n")
             if not outcome.failed:
-                data = results.merge(data, environment, path.stem, outcome.records)
+                # A file is about one device. With a single GPU notebook 05 runs its ranks on the CPU, for example.
+                device = environment["device"]
+                own = [line for line in outcome.records if line["environment"].get("device", device) == device]
+                if len(own) < len(outcome.records):
+                    others = len(outcome.records) - len(own)
+                    bar.write(f"{path.stem}: {others} of its records are not about {device}, and not kept in {file.name}")
+                data = results.merge(data, environment, path.stem, own)
                 results.write(file, data)
             outcomes.append(outcome)
             bar.write(str(outcome))

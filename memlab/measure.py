@@ -108,6 +108,15 @@ class Measurement:
             self._timeline = self.ledger.timeline()
         return self._timeline
 
+    @property
+    def known_bytes(self) -> int:
+        """The peak without what is in no tensor: to compare two runs to the byte.
+
+        On the CPU it is `peak_bytes`. A GPU's allocator gives out blocks that are up to 1 MiB too large when it has one
+        at hand, and whether it has depends on what went before: two equal runs may differ by that.
+        """
+        return self.peak_bytes - self.columns["unattributed"]
+
     def largest(self, count: int = 10) -> list[Block]:
         """The largest blocks alive at the peak: what they are, and which operator in which module made them."""
         return self.ledger.alive_at(self.ledger.peak_time)[:count]

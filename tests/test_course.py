@@ -447,3 +447,14 @@ def test_the_table_sets_the_committed_numbers_beside_this_runs():
     assert len({len(line) for line in lines}) == 1, "the last column ends at one place"
     assert "committed" in course.table(records)
     assert course.table([]) == "Nothing was recorded."
+
+
+def test_records_of_another_device_do_not_go_to_this_ones_file(root, capsys):
+    """With one GPU notebook 05 runs on the CPU: that is no measurement of the GPU."""
+    line = json.dumps({"environment": {"device": "cuda"}, "record": made_record("03_x")})
+    source = f"import os\nwith open(os.environ['MEMLAB_RECORDS'], 'a') as file:\n    file.write({line + chr(10)!r})"
+    path = save(root / "notebooks" / "03_x.ipynb", code(source), recording("03_x", peak=2000))
+    course.run([path], in_place=True, root=root)
+    data = results.load(root / "results" / "cpu.json")
+    assert [one["variants"][0]["peak_bytes"] for one in data["records"]] == [2000]
+    assert "1 of its records are not about cpu" in "".join(capsys.readouterr())
