@@ -21,7 +21,7 @@ from torch import nn
 
 from memlab.budget import active_budget, resolve_device
 from memlab.ledger import COLUMNS, Block, Event, Ledger, Observation, Span, Timeline, build_ledger, lives
-from memlab.meters.columns import Observer, Use, live_storages
+from memlab.meters.columns import Observer, Use, live_storages, objects_set_aside
 from memlab.meters.cpu import Trace
 from memlab.meters.cuda import CudaTrace
 from memlab.units import KiB, format_bytes
@@ -218,6 +218,11 @@ def measure(
             raise ValueError(f"{name} has to be a whole number of at least {least}, not {value!r}")
     device = resolve_device(device)
 
+    with objects_set_aside():
+        return _measure(build, steps, repeats, device)
+
+
+def _measure(build: Callable, steps: int, repeats: int, device: torch.device) -> Measurement:
     recording = _Recording(device)
     losses: list[float] = []
     after: list[int] = []

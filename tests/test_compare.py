@@ -1,6 +1,5 @@
 """Measurements side by side: the ratio, what a prediction missed, the table, the verdict."""
 
-import gc
 import pickle
 
 import pandas as pd
@@ -16,14 +15,10 @@ from memlab.units import MiB
 
 @pytest.fixture(scope="module", autouse=True)
 def _fast():
-    """One thread is faster for runs this small, and far faster when the cores are busy. And the meter walks the objects
-    that the garbage collector knows: those of the imported libraries are set aside."""
+    """One thread is faster for runs this small, and far faster when the cores are busy."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    gc.collect()
-    gc.freeze()
     yield
-    gc.unfreeze()
     torch.set_num_threads(threads)
 
 

@@ -6,6 +6,7 @@ import pickle
 import queue
 import sys
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from memlab import COLUMNS, Measurement, MemoryLeakError, measure, watch
 from memlab.ledger import PHASES, Observation
 from memlab.measure import Seconds, _Recording, environment
-from memlab.meters.columns import Use
+from memlab.meters.columns import Use, live_objects, objects_set_aside
 
 FLOAT = 4
 WIDTH, BATCH = 64, 32
@@ -28,13 +29,10 @@ LAYER = (WIDTH * WIDTH + WIDTH) * FLOAT
 
 @pytest.fixture(autouse=True, scope="module")
 def _quick():
-    """Small tensors gain nothing from threads; and of Python's live objects, only those made here need be asked."""
+    """Small tensors gain nothing from threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    gc.collect()
-    gc.freeze()
     yield
-    gc.unfreeze()
     torch.set_num_threads(threads)
 
 
@@ -790,3 +788,65 @@ def test_memory_that_a_model_from_before_has_given_back_is_not_that_model(used_a
             recording._refuse_foreign_parameters(missed)
     else:
         recording._refuse_foreign_parameters(missed)
+
+
+# What is alive already ------------------------------------------------------------------------------------------------
+
+
+def collected():
+    """A step that leaves its tensor in a cycle, which the garbage collector has to find before the run is over."""
+
+    def build():
+        def step():
+            cycle = {"tensor": torch.zeros(2**20)}
+            cycle["itself"] = cycle
+
+        return step
+
+    return build
+
+
+def test_what_is_alive_already_is_set_aside_and_comes_back():
+    kept = [torch.zeros(10)]
+    cycle = {"tensor": kept[0]}
+    cycle["itself"] = cycle
+    reference = weakref.ref(kept[0])
+    before = gc.get_freeze_count()
+    assert measure(collected(), device="cpu").peak_bytes in (4 * 2**20, 8 * 2**20)
+    assert gc.get_freeze_count() == before
+    del cycle, kept
+    gc.collect()
+    assert reference() is None
+
+
+def test_it_comes_back_after_an_error():
+    before = gc.get_freeze_count()
+    with pytest.raises(ZeroDivisionError):
+        measure(lambda: lambda: 1 / 0, device="cpu")
+    assert gc.get_freeze_count() == before
+
+
+def test_what_somebody_else_has_frozen_stays_frozen():
+    plain = measure(collected(), device="cpu")
+    gc.freeze()
+    try:
+        frozen = gc.get_freeze_count()
+        assert measure(collected(), device="cpu").peak_bytes == plain.peak_bytes
+        assert gc.get_freeze_count() >= 0.99 * frozen > 1000  # less what went by itself
+    finally:
+        gc.unfreeze()
+
+
+def test_a_model_from_before_is_still_found_while_it_is_set_aside():
+    model = nn.Linear(8, 8)
+    with objects_set_aside():
+        assert not any(thing is model for thing in gc.get_objects())
+        assert any(thing is model for thing in live_objects(nn.Module))
+        assert any(thing is model.weight for thing in live_objects(torch.Tensor))
+        inside = nn.Linear(8, 8)
+        assert any(thing is inside for thing in live_objects(nn.Module))
+        reference = weakref.ref(model)
+        del model
+        assert reference() is None  # it was not held
+    with pytest.raises(ValueError, match="built before the measurement"):
+        measure(lambda: lambda: inside(torch.ones(2, 8)).sum().backward(), device="cpu")

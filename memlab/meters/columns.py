@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import threading
 import time
 import warnings
@@ -21,6 +22,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.profiler import profile
 
 from memlab.ledger import Observation, Span
 
@@ -54,13 +56,48 @@ def tensors_in(value: object) -> Iterator[torch.Tensor]:
             containers.extend(value.values() if isinstance(value, (dict, UserDict)) else value)
 
 
+#: What is ever looked for among all live objects.
+_KINDS = (torch.Tensor, nn.Module, torch.optim.Optimizer, torch.utils.data.Dataset, profile)
+
+_set_aside: list[weakref.ref] | None = None
+
+
+@contextlib.contextmanager
+def objects_set_aside() -> Iterator[None]:
+    """Inside, the garbage collector and `live_objects` pass over what is there already: they need no time for it.
+
+    A process that has imported a few libraries holds half a million objects, and to walk through them takes longer than
+    a small training step. What `live_objects` looks for is still found among them, by weak references. Garbage of
+    before is not collected inside; garbage that is made inside is.
+    """
+    global _set_aside
+    # Objects that somebody else has frozen would not stay so. (Python 3.12 begins with a few hundred of its own.)
+    if _set_aside is not None or gc.get_freeze_count() > 1000:
+        yield
+        return
+    found = []
+    for thing in live_objects(*_KINDS):
+        with contextlib.suppress(TypeError):  # of a class that knows no weak references
+            found.append(weakref.ref(thing))
+    _set_aside = found
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        _set_aside = None
+
+
 def live_objects(*kinds: type) -> list:
-    """Every live object of some classes that Python's garbage collector knows."""
+    """Every live object of some classes (subclasses of `_KINDS`) that Python's garbage collector knows."""
     # The class is asked, not the object: asking some lazily imported objects would import whole packages. And each
-    # class is asked once, since a process that has imported a few libraries holds half a million objects.
+    # class is asked once, and no line of Python runs for each object: there are so many.
     things = gc.get_objects()
-    wanted = {kind for kind in set(map(type, things)) if issubclass(kind, kinds)}
-    return [thing for thing in things if type(thing) in wanted]
+    if _set_aside is not None:
+        things += [thing for reference in _set_aside if (thing := reference()) is not None]
+    classes = list(map(type, things))
+    wanted = {kind for kind in set(classes) if issubclass(kind, kinds)}
+    return list(itertools.compress(things, map(wanted.__contains__, classes)))
 
 
 def live_storages(device: torch.device) -> dict[int, torch.UntypedStorage]:

@@ -203,7 +203,7 @@ def _cpu() -> Scale:
         training_gpt=gpt.tiny(),
         training_batch_size=8,
         training_steps=100,
-        ladder_gpt=gpt.small(layers=3, vocabulary_size=8192),
+        ladder_gpt=gpt.small(layers=3, vocabulary_size=4096),
         ladder_batch_size=2,
         optimizer_slices=1000,
         seeds=(0, 1, 2),

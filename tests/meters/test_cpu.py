@@ -25,13 +25,10 @@ FLOAT = 4
 
 @pytest.fixture(autouse=True, scope="module")
 def _quick():
-    """Small tensors gain nothing from threads; and of Python's live objects, only those made here need be asked."""
+    """Small tensors gain nothing from threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    gc.collect()
-    gc.freeze()
     yield
-    gc.unfreeze()
     torch.set_num_threads(threads)
 
 
