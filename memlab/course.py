@@ -291,6 +291,10 @@ def _run_one(path: Path, timeout: int, bar: tqdm, cells: str | None = None):
             outcome.error = f"took longer than {timeout} s"
         except DeadKernelError:
             outcome.error = "the kernel died (out of memory?)"
+        except AssertionError as error:  # nbclient's own, while it tidies up after a kernel that died
+            if not isinstance(error.__context__, DeadKernelError):
+                raise
+            outcome.error = "the kernel died (out of memory?)"
         except RuntimeError as error:  # the kernel did not start
             outcome.error = _first_line(str(error))
         if kernel.interrupted:

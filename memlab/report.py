@@ -169,6 +169,36 @@ def claims_table(files: Sequence[dict], paths: Sequence[Path], base: Path) -> st
     return _markdown(table)
 
 
+def gpu_table(files: Sequence[dict]) -> str:
+    """What the capstone's recipe needs on a GPU, in small pieces and in large ones, and how long a step takes."""
+    parts = []
+    for data in files:
+        for one in data["records"]:
+            if data["environment"]["device"] != "cuda" or one["technique"] != "larger pieces":
+                continue
+            first, table = one["variants"][0], []
+            for variant in one["variants"]:
+                timed = _steady(first["seconds"]) and _steady(variant["seconds"])
+                seconds = variant["seconds"]["median"] if timed else None
+                table.append(
+                    {
+                        "": variant["name"],
+                        "peak": format_bytes(variant["peak_bytes"]),
+                        "× less": f"{first['peak_bytes'] / variant['peak_bytes']:.1f}",
+                        "seconds a step": f"{seconds:.3f}" if timed else "-",
+                        "× time": f"{seconds / first['seconds']['median']:.2f}" if timed else "-",
+                    }
+                )
+            parts += [_caption(data), _markdown(table)]
+        for one in data["records"]:
+            if data["environment"]["device"] == "cuda" and one["technique"] == "in 8 GiB":
+                sizes = one["sizes"]
+                trained = "; ".join(f"{v['name']}: {format_bytes(v['peak_bytes'])}" for v in one["variants"])
+                tokens = f"{sizes['batch_size']} × {sizes['sequence_length']:,} tokens"
+                parts.append(f"In a budget of 8 GiB, {tokens} a step: {trained}.")
+    return "\n\n".join(parts)
+
+
 def _caption(data: dict) -> str:
     """Where and when a results file was measured, in one line."""
     environments = [environment_of(data, one) for one in data["records"]] or [data["environment"]]
@@ -241,6 +271,7 @@ def _markdown(table: list[dict[str, str]]) -> str:
         return ""
     right = (
         "predicted", "measured", "residual", "× less", "seconds (spread)", "minutes", "peak before", "peak after", "× time",
+        "peak", "seconds a step",
     )  # fmt: skip
     lines = [list(table[0]), ["---:" if heading in right else "---" for heading in table[0]]]
     lines += [[cell.replace("|", "\\|").replace("\n", " ") for cell in row.values()] for row in table]
@@ -273,8 +304,8 @@ def generate(root: Path, check: bool = False) -> list[str]:
     """Write what is generated: the blocks of the documents and of the notebooks, and README's first figure.
 
     A block stands between `<!-- memlab:NAME:begin -->` and `<!-- memlab:NAME:end -->`, in a document (`DOCUMENTS` says
-    which have to have which) or in a Markdown cell of a notebook. The names: `map` (the notebooks), `summary` (a row a
-    notebook), `results` (everything that was measured), `claims` (the verdicts), `cheatsheet` (a row a technique),
+    which have to have which) or in a Markdown cell of a notebook. The names: `gpu` (the capstone on a GPU), `map` (the
+    notebooks), `summary` (a row a notebook), `results` (everything that was measured), `claims` (the verdicts), `cheatsheet` (a row a technique),
     `figure` (README's first figure, with its alternative text).
 
     Args:
@@ -305,6 +336,8 @@ def generate(root: Path, check: bool = False) -> list[str]:
             return "\n\n".join(summary_table(data, paths, base) for data in files) or "Nothing is recorded yet."
         if name == "cheatsheet":
             return cheat_sheet(files[0], paths, base) if files else "Nothing is recorded yet."
+        if name == "gpu":
+            return gpu_table(files)
         if name == "claims":
             return claims_table(files, paths, base) or "No claim is tested yet."
         if name == "map":

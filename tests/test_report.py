@@ -44,6 +44,24 @@ def results_file(*records, claims=(), environment=ENVIRONMENT):
 # Tables --------------------------------------------------------------------------------------------------------------
 
 
+def test_the_table_of_a_gpu_has_what_it_costs_in_time():
+    pieces = record(technique="larger pieces", after_seconds=Seconds(0.25, 0.01, 3))
+    sizes = {"batch_size": 2, "sequence_length": 1024}
+    there = results_file(record(), pieces, record(technique="in 8 GiB", sizes=sizes), environment=GPU)
+    assert report.gpu_table([results_file(pieces), there]).splitlines()[1:] == [
+        "",
+        "|  | peak | × less | seconds a step | × time |",
+        "| --- | ---: | ---: | ---: | ---: |",
+        "| before | 4.00 MiB | 1.0 | 0.500 | 1.00 |",
+        "| after | 2.00 MiB | 2.0 | 0.250 | 0.50 |",
+        "",
+        "In a budget of 8 GiB, 2 × 1,024 tokens a step: before: 4.00 MiB; after: 2.00 MiB.",
+    ]
+    assert report.gpu_table([results_file(pieces)]) == ""  # a CPU's
+    untimed = results_file(record(technique="larger pieces"), environment=GPU)
+    assert "| after | 2.00 MiB | 2.0 | - | - |" in report.gpu_table([untimed])
+
+
 def test_the_results_table():
     table = report.results_table(results_file(record(), record(technique="other")))
     assert table.splitlines() == [
