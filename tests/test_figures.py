@@ -540,3 +540,16 @@ def test_the_png_can_be_opened(runs):
     for column in ("parameters", "activations", "optimizer_state"):
         colour = np.array([round(255 * part) for part in to_rgb(figures.PALETTE[column])])
         assert (pixels == colour).all(axis=2).mean() > 0.01, column
+
+
+def test_a_trade_of_bytes_for_time():
+    series = {"ladder": {"naive": (8 * MiB, 0.5), " between": (4 * MiB, 0.25)}, "larger": {"all": (MiB, 0.4)}}
+    figure = figures.trade(series, "Less in less", (8 * MiB, 0.5))
+    (axes,) = figure.axes
+    points = {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in axes.lines}
+    assert points["ladder"] == [(8, 1), (4, 0.5)] and points["larger"] == [(1, 0.8)]
+    assert [text.get_text() for text in axes.texts] == ["naive", "all"]
+    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
+    words = "naive 8 MiB, 1.00 × the time; between 4 MiB, 0.50 × the time; all 1 MiB, 0.80 × the time"
+    assert figure.alt == f"Less in less. {words}."
+    check_readable(figure)
