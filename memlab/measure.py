@@ -384,6 +384,8 @@ class _Recording:
         self._budget_before = budget.alive() if budget is not None else 0
         if self.device.type == "cuda" and self._count_alive:
             return  # the allocator's own map says it better: CudaTrace.start() reads it
+        if self.device.type == "cpu":
+            self.observer.maps_before.update(live_storages(self.device, maps=True))
         for address, storage in live_storages(self.device).items():
             self.observer.before.add(address)
             if self._count_alive:

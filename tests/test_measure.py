@@ -850,3 +850,16 @@ def test_a_model_from_before_is_still_found_while_it_is_set_aside():
         assert reference() is None  # it was not held
     with pytest.raises(ValueError, match="built before the measurement"):
         measure(lambda: lambda: inside(torch.ones(2, 8)).sum().backward(), device="cpu")
+
+
+def test_a_memory_map_from_before_that_nobody_uses_is_no_part_of_the_run(tmp_path):
+    kept = [torch.from_file(str(tmp_path / "numbers"), shared=True, size=1000, dtype=torch.float32)]
+    assert measure(collected(), device="cpu").outside_bytes == 0
+    assert kept[0].nbytes == 4000
+    (tmp_path / "other").write_bytes(bytes(4000))
+
+    def build():
+        other = torch.from_file(str(tmp_path / "other"), size=1000, dtype=torch.float32)
+        return lambda: (other * 2).sum()
+
+    assert measure(build, device="cpu").outside_bytes == 4000

@@ -100,8 +100,11 @@ def live_objects(*kinds: type) -> list:
     return list(itertools.compress(things, map(wanted.__contains__, classes)))
 
 
-def live_storages(device: torch.device) -> dict[int, torch.UntypedStorage]:
-    """Every storage on a device that a live Python tensor (or its gradient) holds, by address. Memory maps excluded."""
+def live_storages(device: torch.device, *, maps: bool = False) -> dict[int, torch.UntypedStorage]:
+    """Every storage on a device that a live Python tensor (or its gradient) holds, by address.
+
+    Memory maps are excluded, or with `maps` nothing else is there.
+    """
     found = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # asking some tensors for their gradient warns
@@ -114,7 +117,8 @@ def live_storages(device: torch.device) -> dict[int, torch.UntypedStorage]:
                 if tensor.is_leaf and tensor.grad is not None:
                     parts += storages(tensor.grad)
                 for storage in parts:
-                    if storage.device == device and storage.nbytes() and storage.filename is None:
+                    mapped = storage.filename is not None
+                    if storage.device == device and storage.nbytes() and mapped == maps:
                         found[storage.data_ptr()] = storage
     return found
 
@@ -155,6 +159,7 @@ class Observer:
         self.parameters: dict[int, weakref.ref] = {}
         self.uses: list[Use] = []
         self.before: set[int] = set()
+        self.maps_before: set[int] = set()
         self.devices: set[torch.device] = set()
         self.threads: dict[int, str] = {}
         self.forward_with_grad = False
@@ -302,7 +307,7 @@ class Observer:
     def _look_at(self, tensor: torch.Tensor, after: bool) -> None:
         """Note a tensor that belongs to no model, optimizer or data set."""
         addresses = {storage.data_ptr() for storage in storages(tensor)}
-        outside = not addresses & self.before
+        outside = not addresses & (self.before | self.maps_before)
         if tensor.grad_fn is not None:
             if not after:
                 self.see((tensor,), "activations", outside=outside)

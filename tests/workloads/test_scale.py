@@ -153,7 +153,7 @@ def test_the_ladder_is_smaller_on_a_cpu_and_its_head_large_beside_the_rest(cpu_o
     here = scale("cpu")
     assert (here.ladder_gpt.layers, here.ladder_batch_size) == (here.gpt.layers // 2, here.batch_size // 4)
     head = here.ladder_gpt.vocabulary_size * here.ladder_gpt.hidden
-    assert head > here.ladder_gpt.parameter_count / 2  # else the lines about the head would be idle
+    assert head > 0.4 * here.ladder_gpt.parameter_count  # else the lines about the head would be idle
 
 
 @pytest.mark.parametrize("memory_gib", [14.56, 22, 139.7])
