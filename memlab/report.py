@@ -1,4 +1,4 @@
-"""What is generated from the records: the tables of README.md and of results/README.md, and README's first figure."""
+"""What is generated from the records: the tables of README.md and of results/README.md, and README's figures."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from pathlib import Path
 from memlab.results import environment_of, load_all, replace
 from memlab.units import format_bytes
 
-#: The figure that opens README.md, taken from a notebook's output.
-FIGURE = "results/figures/headline.png"
+#: README.md's figures, by the tag of the cell whose output they are: what opens it, and the capstone on a GPU.
+FIGURES = {"readme-figure": "results/figures/headline.png", "gpu-figure": "results/figures/gpu.png"}
 
 #: The documents that have generated blocks, and the blocks that each has to have.
 DOCUMENTS = {
@@ -281,8 +281,8 @@ def _markdown(table: list[dict[str, str]]) -> str:
 # What is generated ---------------------------------------------------------------------------------------------------
 
 
-def headline(paths: Sequence[Path]) -> tuple[bytes, str] | None:
-    """README's first figure: the picture that a cell tagged `readme-figure` shows in a notebook, and its words.
+def figure_of(paths: Sequence[Path], tag: str = "readme-figure") -> tuple[bytes, str] | None:
+    """One of README's figures: the picture that the cell with this tag shows in a notebook, and its words.
 
     It is the picture of the committed run, byte for byte: it cannot show anything that was not measured.
 
@@ -292,16 +292,16 @@ def headline(paths: Sequence[Path]) -> tuple[bytes, str] | None:
     found = []
     for path in paths:
         for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
-            if "readme-figure" in cell["metadata"].get("tags", ()):
+            if tag in cell["metadata"].get("tags", ()):
                 shown = [one for one in cell.get("outputs", ()) if "image/png" in one.get("data", {})]
                 found += [(base64.b64decode(one["data"]["image/png"]), one["data"]["text/plain"]) for one in shown[:1]]
     if len(found) > 1:
-        raise ValueError("more than one cell is tagged readme-figure: README.md has one first figure")
+        raise ValueError(f"more than one cell is tagged {tag}: README.md has one such figure")
     return (found[0][0], "".join(found[0][1])) if found else None
 
 
 def generate(root: Path, check: bool = False) -> list[str]:
-    """Write what is generated: the blocks of the documents and of the notebooks, and README's first figure.
+    """Write what is generated: the blocks of the documents and of the notebooks, and README's figures.
 
     A block stands between `<!-- memlab:NAME:begin -->` and `<!-- memlab:NAME:end -->`, in a document (`DOCUMENTS` says
     which have to have which) or in a Markdown cell of a notebook. The names: `gpu` (the capstone on a GPU), `map` (the
@@ -327,7 +327,11 @@ def generate(root: Path, check: bool = False) -> list[str]:
     recorded = {one["notebook"] for data in files for one in [*data["records"], *data.get("claims", [])]}
     if strangers := sorted(recorded - {path.stem for path in paths}):
         raise ValueError(f"results/ has records of notebooks that are not there: {', '.join(map(repr, strangers))}")
-    first, colab = headline(paths), _colab(root)
+    pictures = {tag: shown for tag in FIGURES if (shown := figure_of(paths, tag))}
+    colab = _colab(root)
+
+    def picture(tag: str, base: Path) -> str:
+        return f"![{pictures[tag][1]}]({_relative(root / FIGURES[tag], base)})" if tag in pictures else ""
 
     def block(name: str, base: Path) -> str:
         if name == "results":
@@ -337,13 +341,13 @@ def generate(root: Path, check: bool = False) -> list[str]:
         if name == "cheatsheet":
             return cheat_sheet(files[0], paths, base) if files else "Nothing is recorded yet."
         if name == "gpu":
-            return gpu_table(files)
+            return "\n\n".join(part for part in (picture("gpu-figure", base), gpu_table(files)) if part)
         if name == "claims":
             return claims_table(files, paths, base) or "No claim is tested yet."
         if name == "map":
             return map_table(paths, base, colab if base == root else None)
         if name == "figure":
-            return f"![{first[1]}]({_relative(root / FIGURE, base)})" if first else ""
+            return picture("readme-figure", base)
         raise ValueError(f"<!-- memlab:{name}:begin -->: there is no such block")
 
     writes: dict[Path, bytes] = {}  # nothing is written before everything is known to be right
@@ -372,11 +376,11 @@ def generate(root: Path, check: bool = False) -> list[str]:
                 cell["source"] = new.splitlines(keepends=True)
                 # As nbformat writes it, so that a run in place changes no more than it has to.
                 writes[path] = (json.dumps(notebook, ensure_ascii=False, indent=1, sort_keys=True) + "\n").encode()
-    if first:
-        path = root / FIGURE
-        if not path.is_file() or path.read_bytes() != first[0]:
-            differences.append(f"{FIGURE} is not the picture that the notebook shows")
-            writes[path] = first[0]
+    for tag, (content, _) in pictures.items():
+        path = root / FIGURES[tag]
+        if not path.is_file() or path.read_bytes() != content:
+            differences.append(f"{FIGURES[tag]} is not the picture that the notebook shows")
+            writes[path] = content
     if check:
         return differences
     for path, content in writes.items():

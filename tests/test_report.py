@@ -44,6 +44,19 @@ def results_file(*records, claims=(), environment=ENVIRONMENT):
 # Tables --------------------------------------------------------------------------------------------------------------
 
 
+def test_the_gpus_figure_stands_above_its_table(checkout):
+    show(checkout / "notebooks" / "03_x.ipynb", b"another", "Less in less.", tag="gpu-figure")
+    readme = checkout / "README.md"
+    readme.write_text(readme.read_text(encoding="utf-8") + BLOCK.format("gpu"), encoding="utf-8")
+    pieces = record(technique="larger pieces", after_seconds=Seconds(0.25, 0.01, 3))
+    results.write(checkout / "results" / "nvidia-h200.json", results_file(pieces, environment=GPU))
+    report.generate(checkout)
+    text = readme.read_text(encoding="utf-8")
+    assert text.index("![Less in less.](results/figures/gpu.png)") < text.index("| after | 2.00 MiB | 2.0 | 0.250 | 0.50 |")
+    assert (checkout / "results/figures/gpu.png").read_bytes() == b"another"
+    assert report.generate(checkout, check=True) == []
+
+
 def test_the_table_of_a_gpu_has_what_it_costs_in_time():
     pieces = record(technique="larger pieces", after_seconds=Seconds(0.25, 0.01, 3))
     sizes = {"batch_size": 2, "sequence_length": 1024}
@@ -354,19 +367,19 @@ def test_a_report_refuses_what_it_cannot_trust(change, error, found, checkout):
 
 def test_the_headline_is_what_a_notebook_shows(checkout):
     paths = report.notebooks(checkout)
-    assert report.headline(paths) == (PICTURE, "Peak 4.00 MiB → 2.00 MiB: x.")
+    assert report.figure_of(paths) == (PICTURE, "Peak 4.00 MiB → 2.00 MiB: x.")
     report.generate(checkout)
     show(paths[1], PICTURE + b" of a later run", "Peak 4.00 MiB → 2.00 MiB: x.")
     (found,) = report.generate(checkout, check=True)
     assert found == "results/figures/headline.png is not the picture that the notebook shows"
     assert report.generate(checkout) == ["results/figures/headline.png"]
     show(paths[1], PICTURE, "no tag", tag="other")
-    assert report.headline(paths) is None
+    assert report.figure_of(paths) is None
     write_notebook(paths[0], "# 00", "a = 1")
     for path in paths[:2]:
         show(path, PICTURE, "twice")
     with pytest.raises(ValueError, match="more than one cell"):
-        report.headline(paths)
+        report.figure_of(paths)
 
 
 def test_no_residual_is_less_than_nothing():
