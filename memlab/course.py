@@ -183,7 +183,7 @@ def run(
             if not outcome.failed:
                 # A file is about one device. With a single GPU notebook 05 runs its ranks on the CPU, for example.
                 device = environment["device"]
-                own = [line for line in outcome.records if line["environment"].get("device", device) == device]
+                own = [line for line in outcome.records if line["environment"]["device"] == device]
                 if len(own) < len(outcome.records):
                     others = len(outcome.records) - len(own)
                     bar.write(f"{path.stem}: {others} of its records are not about {device}, and not kept in {file.name}")

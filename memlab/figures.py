@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import io
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from matplotlib.axes import Axes
@@ -360,26 +360,28 @@ def curves(
 
 
 def trade(
-    series: Mapping[str, Mapping[str, tuple[int, float]]], title: str, base: tuple[int, float], y_label: str = "× time"
+    series: Mapping[str, Mapping[str, tuple[int, float]]],
+    title: str,
+    base: tuple[int, float],
+    unlabelled: Collection[str] = (),
 ) -> Drawing:
     """What bytes cost in time: series → name of a point → (bytes at the peak, seconds of a step).
 
     Both axes are logarithmic. Seconds are drawn in times those of `base`, whose lines part the figure in four: down
-    and to the left is less memory in less time. A point whose name begins with a space has no label.
+    and to the left is less memory in less time. Points whose names are in `unlabelled` are drawn without them.
     """
     figure = drawing(4.6)
     axes = style(figure.subplots())
-    divisor, unit = 2**20, "MiB"
     axes.axhline(1, color="#666666", linewidth=0.8)
-    axes.axvline(base[0] / divisor, color="#666666", linewidth=0.8)
+    axes.axvline(base[0] / MiB, color="#666666", linewidth=0.8)
     words = []
     for number, (name, points) in enumerate(series.items()):
         colour = ["#666666", "#0072B2", "#D55E00"][number % 3]
-        x, y = [b / divisor for b, _ in points.values()], [s / base[1] for _, s in points.values()]
+        x, y = [b / MiB for b, _ in points.values()], [s / base[1] for _, s in points.values()]
         axes.plot(x, y, marker="o", ms=4, linewidth=1.2, color=colour, label=name)
         for label, one_x, one_y in zip(points, x, y, strict=True):
-            words.append(f"{label.strip()} {one_x:,.0f} {unit}, {one_y:.2f} × the time")
-            if not label.startswith(" "):
+            words.append(f"{label} {one_x:,.0f} MiB, {one_y:.2f} × the time")
+            if label not in unlabelled:
                 beside = (4, 4) if number else (4, -11)  # the first series' labels below: they would cover others
                 axes.annotate(
                     label, (one_x, one_y), beside, textcoords="offset points", fontsize=_FONT - 2, color=colour
@@ -388,8 +390,8 @@ def trade(
     axes.set_yscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.set_xlabel(f"{unit} at the peak", fontsize=_FONT)
-    axes.set_ylabel(y_label, fontsize=_FONT)
+    axes.set_xlabel("MiB at the peak", fontsize=_FONT)
+    axes.set_ylabel("× time", fontsize=_FONT)
     figure.legend(fontsize=_FONT - 1, frameon=False, loc="outside lower center", ncols=3)
     headline(figure, title)
     figure.alt = f"{title}. {'; '.join(words)}."

@@ -112,7 +112,7 @@ class Measurement:
     def known_bytes(self) -> int:
         """The peak without what is in no tensor: to compare two runs to the byte.
 
-        On the CPU it is `peak_bytes`. A GPU's allocator gives out blocks that are up to 1 MiB too large when it has one
+        On the CPU that is `peak_bytes`, unless something stayed unattributed. A GPU's allocator gives out blocks that are up to 1 MiB too large when it has one
         at hand, and whether it has depends on what went before: two equal runs may differ by that.
         """
         return self.peak_bytes - self.columns["unattributed"]

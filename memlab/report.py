@@ -305,7 +305,8 @@ def generate(root: Path, check: bool = False) -> list[str]:
 
     A block stands between `<!-- memlab:NAME:begin -->` and `<!-- memlab:NAME:end -->`, in a document (`DOCUMENTS` says
     which have to have which) or in a Markdown cell of a notebook. The names: `gpu` (the capstone on a GPU), `map` (the
-    notebooks), `summary` (a row a notebook), `results` (everything that was measured), `claims` (the verdicts), `cheatsheet` (a row a technique),
+    notebooks), `summary` (a row a notebook), `results` (everything that was measured), `claims` (the verdicts),
+    `cheatsheet` (a row a technique),
     `figure` (README's first figure, with its alternative text).
 
     Args:

@@ -40,7 +40,7 @@ def made_record(notebook, technique="x", peak=1000, **more):
 
 def recording(notebook, **more):
     """A cell that records without importing memlab, which is what takes the time."""
-    line = json.dumps({"environment": {"threads": 2}, "record": made_record(notebook, **more)})
+    line = json.dumps({"environment": {"device": "cpu", "threads": 2}, "record": made_record(notebook, **more)})
     return code(f"import os\nwith open(os.environ['MEMLAB_RECORDS'], 'a') as file:\n    file.write({line + chr(10)!r})")
 
 
@@ -458,3 +458,19 @@ def test_records_of_another_device_do_not_go_to_this_ones_file(root, capsys):
     data = results.load(root / "results" / "cpu.json")
     assert [one["variants"][0]["peak_bytes"] for one in data["records"]] == [2000]
     assert "1 of its records are not about cpu" in "".join(capsys.readouterr())
+
+
+def test_a_kernel_that_dies_is_told_also_when_nbclient_stumbles_over_it(root, monkeypatch):
+    """Tidying up after it, nbclient can fail with an assertion of its own."""
+    nbclient = pytest.importorskip("nbclient")
+
+    def execute(self, **_):
+        try:
+            raise nbclient.exceptions.DeadKernelError("Kernel died")
+        finally:
+            assert not self.nb, "nbclient's"  # raised while the other error is handled
+
+    monkeypatch.setattr(nbclient.NotebookClient, "execute", execute)
+    path = save(root / "notebooks" / "03_x.ipynb", code("1"))
+    (outcome,) = course.run([path], root=root)
+    assert outcome.error == "the kernel died (out of memory?)"

@@ -543,8 +543,8 @@ def test_the_png_can_be_opened(runs):
 
 
 def test_a_trade_of_bytes_for_time():
-    series = {"ladder": {"naive": (8 * MiB, 0.5), " between": (4 * MiB, 0.25)}, "larger": {"all": (MiB, 0.4)}}
-    figure = figures.trade(series, "Less in less", (8 * MiB, 0.5))
+    series = {"ladder": {"naive": (8 * MiB, 0.5), "between": (4 * MiB, 0.25)}, "larger": {"all": (MiB, 0.4)}}
+    figure = figures.trade(series, "Less in less", (8 * MiB, 0.5), unlabelled=["between"])
     (axes,) = figure.axes
     points = {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in axes.lines}
     assert points["ladder"] == [(8, 1), (4, 0.5)] and points["larger"] == [(1, 0.8)]

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from memlab import COLUMNS, Measurement, MemoryLeakError, measure, watch
-from memlab.ledger import PHASES, Observation
+from memlab.ledger import PHASES, Ledger, Observation
 from memlab.measure import Seconds, _Recording, environment
 from memlab.meters.columns import Use, live_objects, objects_set_aside
 
@@ -863,3 +863,8 @@ def test_a_memory_map_from_before_that_nobody_uses_is_no_part_of_the_run(tmp_pat
         return lambda: (other * 2).sum()
 
     assert measure(build, device="cpu").outside_bytes == 4000
+
+
+def test_what_is_in_no_tensor_is_left_out_of_the_known_bytes():
+    columns = dict.fromkeys(COLUMNS, 0) | {"parameters": 1000, "unattributed": 24}
+    assert Measurement(1024, columns, "forward", Ledger([]), {}).known_bytes == 1000

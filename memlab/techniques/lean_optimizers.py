@@ -152,7 +152,8 @@ class AdamW8bit(Optimizer):
     def step(self, closure=None):
         """Update every parameter that has a gradient. Raises ValueError for one that is sparse or not real."""
         loss = _loss(closure)
-        tables, left = {}, False  # 4 KiB, made anew in each step: nothing to be saved, or moved to a device
+        left = False  # whether something is on its way to the host
+        tables = {}  # 4 KiB, made anew in each step: nothing that has to be saved, or moved to a device
         for parameter, gradient, state, group, _ in _with_gradients(self):
             size, device, count = group["block_size"], self.device or parameter.device, parameter.numel()
             if count < group["smallest"]:
@@ -191,8 +192,10 @@ class AdamW8bit(Optimizer):
                         left = left or new.is_cuda
                 del blocks, moments, kept, near, weight, new  # else they are there when the next slice is read
             if not parameter.is_contiguous():
+                if left:
+                    torch.cuda.synchronize()
                 parameter.copy_(weights.view(parameter.shape))
-        if left:  # the host may read now what is on its way to it
+        if left:  # what is on its way to the host may be read now
             torch.cuda.synchronize()
         return loss
 
