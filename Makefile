@@ -50,6 +50,7 @@ test: lint test-unit test-notebooks ## run everything that CI runs
 lint: .venv/.installed ## check the style of the code and of the notebooks
 	@echo "==> Style (a second)"
 	.venv/bin/python -m ruff check .
+	.venv/bin/python -m ruff format --check --quiet . || { echo "Format it: .venv/bin/python -m ruff format ."; exit 1; }
 
 test-unit: .venv/.installed ## run the tests of the package and of the repository's rules
 	@echo "==> Tests, in $(JOBS) processes (a few minutes; what is skipped is listed at the end with its reason)"

@@ -1,7 +1,7 @@
 """memlab: fit more model into the GPU memory you have. Predict, measure, explain.
 
-    from memlab import compare, measure
-    print(compare(measure(before), measure(after)))
+from memlab import compare, measure
+print(compare(measure(before), measure(after)))
 """
 
 from memlab.budget import budget

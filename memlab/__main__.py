@@ -31,28 +31,61 @@ OPTIONAL = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command. Returns the exit status: 0 all is well, 1 something failed, 2 it was called wrongly."""
-    parser = argparse.ArgumentParser(prog="python -m memlab", description=__doc__, epilog=memlab.__doc__.split("\n")[0])
+    """Run a command. Returns the exit status: 0 all is well, 1 something failed, 2 it was called
+    wrongly.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m memlab", description=__doc__, epilog=memlab.__doc__.split("\n")[0]
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
-    measure = commands.add_parser("measure", help="run the notebooks on this machine's device and print what they measured")
-    measure.add_argument("notebooks", nargs="*", help="which: 03, gradient_checkpointing or a path (all by default)")
-    measure.add_argument(
-        "--in-place", action="store_true", help="write the outputs into the notebooks and the records into results/"
+    measure = commands.add_parser(
+        "measure", help="run the notebooks on this machine's device and print what they measured"
     )
-    measure.add_argument("--output", type=Path, metavar="DIR", help="where copies and records go (default: build)")
-    measure.add_argument("--cells", metavar="TAG", help="run only the cells with this tag; the notebooks stay as they are")
-    measure.add_argument("--timeout", type=int, default=600, metavar="S", help="seconds a cell may take (default: 600)")
+    measure.add_argument(
+        "notebooks", nargs="*", help="which: 03, gradient_checkpointing or a path (all by default)"
+    )
+    measure.add_argument(
+        "--in-place",
+        action="store_true",
+        help="write the outputs into the notebooks and the records into results/",
+    )
+    measure.add_argument(
+        "--output", type=Path, metavar="DIR", help="where copies and records go (default: build)"
+    )
+    measure.add_argument(
+        "--cells",
+        metavar="TAG",
+        help="run only the cells with this tag; the notebooks stay as they are",
+    )
+    measure.add_argument(
+        "--timeout",
+        type=int,
+        default=600,
+        metavar="S",
+        help="seconds a cell may take (default: 600)",
+    )
 
-    report = commands.add_parser("report", help="write the generated tables into README.md, results/README.md and the notebooks")
-    report.add_argument("--check", action="store_true", help="write nothing; say what differs, and fail if anything does")
+    report = commands.add_parser(
+        "report",
+        help="write the generated tables into README.md, results/README.md and the notebooks",
+    )
+    report.add_argument(
+        "--check",
+        action="store_true",
+        help="write nothing; say what differs, and fail if anything does",
+    )
 
-    commands.add_parser("doctor", help="show the device, its scale, and whether the meter measures right here")
+    commands.add_parser(
+        "doctor", help="show the device, its scale, and whether the meter measures right here"
+    )
 
     given = parser.parse_args(arguments)
     try:
         if given.command == "measure":
-            return run_measure(given.notebooks, given.in_place, given.output, given.cells, given.timeout)
+            return run_measure(
+                given.notebooks, given.in_place, given.output, given.cells, given.timeout
+            )
         if given.command == "report":
             return run_report(given.check)
         return run_doctor()
@@ -71,7 +104,9 @@ def run_measure(
     cells: str | None = None,
     timeout: int = 600,
 ) -> int:
-    """Run notebooks and print this machine's numbers beside the committed ones. 1 if a notebook failed, else 0."""
+    """Run notebooks and print this machine's numbers beside the committed ones. 1 if a notebook
+    failed, else 0.
+    """
     root = course.find_root()
     chosen = course.select(names, root)
     if not chosen:
@@ -81,7 +116,9 @@ def run_measure(
     print(sizes, flush=True)
     file = root / "results" / results.file_name(results.environment(root, sizes.device), sizes.name)
     committed = results.load(file) if file.is_file() else None  # now: a run in place replaces it
-    outcomes = course.run(chosen, in_place=in_place, output=output, timeout=timeout, root=root, cells=cells)
+    outcomes = course.run(
+        chosen, in_place=in_place, output=output, timeout=timeout, root=root, cells=cells
+    )
     print()
     lines = [line for outcome in outcomes for line in outcome.records]
     print(course.table([line["record"] for line in lines if "record" in line], committed))
@@ -91,7 +128,9 @@ def run_measure(
 
 
 def run_report(check: bool = False) -> int:
-    """Write the generated tables, or with `check` say what differs. 1 if anything differs, else 0."""
+    """Write the generated tables, or with `check` say what differs. 1 if anything
+    differs, else 0.
+    """
     changed = report.generate(course.find_root(), check=check)
     if check and changed:
         print("\n".join(changed))
@@ -101,11 +140,12 @@ def run_report(check: bool = False) -> int:
     return 0
 
 
-# Doctor --------------------------------------------------------------------------------------------------------------
+# Doctor -------------------------------------------------------------------------------------------
 
 
 def run_doctor(step_seconds: float = 1.0, repeats: int = 3) -> int:
-    """Print what this machine is and whether the meter measures right on it. 1 if it does not, else 0.
+    """Print what this machine is and whether the meter measures right on it. 1 if it does not, else
+    0.
 
     Args:
         step_seconds: how long the step for the meter's overhead should take, about.
@@ -120,7 +160,14 @@ def run_doctor(step_seconds: float = 1.0, repeats: int = 3) -> int:
     about = results.environment(Path(memlab.__file__).parents[1], device)
     line("memlab", f"{memlab.__version__}, commit {about['commit'] or '- (not in a git checkout)'}")
     line("python", f"{about['python']}, torch {about['torch']}, {about['threads']} threads")
-    line("device", f"{device}: {about['gpu']}, driver {about['driver'] or '-'}" if about["gpu"] else str(device))
+    line(
+        "device",
+        (
+            f"{device}: {about['gpu']}, driver {about['driver'] or '-'}"
+            if about["gpu"]
+            else str(device)
+        ),
+    )
     line("free memory", free_memory(device))
     line("scale", str(sizes).removeprefix("Scale "))
     line("BF16", bf16(device))
@@ -157,7 +204,9 @@ def bf16(device: torch.device) -> str:
 
 
 def self_check(device: torch.device) -> tuple[bool, str]:
-    """Measure allocations whose bytes are known. Whether the meter is right to the byte, and what to say of it."""
+    """Measure allocations whose bytes are known. Whether the meter is right to the byte, and what
+    to say of it.
+    """
     held, briefly = 5 * 2**20 + 1, 3 * 2**20 + 7
     grain = 512 if device.type == "cuda" else 1  # CUDA's allocator hands out multiples of 512 bytes
     expected = sum(-(-size // grain) * grain for size in (held, briefly))
@@ -173,13 +222,20 @@ def self_check(device: torch.device) -> tuple[bool, str]:
     measured = memlab.measure(build, device=device).peak_bytes
     if measured == expected:
         return True, f"OK: {expected:,} bytes allocated, {measured:,} bytes measured"
-    return False, f"WRONG: {expected:,} bytes allocated, {measured:,} bytes measured. The numbers here cannot be trusted"
+    return (
+        False,
+        (
+            f"WRONG: {expected:,} bytes allocated, {measured:,} bytes measured. The numbers here"
+            " cannot be trusted"
+        ),
+    )
 
 
 def overhead(step_seconds: float = 1.0, repeats: int = 3) -> str:
     """Time a GPT training step with the meter and without, and say what the meter costs.
 
-    The batch grows until a step takes about `step_seconds` or the device's planned batch is reached.
+    The batch grows until a step takes about `step_seconds` or the device's planned batch is
+    reached.
     """
     sizes = scale()
     device = resolve_device(sizes.device)
@@ -191,7 +247,9 @@ def overhead(step_seconds: float = 1.0, repeats: int = 3) -> str:
 
     def timed(count: int) -> list[float]:
         """The seconds of some steps."""
-        tokens = torch.randint(sizes.gpt.vocabulary_size, (batch, sizes.sequence_length), device=device)
+        tokens = torch.randint(
+            sizes.gpt.vocabulary_size, (batch, sizes.sequence_length), device=device
+        )
         times = []
         for _ in range(count):
             _synchronize(device)
@@ -214,17 +272,22 @@ def overhead(step_seconds: float = 1.0, repeats: int = 3) -> str:
     # The fastest of some steps is the one that other programs disturbed least.
     ratio = min(metered) / min(without)
     text = (
-        f"{ratio:.2f} x: a step takes {min(metered):.3f} s with the meter, {min(without):.3f} s without "
-        f"(the fastest of {repeats} each; batch {batch} x {sizes.sequence_length}).\n"
-        f"Beside the steps, {beside:.1f} s to begin and to read {len(watched.measurement.ledger.blocks):,} allocations."
+        f"{ratio:.2f} x: a step takes {min(metered):.3f} s with the meter, {min(without):.3f} s"
+        f" without (the fastest of {repeats} each; batch {batch} x"
+        f" {sizes.sequence_length}).\nBeside the steps, {beside:.1f} s to begin and to read"
+        f" {len(watched.measurement.ledger.blocks):,} allocations."
     )
     if ratio < 0.95 or max(without) > OVERHEAD_LIMIT * min(without):
         text += (
-            f"\nNot to be relied on: the steps took {min(without):.3f} to {max(without):.3f} s without the meter, "
-            f"{min(metered):.3f} to {max(metered):.3f} s with it. Is something else running on this machine?"
+            f"\nNot to be relied on: the steps took {min(without):.3f} to {max(without):.3f} s"
+            f" without the meter, {min(metered):.3f} to {max(metered):.3f} s with it. Is something"
+            " else running on this machine?"
         )
     elif min(without) < 0.9 * step_seconds:
-        text += f"\nThis step is short: the limit of {OVERHEAD_LIMIT} x is for steps of a second or more."
+        text += (
+            f"\nThis step is short: the limit of {OVERHEAD_LIMIT} x is for steps of a second or"
+            " more."
+        )
     elif ratio > OVERHEAD_LIMIT:
         text += f"\nThat is more than the {OVERHEAD_LIMIT} x that the meter should cost at most."
     return text

@@ -1,4 +1,6 @@
-"""A small GPU out of a large one: `with budget("2 GiB"):` runs out of memory where a 2 GiB device would."""
+"""A small GPU out of a large one: `with budget("2 GiB"):` runs out of memory where a 2 GiB device
+would.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +23,17 @@ from memlab.units import format_bytes, parse_bytes
 ADVICE = {
     "parameters": "16-bit weights (notebook 02), sharding (05) or offloading (08)",
     "gradients": "the optimizer in backward (notebook 04), 16-bit gradients (02) or sharding (05)",
-    "optimizer_state": "a leaner optimizer (notebook 09), sharding (05) or offloading its state (08)",
-    "activations": "mixed precision (notebook 01), gradient checkpointing (03) or smaller micro-batches (04)",
+    "optimizer_state": (
+        "a leaner optimizer (notebook 09), sharding (05) or offloading its state (08)"
+    ),
+    "activations": (
+        "mixed precision (notebook 01), gradient checkpointing (03) or smaller micro-batches (04)"
+    ),
     "batch": "smaller micro-batches (notebook 04) or streaming the data (06)",
-    "temporaries": "a fused optimizer or in-place operators (notebook 07), a fused loss (10) or smaller micro-batches (04)",
+    "temporaries": (
+        "a fused optimizer or in-place operators (notebook 07), a fused loss (10) or smaller"
+        " micro-batches (04)"
+    ),
     "unattributed": "`del` for tensors that are no longer needed (notebook 00)",
 }
 
@@ -37,7 +46,9 @@ def active_budget() -> Budget | None:
 
 
 def bytes_alive(device: torch.device | str) -> int:
-    """Bytes that count against a budget now: live tensors' storages on the CPU, what the allocator holds on CUDA."""
+    """Bytes that count against a budget now: live tensors' storages on the CPU, what the allocator
+    holds on CUDA.
+    """
     device = resolve_device(device)
     gc.collect()
     if device.type == "cuda":
@@ -49,29 +60,34 @@ def bytes_alive(device: torch.device | str) -> int:
 
 @contextlib.contextmanager
 def budget(size: int | str, *, device: str | torch.device | None = None) -> Iterator[Budget]:
-    """Allow at most `size` bytes ("2 GiB", "600 MiB") on a device; the allocation that passes it raises.
+    """Allow at most `size` bytes ("2 GiB", "600 MiB") on a device; the allocation that passes it
+    raises.
 
-    Everything alive on the device counts, also what was there before. On CUDA the allocator enforces it
-    (`torch.cuda.set_per_process_memory_fraction`; cuBLAS's workspaces are allowed on top). On the CPU every operator's result is counted as it is made, in the
-    thread that set the budget; what an operator takes for itself and gives back, and what compiled code makes, is not
+    Everything alive on the device counts, also what was there before. On CUDA the allocator
+    enforces it (`torch.cuda.set_per_process_memory_fraction`; cuBLAS's workspaces are allowed on
+    top). On the CPU every operator's result is counted as it is made, in the thread that set the
+    budget; what an operator takes for itself and gives back, and what compiled code makes, is not
     seen here, but `memlab.measure` inside the budget sees it and raises the same error afterwards.
 
     Raises:
-        torch.OutOfMemoryError: inside, when the budget is passed. The message names the columns, the module and what
-            to try.
+        torch.OutOfMemoryError: inside, when the budget is passed. The message names the columns,
+            the module and what to try.
         ValueError: the size is not a size, or more than that is alive already.
         RuntimeError: a budget is in force already.
     """
     global _active
     limit = parse_bytes(size)
     if _active is not None:
-        raise RuntimeError(f"a budget of {format_bytes(_active.limit)} is in force already, and budgets do not nest")
+        raise RuntimeError(
+            f"a budget of {format_bytes(_active.limit)} is in force already, and budgets do not"
+            " nest"
+        )
     device = resolve_device(device)
     alive = bytes_alive(device)
     if alive > limit:
         raise ValueError(
-            f"a budget of {format_bytes(limit)} is below what is alive already: {format_bytes(alive)}. "
-            f"Delete what is not needed (`del model`), or allow more."
+            f"a budget of {format_bytes(limit)} is below what is alive already:"
+            f" {format_bytes(alive)}. Delete what is not needed (`del model`), or allow more."
         )
     _active = Budget(limit, device)
     try:
@@ -96,14 +112,21 @@ def resolve_device(device: str | torch.device | None = None) -> torch.device:
     if device.type == "cpu":
         return torch.device("cpu")
     if device.type == "meta":
-        raise ValueError('the "meta" device has no memory: nothing can be measured on it. Use "cpu" or "cuda"')
+        raise ValueError(
+            'the "meta" device has no memory: nothing can be measured on it. Use "cpu" or "cuda"'
+        )
     if device.type != "cuda":
         raise ValueError(f'memlab has no meter for {device.type!r}. Use "cpu" or "cuda"')
     if not torch.cuda.is_available():
-        raise ValueError("no CUDA device is there (torch.cuda.is_available() is False). Use device='cpu'")
+        raise ValueError(
+            "no CUDA device is there (torch.cuda.is_available() is False). Use device='cpu'"
+        )
     index = torch.cuda.current_device() if device.index is None else device.index
     if index >= torch.cuda.device_count():
-        raise ValueError(f"cuda:{index} is not there: this machine has {torch.cuda.device_count()} CUDA device(s)")
+        raise ValueError(
+            f"cuda:{index} is not there: this machine has {torch.cuda.device_count()} CUDA"
+            " device(s)"
+        )
     return torch.device("cuda", index)
 
 
@@ -142,13 +165,20 @@ class Budget:
                     _Held(storage.nbytes(), address, now, True)
                     for address, storage in live_storages(self.device).items()
                 ]
-                where = f"An operator {self._observer.place(failed=True)} asked for too much: {str(error).split('. ')[0]}"
+                where = (
+                    f"An operator {self._observer.place(failed=True)} asked for too much:"
+                    f" {str(error).split('. ')[0]}"
+                )
                 raise out_of_memory(self.limit, where, self._columns(alive)) from error
 
     def check(self, peak: int, where: str, columns: dict[str, int]) -> None:
-        """Raise if a measured peak passes the budget: it counts what operators took for themselves, too."""
+        """Raise if a measured peak passes the budget: it counts what operators took for themselves,
+        too.
+        """
         if peak > self.limit:
-            raise out_of_memory(self.limit, f"{where}: {format_bytes(peak)} at the measured peak", columns)
+            raise out_of_memory(
+                self.limit, f"{where}: {format_bytes(peak)} at the measured peak", columns
+            )
 
     def alive(self) -> int:
         """Bytes alive now, as this budget counts them."""
@@ -167,8 +197,11 @@ class Budget:
                 seen[address] = column if strongest else seen[address]
         columns = dict.fromkeys(COLUMNS, 0)
         for address, held in held_at.items():
-            # What nobody saw is what the run made: where gradients are enabled, nearly all of it is for the backward.
-            columns[seen.get(address, "activations" if held.with_grad else "temporaries")] += held.bytes
+            # What nobody saw is what the run made: where gradients are enabled, nearly all of it is
+            # for the backward.
+            columns[seen.get(address, "activations" if held.with_grad else "temporaries")] += (
+                held.bytes
+            )
         return columns
 
     def _passed(self, asked: int, operator: str) -> torch.OutOfMemoryError:
@@ -195,7 +228,9 @@ def out_of_memory(limit: int, where: str, columns: dict[str, int]) -> torch.OutO
 
 @dataclass(slots=True)
 class _Held:
-    """A storage that counts: its bytes, since when (nanoseconds), and whether it was made with gradients enabled."""
+    """A storage that counts: its bytes, since when (nanoseconds), and whether it was made with
+    gradients enabled.
+    """
 
     bytes: int
     address: int
@@ -229,7 +264,9 @@ class _Counter(TorchDispatchMode):
                 if key in self.alive and self.alive[key].reference is reference:
                     self.total -= self.alive.pop(key).bytes
 
-            held = self.alive[key] = _Held(0, 0, 0, torch.is_grad_enabled(), weakref.ref(storage, gone))
+            held = self.alive[key] = _Held(
+                0, 0, 0, torch.is_grad_enabled(), weakref.ref(storage, gone)
+            )
         added = size - held.bytes
         if added or held.address != storage.data_ptr():
             held.bytes, held.address, held.since = size, storage.data_ptr(), time.time_ns()
@@ -247,7 +284,9 @@ class _Counter(TorchDispatchMode):
                 continue
             added = 0
             with contextlib.suppress(Exception):  # no memory of its own (functional)
-                parts = [storage for storage in storages(tensor) if storage.device == self.owner.device]  # else fake
+                parts = [
+                    storage for storage in storages(tensor) if storage.device == self.owner.device
+                ]  # else fake
                 added = sum(self._add(storage) for storage in parts)
             if added > 0 and self.total > self.owner.limit:
                 raise self.owner._passed(added, str(function.overloadpacket))

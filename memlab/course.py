@@ -24,7 +24,17 @@ from memlab.report import notebooks, rows
 from memlab.units import format_bytes
 from memlab.workloads import scale
 
-__all__ = ["Outcome", "find_root", "notebooks", "run", "select", "source_hash", "strip", "summary", "table"]
+__all__ = [
+    "Outcome",
+    "find_root",
+    "notebooks",
+    "run",
+    "select",
+    "source_hash",
+    "strip",
+    "summary",
+    "table",
+]
 
 
 # What nbclient would log, `Outcome.error` says.
@@ -42,7 +52,8 @@ class Outcome:
         seconds: how long it took, the kernel's start included.
         records: what it recorded: objects with `environment` and `record` or `claim`.
         error: what went wrong, in one line; empty when all went well.
-        cell: where it went wrong: the cell's number as Jupyter shows it, None if no cell is to blame.
+        cell: where it went wrong: the cell's number as Jupyter shows it, None if no cell is to
+            blame.
         copy: the executed copy, if one was written.
     """
 
@@ -69,19 +80,22 @@ def find_root() -> Path:
     """The checkout: that of this package, else the one in or above the current folder.
 
     Raises:
-        FileNotFoundError: memlab is installed without its notebooks, and the current folder is in no checkout.
+        FileNotFoundError: memlab is installed without its notebooks, and the current folder is in
+            no checkout.
     """
     folders = [Path(__file__).resolve().parents[1], Path.cwd(), *Path.cwd().parents]
     for folder in folders:
         if (folder / "notebooks").is_dir() and (folder / "memlab" / "course.py").is_file():
             return folder
     raise FileNotFoundError(
-        "the notebooks are not here: memlab is installed without them. Clone the repository and run this in it."
+        "the notebooks are not here: memlab is installed without them. Clone the repository and run"
+        " this in it."
     )
 
 
 def select(names: Sequence[str], root: Path) -> list[Path]:
-    """The notebooks that people mean by "03", "3", "gradient_checkpointing", "03_grad" or a path; all of them by nothing.
+    """The notebooks that people mean by "03", "3", "gradient_checkpointing", "03_grad" or a path;
+    all of them by nothing.
 
     Raises:
         ValueError: a name is no notebook's, or that of several.
@@ -95,9 +109,17 @@ def select(names: Sequence[str], root: Path) -> list[Path]:
         else:
             found = [p for p in paths if stem in (p.stem, p.stem.partition("_")[2])]
             if not found and stem.isdigit():
-                found = [p for p in paths if p.stem.split("_")[0].isdigit() and int(p.stem.split("_")[0]) == int(stem)]
+                found = [
+                    p
+                    for p in paths
+                    if p.stem.split("_")[0].isdigit() and int(p.stem.split("_")[0]) == int(stem)
+                ]
             if not found and stem and not stem.isdigit():
-                found = [p for p in paths if p.stem.startswith(stem) or p.stem.partition("_")[2].startswith(stem)]
+                found = [
+                    p
+                    for p in paths
+                    if p.stem.startswith(stem) or p.stem.partition("_")[2].startswith(stem)
+                ]
         if len(found) != 1:
             what = "is the beginning of several notebooks" if found else "is no notebook"
             listed = "\n  ".join(path.stem for path in found or paths)
@@ -109,8 +131,8 @@ def select(names: Sequence[str], root: Path) -> list[Path]:
 def source_hash(notebook: dict | str | Path) -> str:
     """The hash of a notebook's code (the list of its code cells' sources).
 
-    It is kept in the notebook's metadata (`"memlab": {"source_hash": ...}`) when the notebook is run in place, so that
-    outputs that are older than their code can be told.
+    It is kept in the notebook's metadata (`"memlab": {"source_hash": ...}`) when the notebook is
+    run in place, so that outputs that are older than their code can be told.
     """
     if isinstance(notebook, (str, Path)):
         notebook = json.loads(Path(notebook).read_text(encoding="utf-8"))
@@ -127,21 +149,23 @@ def run(
     root: Path | None = None,
     cells: str | None = None,
 ) -> list[Outcome]:
-    """Run notebooks, each in its folder and with a kernel of this very Python, and gather their records.
+    """Run notebooks, each in its folder and with a kernel of this very Python, and gather their
+    records.
 
-    A notebook that fails does not keep the next from running; it is printed with its cell and its error, and its
-    records are left out. The executed copies go to `output`/notebooks and the records to `output`/results: nothing
-    else in the checkout changes.
+    A notebook that fails does not keep the next from running; it is printed with its cell and its
+    error, and its records are left out. The executed copies go to `output`/notebooks and the
+    records to `output`/results: nothing else in the checkout changes.
 
     Args:
         notebooks: the notebooks to run.
-        in_place: write the outputs into the notebooks themselves, without what must not be committed (`strip`), and the
-            records into `results/`, each in place of the notebook's old ones. A notebook that fails stays as it was.
+        in_place: write the outputs into the notebooks themselves, without what must not be
+            committed (`strip`), and the records into `results/`, each in place of the notebook's
+            old ones. A notebook that fails stays as it was.
         output: the folder for copies and records; by default `build` in the checkout.
         timeout: seconds that one cell may take.
         root: the checkout; by default `find_root()`.
-        cells: run only the code cells with this tag, in their order. Then `in_place` is about the records alone: a
-            notebook of which a part was run is not written.
+        cells: run only the code cells with this tag, in their order. Then `in_place` is about the
+            records alone: a notebook of which a part was run is not written.
 
     Raises:
         ModuleNotFoundError: nbclient is not installed.
@@ -152,12 +176,15 @@ def run(
         import nbformat
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"{error.name} is not installed, and it takes it to run notebooks: pip install 'memlab[course]'"
+            f"{error.name} is not installed, and it takes it to run notebooks: pip install"
+            " 'memlab[course]'"
         ) from error
     root = find_root() if root is None else Path(root)
     output = root / "build" if output is None else Path(output).resolve()
     sizes = scale()
-    environment = results.environment(root, sizes.device)  # now: the run itself makes the checkout's files differ
+    environment = results.environment(
+        root, sizes.device
+    )  # now: the run itself makes the checkout's files differ
     file = (root if in_place else output) / "results" / results.file_name(environment, sizes.name)
     data = None
     if in_place:
@@ -166,7 +193,9 @@ def run(
         file.unlink(missing_ok=True)  # `build` holds what the latest run recorded
     outcomes = []
     books = [(Path(path).resolve(), _count(path, cells)) for path in notebooks]
-    with tqdm(total=sum(count for _, count in books), unit="cell", disable=None, leave=False) as bar:
+    with tqdm(
+        total=sum(count for _, count in books), unit="cell", disable=None, leave=False
+    ) as bar:
         done = 0
         for path, count in books:
             outcome, notebook = _run_one(path, timeout, bar, cells)
@@ -179,14 +208,21 @@ def run(
             elif notebook is not None:
                 outcome.copy = output / "notebooks" / _place(path, root)
             if notebook is not None:
-                results.replace(outcome.copy, nbformat.writes(notebook, version=nbformat.NO_CONVERT).rstrip() + "\n")
+                results.replace(
+                    outcome.copy,
+                    nbformat.writes(notebook, version=nbformat.NO_CONVERT).rstrip() + "\n",
+                )
             if not outcome.failed:
-                # A file is about one device. With a single GPU notebook 05 runs its ranks on the CPU, for example.
+                # A file is about one device. With a single GPU notebook 05 runs its ranks on the
+                # CPU, for example.
                 device = environment["device"]
                 own = [line for line in outcome.records if line["environment"]["device"] == device]
                 if len(own) < len(outcome.records):
                     others = len(outcome.records) - len(own)
-                    bar.write(f"{path.stem}: {others} of its records are not about {device}, and not kept in {file.name}")
+                    bar.write(
+                        f"{path.stem}: {others} of its records are not about {device}, and not kept"
+                        f" in {file.name}"
+                    )
                 data = results.merge(data, environment, path.stem, own)
                 results.write(file, data)
             outcomes.append(outcome)
@@ -200,7 +236,9 @@ def _runs(cell: dict, tag: str | None) -> bool:
 
 
 def _count(path: str | Path, tag: str | None = None) -> int:
-    """The code cells of a notebook that will run (0 if it cannot be read, of which `_run_one` tells)."""
+    """The code cells of a notebook that will run (0 if it cannot be read, of which `_run_one`
+    tells).
+    """
     try:
         cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
         return sum(_runs(cell, tag) and bool("".join(cell["source"]).strip()) for cell in cells)
@@ -236,7 +274,9 @@ def _run_one(path: Path, timeout: int, bar: tqdm, cells: str | None = None):
             return outcome, None
 
     class Kernel(AsyncKernelManager):
-        """A kernel that stops at Ctrl-C and remembers it: nbclient would tell no more than that the kernel died."""
+        """A kernel that stops at Ctrl-C and remembers it: nbclient would tell no more than that the
+        kernel died.
+        """
 
         interrupted = False
 
@@ -269,8 +309,11 @@ def _run_one(path: Path, timeout: int, bar: tqdm, cells: str | None = None):
 
     with tempfile.TemporaryDirectory(prefix="memlab-") as folder:
         lines = Path(folder) / "records.jsonl"
-        # With no folder to look for kernels in, what is left is this Python's own, whatever else is registered here.
-        kernel = Kernel(kernel_name="python3", kernel_spec_manager=KernelSpecManager(kernel_dirs=[]))
+        # With no folder to look for kernels in, what is left is this Python's own, whatever else is
+        # registered here.
+        kernel = Kernel(
+            kernel_name="python3", kernel_spec_manager=KernelSpecManager(kernel_dirs=[])
+        )
         client = Client(
             notebook,
             km=kernel,
@@ -284,14 +327,18 @@ def _run_one(path: Path, timeout: int, bar: tqdm, cells: str | None = None):
         )
         try:
             # What a kernel says of itself on standard error is no part of the notebook.
-            client.execute(cleanup_kc=True, env=_kernel_environment(lines), stderr=subprocess.DEVNULL)
+            client.execute(
+                cleanup_kc=True, env=_kernel_environment(lines), stderr=subprocess.DEVNULL
+            )
         except CellExecutionError as error:
             outcome.error = f"{error.ename}: {_first_line(error.evalue)}"
         except CellTimeoutError:
             outcome.error = f"took longer than {timeout} s"
         except DeadKernelError:
             outcome.error = "the kernel died (out of memory?)"
-        except AssertionError as error:  # nbclient's own, while it tidies up after a kernel that died
+        except (
+            AssertionError
+        ) as error:  # nbclient's own, while it tidies up after a kernel that died
             if not isinstance(error.__context__, DeadKernelError):
                 raise
             outcome.error = "the kernel died (out of memory?)"
@@ -303,16 +350,22 @@ def _run_one(path: Path, timeout: int, bar: tqdm, cells: str | None = None):
             outcome.cell = number or None
         else:
             outcome.records = results.read_lines(lines)
-            strangers = {line.get("record", line.get("claim"))["notebook"] for line in outcome.records} - {path.stem}
+            strangers = {
+                line.get("record", line.get("claim"))["notebook"] for line in outcome.records
+            } - {path.stem}
             if strangers:
-                outcome.error = f"it records under another notebook's name: {', '.join(sorted(strangers))}"
+                outcome.error = (
+                    f"it records under another notebook's name: {', '.join(sorted(strangers))}"
+                )
                 outcome.records = []
     outcome.seconds = time.perf_counter() - began
     return outcome, notebook
 
 
 def _kernel_environment(lines: Path) -> dict[str, str]:
-    """The environment of a kernel: it records to `lines`, and it finds memlab in a checkout that is not installed."""
+    """The environment of a kernel: it records to `lines`, and it finds memlab in a checkout that is
+    not installed.
+    """
     environment = {**os.environ, results.VARIABLE: str(lines), "PYTHONDONTWRITEBYTECODE": "1"}
     source = Path(__file__).resolve().parents[1]
     if (source / "pyproject.toml").is_file():
@@ -327,14 +380,19 @@ def _first_line(text: str) -> str:
 
 
 def strip(notebook: dict) -> None:
-    """Remove what must not be committed: widgets and their state, time stamps, this machine's Python version.
+    """Remove what must not be committed: widgets and their state, time stamps, this machine's
+    Python version.
 
-    Cell ids and execution counts stay. A widget's view without its state is a dead reference, so it goes, and with it
-    an output that has nothing else to show; a figure or a text beside it stays.
+    Cell ids and execution counts stay. A widget's view without its state is a dead reference, so it
+    goes, and with it an output that has nothing else to show; a figure or a text beside it stays.
     """
     metadata = notebook["metadata"]
     metadata.pop("widgets", None)
-    metadata["kernelspec"] = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
+    metadata["kernelspec"] = {
+        "display_name": "Python 3 (ipykernel)",
+        "language": "python",
+        "name": "python3",
+    }
     metadata.get("language_info", {}).pop("version", None)
     for cell in notebook["cells"]:
         cell["metadata"].pop("execution", None)
@@ -343,13 +401,16 @@ def strip(notebook: dict) -> None:
         kept = []
         for shown in cell["outputs"]:
             data = shown.get("data", {})
-            if data.pop("application/vnd.jupyter.widget-view+json", None) is None or set(data) - {"text/plain"}:
+            if data.pop("application/vnd.jupyter.widget-view+json", None) is None or set(data) - {
+                "text/plain"
+            }:
                 kept.append(shown)
         cell["outputs"] = kept
 
 
 def table(records: Sequence[dict], committed: dict | None = None) -> str:
-    """Records in words, a line a variant, with the committed measurement beside each where there is one.
+    """Records in words, a line a variant, with the committed measurement beside each where there is
+    one.
 
     Args:
         records: records of this run.
@@ -358,8 +419,13 @@ def table(records: Sequence[dict], committed: dict | None = None) -> str:
     lines = []
     for position, one in enumerate(records):
         old = _same(records, position, committed)
-        peaks = {variant["name"]: variant["peak_bytes"] for variant in old["variants"]} if old else {}
-        other_sizes = old is not None and (old["scale"], old["sizes"]) != (one["scale"], one["sizes"])
+        peaks = (
+            {variant["name"]: variant["peak_bytes"] for variant in old["variants"]} if old else {}
+        )
+        other_sizes = old is not None and (old["scale"], old["sizes"]) != (
+            one["scale"],
+            one["sizes"],
+        )
         for number, (row, variant) in enumerate(zip(rows(one), one["variants"], strict=True)):
             then = format_bytes(peaks.get(variant["name"]))
             lines.append(
@@ -384,7 +450,9 @@ def table(records: Sequence[dict], committed: dict | None = None) -> str:
 
 
 def _same(records: Sequence[dict], position: int, committed: dict | None) -> dict | None:
-    """The committed record of the same comparison: a notebook's n-th record of a technique is its n-th there, too."""
+    """The committed record of the same comparison: a notebook's n-th record of a technique is its
+    n-th there, too.
+    """
 
     def like(all_of_them: Iterable[dict]) -> list[dict]:
         key = (records[position]["notebook"], records[position]["technique"])

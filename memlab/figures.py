@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
     from memlab.compare import Comparison
 
-#: One colour a column: Okabe and Ito's palette, which people with any colour vision tell apart. In grey print the
-#: order, which is always that of `COLUMNS`, and the numbers have to do.
+#: One colour a column: Okabe and Ito's palette, which people with any colour vision tell apart. In
+#: grey print the order, which is always that of `COLUMNS`, and the numbers have to do.
 PALETTE = {
     "parameters": "#0072B2",
     "gradients": "#E69F00",
@@ -50,7 +50,9 @@ _TITLE = 88  # letters in a line of a title
 
 
 class Drawing(Figure):
-    """A matplotlib figure that shows itself in a notebook as a PNG with an alternative text (`.alt`)."""
+    """A matplotlib figure that shows itself in a notebook as a PNG with an alternative text
+    (`.alt`).
+    """
 
     def __init__(self, *args: object, **kwargs: object):
         super().__init__(*args, **kwargs)
@@ -65,7 +67,10 @@ class Drawing(Figure):
         return buffer.getvalue()
 
     def _repr_mimebundle_(self, **_: object) -> tuple[dict, dict]:
-        data = {"image/png": base64.b64encode(self.png()).decode(), "text/plain": self.alt or "figure"}
+        data = {
+            "image/png": base64.b64encode(self.png()).decode(),
+            "text/plain": self.alt or "figure",
+        }
         return data, {"image/png": {"alt": self.alt}}
 
 
@@ -107,7 +112,8 @@ def bars(
     Args:
         axes: where to draw.
         ledgers: name → bytes by column.
-        predicted: name → predicted peak in bytes; drawn as a triangle below the bar, pointing at it.
+        predicted: name → predicted peak in bytes; drawn as a triangle below the bar, pointing at
+            it.
         limit: a budget in bytes, drawn as a line.
     """
     totals = {name: sum(columns.values()) for name, columns in ledgers.items()}
@@ -122,25 +128,63 @@ def bars(
                 continue
             hatch = "////" if column == "unattributed" else None
             edge = "#666666" if column == "unattributed" else "white"
-            axes.barh(row, width, left=left, height=0.62, color=PALETTE[column], edgecolor=edge, hatch=hatch, lw=0.6)
+            axes.barh(
+                row,
+                width,
+                left=left,
+                height=0.62,
+                color=PALETTE[column],
+                edgecolor=edge,
+                hatch=hatch,
+                lw=0.6,
+            )
             number = f"{width:,.0f}" if width >= 99.95 else f"{width:.3g}"
-            if width * unit / largest > 0.02 + 0.015 * len(number):  # else it does not fit into the bar
-                # In an outline of the bar's colour, so that a hatch or the budget's line does not strike it through.
+            if width * unit / largest > 0.02 + 0.015 * len(
+                number
+            ):  # else it does not fit into the bar
+                # In an outline of the bar's colour, so that a hatch or the budget's line does not
+                # strike it through.
                 axes.text(
-                    left + width / 2, row, number, ha="center", va="center", fontsize=_FONT - 2, zorder=4,
+                    left + width / 2,
+                    row,
+                    number,
+                    ha="center",
+                    va="center",
+                    fontsize=_FONT - 2,
+                    zorder=4,
                     color="white" if column in _DARK else "black",
                     path_effects=[withStroke(linewidth=3, foreground=PALETTE[column])],
-                )  # fmt: skip
+                )
             left += width
         axes.text(
-            left + 0.012 * largest / unit, row, format_bytes(totals[name]), va="center", fontsize=_FONT - 1, zorder=4,
+            left + 0.012 * largest / unit,
+            row,
+            format_bytes(totals[name]),
+            va="center",
+            fontsize=_FONT - 1,
+            zorder=4,
             path_effects=[withStroke(linewidth=3, foreground="white")],
-        )  # fmt: skip
+        )
         if predicted and predicted.get(name):
-            axes.plot(predicted[name] / unit, row + 0.38, marker="^", color="black", ms=5, clip_on=False, zorder=5)
+            axes.plot(
+                predicted[name] / unit,
+                row + 0.38,
+                marker="^",
+                color="black",
+                ms=5,
+                clip_on=False,
+                zorder=5,
+            )
     if limit is not None:
         axes.axvline(limit / unit, color="black", lw=1.2, ls=(0, (4, 2)), zorder=3)
-        axes.text(limit / unit, -0.62, f"budget {format_bytes(limit)}", fontsize=_FONT - 1, va="bottom", ha="center")
+        axes.text(
+            limit / unit,
+            -0.62,
+            f"budget {format_bytes(limit)}",
+            fontsize=_FONT - 1,
+            va="bottom",
+            ha="center",
+        )
     axes.set_yticks(range(len(ledgers)), [_wrap(name, 28) for name in ledgers], fontsize=_FONT)
     axes.set_ylim(len(ledgers) - 0.4, -0.6)
     axes.set_xlim(0, 1.16 * largest / unit)
@@ -153,7 +197,9 @@ def bars(
 
 
 def legend(figure: Figure, ledgers: Sequence[Mapping[str, int]], predicted: bool = False) -> None:
-    """One legend for the columns that occur (at 0.5 % of the largest total or more), below the figure."""
+    """One legend for the columns that occur (at 0.5 % of the largest total or more), below the
+    figure.
+    """
     largest = max((sum(columns.values()) for columns in ledgers), default=1)
     used = [c for c in COLUMNS if any(columns.get(c, 0) >= 0.005 * largest for columns in ledgers)]
     handles = [
@@ -166,27 +212,41 @@ def legend(figure: Figure, ledgers: Sequence[Mapping[str, int]], predicted: bool
         for column in used
     ]
     if predicted:
-        handles.append(Line2D([], [], marker="^", color="black", ls="", ms=5, label="predicted peak"))
+        handles.append(
+            Line2D([], [], marker="^", color="black", ls="", ms=5, label="predicted peak")
+        )
     if len(handles) > 7:
         # Two rows of four. matplotlib fills a legend by columns; this order makes it read by rows.
         handles = [handles[index] for index in (0, 4, 1, 5, 2, 6, 3, 7)]
     figure.legend(
-        handles=handles, loc="outside lower center", ncols=4 if len(handles) > 7 else 7,
-        fontsize=_FONT - 1, frameon=False, handlelength=1.1, columnspacing=1.2, handletextpad=0.5,
-    )  # fmt: skip
+        handles=handles,
+        loc="outside lower center",
+        ncols=4 if len(handles) > 7 else 7,
+        fontsize=_FONT - 1,
+        frameon=False,
+        handlelength=1.1,
+        columnspacing=1.2,
+        handletextpad=0.5,
+    )
 
 
 def stack(
-    axes: Axes, measurement: Measurement, unit: int, top: float | None = None, inches: float = 0.88 * _WIDTH
+    axes: Axes,
+    measurement: Measurement,
+    unit: int,
+    top: float | None = None,
+    inches: float = 0.88 * _WIDTH,
 ) -> str:
-    """Draw one measurement's timeline: bytes by column over time, phases named in a strip above, the peak marked.
+    """Draw one measurement's timeline: bytes by column over time, phases named in a strip above,
+    the peak marked.
 
     Args:
         axes: where to draw.
         measurement: what to draw.
         unit: bytes of one unit of the vertical axis.
         top: the end of the vertical axis, in units; by default a little above the peak.
-        inches: about how wide the axes are: a phase that is too short for its name gets three letters or none.
+        inches: about how wide the axes are: a phase that is too short for its name gets three
+            letters or none.
 
     Returns:
         The unit of the horizontal axis: seconds or, for a short run, milliseconds.
@@ -209,9 +269,13 @@ def stack(
         return (seconds - begin) * scale
 
     axes.stackplot(
-        place(line.seconds), *[line.bytes[column] / unit for column in COLUMNS], step="post",
-        colors=[PALETTE[column] for column in COLUMNS], linewidth=0, antialiased=False,
-    )  # fmt: skip
+        place(line.seconds),
+        *[line.bytes[column] / unit for column in COLUMNS],
+        step="post",
+        colors=[PALETTE[column] for column in COLUMNS],
+        linewidth=0,
+        antialiased=False,
+    )
     axes.set_xlim(-margin * scale, (length + margin) * scale)
     axes.xaxis.set_major_locator(MaxNLocator(max(3, int(inches / 0.5)), steps=[1, 2, 5, 10]))
     top = top or 1.14 * measurement.peak_bytes / unit
@@ -221,18 +285,28 @@ def stack(
     for span in _joined(phases):
         left, right = (place((moment - ledger.start) / 1e9) for moment in (span.start, span.end))
         axes.axvspan(left, right, ymin=0.945, color=_PHASE_SHADES[span.kind], lw=0)
-        if right - left > 0.01 * length * scale:  # the lines of many short phases would cover the curve
+        if (
+            right - left > 0.01 * length * scale
+        ):  # the lines of many short phases would cover the curve
             axes.axvline(left, color="#AAAAAA", lw=0.5)
         room = inches * (right - left) / scale / (length + 2 * margin) / 0.06  # in letters
-        letters = next((word for word in (span.kind, _SHORT.get(span.kind, "")) if len(word) < room), "")
-        axes.text((left + right) / 2, 0.972 * top, letters, ha="center", va="center", fontsize=_FONT - 2.5)
+        letters = next(
+            (word for word in (span.kind, _SHORT.get(span.kind, "")) if len(word) < room), ""
+        )
+        axes.text(
+            (left + right) / 2, 0.972 * top, letters, ha="center", va="center", fontsize=_FONT - 2.5
+        )
     peak = max(place((ledger.peak_time - ledger.start) / 1e9), -margin * scale)
-    axes.plot(peak, measurement.peak_bytes / unit, "v", color="black", ms=4, clip_on=False, zorder=5)
+    axes.plot(
+        peak, measurement.peak_bytes / unit, "v", color="black", ms=4, clip_on=False, zorder=5
+    )
     return time_unit
 
 
 def _joined(phases: Sequence[Span]) -> list[Span]:
-    """Phases in time, with an optimizer's many small steps as one: each would be a line, and all together a bar."""
+    """Phases in time, with an optimizer's many small steps as one: each would be a line, and all
+    together a bar.
+    """
     joined: list[Span] = []
     for span in phases:
         if joined and joined[-1].kind == span.kind == "optimizer":
@@ -243,7 +317,9 @@ def _joined(phases: Sequence[Span]) -> list[Span]:
 
 
 def timeline(measurement: Measurement, title: str | None = None) -> Drawing:
-    """One measurement's timeline by column: what was alive when, in forward, backward and the optimizer."""
+    """One measurement's timeline by column: what was alive when, in forward, backward and the
+    optimizer.
+    """
     figure = drawing(3.0)
     axes = figure.subplots()
     unit, name = unit_for(measurement.peak_bytes)
@@ -253,7 +329,9 @@ def timeline(measurement: Measurement, title: str | None = None) -> Drawing:
     title = title or f"Peak {format_bytes(measurement.peak_bytes)}, in {measurement.phase}"
     headline(figure, title)
     legend(figure, [measurement.columns, *_all_columns(measurement)])
-    figure.alt = f"Timeline of memory by column. {title}. At the peak: {_in_words(measurement.columns)}."
+    figure.alt = (
+        f"Timeline of memory by column. {title}. At the peak: {_in_words(measurement.columns)}."
+    )
     return figure
 
 
@@ -264,7 +342,9 @@ def ledgers(
     limit: int | None = None,
 ) -> Drawing:
     """Ledgers as stacked bars on one axis, from plain numbers (name → bytes by column)."""
-    figure = drawing(1.2 + 0.42 * len(columns) + 0.2 * (limit is not None) + 0.2 * (len(title) > _TITLE))
+    figure = drawing(
+        1.2 + 0.42 * len(columns) + 0.2 * (limit is not None) + 0.2 * (len(title) > _TITLE)
+    )
     bars(figure.subplots(), columns, predicted, limit)
     headline(figure, title)
     legend(figure, list(columns.values()), bool(predicted and any(predicted.values())))
@@ -273,23 +353,36 @@ def ledgers(
 
 
 def ladder(
-    columns: Mapping[str, Mapping[str, int]], title: str, predicted: Mapping[str, int | None] | None = None
+    columns: Mapping[str, Mapping[str, int]],
+    title: str,
+    predicted: Mapping[str, int | None] | None = None,
 ) -> Drawing:
-    """Ledgers that shrink step by step, from plain numbers, the first on top. The small ones are drawn once more, enlarged.
+    """Ledgers that shrink step by step, from plain numbers, the first on top. The small ones are
+    drawn once more, enlarged.
 
-    Small are those from the first on that is below an eighth of the largest, if no later one is above it.
+    Small are those from the first on that is below an eighth of the largest, if no later one is
+    above it.
     """
     totals = {name: sum(held.values()) for name, held in columns.items()}
     names = list(columns)
-    count = next((n for n, name in enumerate(reversed(names)) if totals[name] > max(totals.values()) / 8), len(names))
-    small = {name: columns[name] for name in names[len(names) - count :]} if 1 < count < len(names) else {}
+    count = next(
+        (n for n, name in enumerate(reversed(names)) if totals[name] > max(totals.values()) / 8),
+        len(names),
+    )
+    small = (
+        {name: columns[name] for name in names[len(names) - count :]}
+        if 1 < count < len(names)
+        else {}
+    )
     rows = [1 + 0.27 * len(columns), 1 + 0.27 * len(small)] if small else [1 + 0.27 * len(columns)]
     figure = drawing(0.6 + sum(rows) + 0.2 * (len(title) > _TITLE))
     parts = figure.subfigures(len(rows), 1, height_ratios=rows, squeeze=False)[:, 0]
     for part, held in zip(parts, (columns, small), strict=False):
         bars(part.subplots(), held, predicted and {name: predicted.get(name) for name in held})
     if small:
-        parts[1].axes[0].set_title(f"The last {len(small)} of them, enlarged", fontsize=_FONT, loc="left")
+        parts[1].axes[0].set_title(
+            f"The last {len(small)} of them, enlarged", fontsize=_FONT, loc="left"
+        )
     headline(figure, title)
     legend(figure, list(columns.values()), bool(predicted and any(predicted.values())))
     figure.alt = _alt(title, columns, predicted)
@@ -297,7 +390,9 @@ def ladder(
 
 
 def comparison(compared: Comparison, title: str | None = None) -> Drawing:
-    """The one figure of every notebook: ledgers on one axis with the predictions, timelines below on one axis."""
+    """The one figure of every notebook: ledgers on one axis with the predictions, timelines below
+    on one axis.
+    """
     variants = compared.variants
     # More than three timelines side by side cannot be read: the first and the last tell the story.
     timelines = variants if len(variants) <= 3 else [variants[0], variants[-1]]
@@ -332,7 +427,8 @@ def curves(
     y_label: str,
     bands: Mapping[str, tuple[Sequence[float], Sequence[float]]] | None = None,
 ) -> Drawing:
-    """Lines, such as losses over steps: name → y values (at 1, 2, ...), or name → (x values, y values).
+    """Lines, such as losses over steps: name → y values (at 1, 2, ...), or name → (x values, y
+    values).
 
     `bands` shades a range around a line: name → (lower values, upper values).
     """
@@ -367,8 +463,9 @@ def trade(
 ) -> Drawing:
     """What bytes cost in time: series → name of a point → (bytes at the peak, seconds of a step).
 
-    Both axes are logarithmic. Seconds are drawn in times those of `base`, whose lines part the figure in four: down
-    and to the left is less memory in less time. Points whose names are in `unlabelled` are drawn without them.
+    Both axes are logarithmic. Seconds are drawn in times those of `base`, whose lines part the
+    figure in four: down and to the left is less memory in less time. Points whose names are in
+    `unlabelled` are drawn without them.
     """
     figure = drawing(4.6)
     axes = style(figure.subplots())
@@ -382,9 +479,16 @@ def trade(
         for label, one_x, one_y in zip(points, x, y, strict=True):
             words.append(f"{label} {one_x:,.0f} MiB, {one_y:.2f} × the time")
             if label not in unlabelled:
-                beside = (4, 4) if number else (4, -11)  # the first series' labels below: they would cover others
+                beside = (
+                    (4, 4) if number else (4, -11)
+                )  # the first series' labels below: they would cover others
                 axes.annotate(
-                    label, (one_x, one_y), beside, textcoords="offset points", fontsize=_FONT - 2, color=colour
+                    label,
+                    (one_x, one_y),
+                    beside,
+                    textcoords="offset points",
+                    fontsize=_FONT - 2,
+                    color=colour,
                 )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
@@ -411,15 +515,26 @@ def _alt(
     """The alternative text of ledgers: everything that the bars show."""
     lines = [f"{title}."]
     for name, held in columns.items():
-        beside = f", predicted {format_bytes(predicted[name])}" if predicted and predicted.get(name) else ""
+        beside = (
+            f", predicted {format_bytes(predicted[name])}"
+            if predicted and predicted.get(name)
+            else ""
+        )
         lines.append(f"{name}: {format_bytes(sum(held.values()))}{beside} ({_in_words(held)}).")
     return " ".join(lines + [f"The budget is {format_bytes(limit)}."] * (limit is not None))
 
 
 def _in_words(columns: Mapping[str, int]) -> str:
-    return ", ".join(f"{name.replace('_', ' ')} {format_bytes(columns[name])}" for name in COLUMNS if columns.get(name))
+    return ", ".join(
+        f"{name.replace('_', ' ')} {format_bytes(columns[name])}"
+        for name in COLUMNS
+        if columns.get(name)
+    )
 
 
 def _all_columns(measurement: Measurement) -> list[dict[str, int]]:
     """The most that each column ever held: a column can be large away from the peak."""
-    return [{column: int(values.max()) if len(values) else 0} for column, values in measurement.timeline.bytes.items()]
+    return [
+        {column: int(values.max()) if len(values) else 0}
+        for column, values in measurement.timeline.bytes.items()
+    ]

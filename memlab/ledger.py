@@ -2,9 +2,11 @@
 
 Plain data. A meter (`memlab.meters`) hands over three lists, and this file joins them:
 
-- *events*: the allocator's own, one when a block of memory is handed out and one when it comes back;
+- *events*: the allocator's own, one when a block of memory is handed out and one when it comes
+  back;
 - *observations*: "at this moment, this address held a parameter";
-- *spans*: "from here to there a module ran forward", "... an operator ran", "... the optimizer stepped".
+- *spans*: "from here to there a module ran forward", "... an operator ran", "... the optimizer
+  stepped".
 
 Nothing here imports torch, so every rule can be tested with a handful of made-up events.
 """
@@ -32,14 +34,17 @@ COLUMNS = (
 #: The phases of a training step.
 PHASES = ("forward", "backward", "optimizer", "other")
 
-#: When one block was seen as several things, the first of these wins: a weight that autograd saved is a parameter.
+#: When one block was seen as several things, the first of these wins: a weight that autograd saved
+#: is a parameter.
 PRIORITY = {"parameters": 0, "optimizer_state": 1, "gradients": 2, "batch": 3, "activations": 4}
 
 _FOREVER = 2**63 - 1
 
 
 class Event(NamedTuple):
-    """The allocator handed out `bytes` at `address` (positive), or took them back (negative). Time in nanoseconds."""
+    """The allocator handed out `bytes` at `address` (positive), or took them back (negative). Time
+    in nanoseconds.
+    """
 
     time: int
     address: int
@@ -47,7 +52,9 @@ class Event(NamedTuple):
 
 
 class Observation(NamedTuple):
-    """At `time`, the block at `address` was seen to be `column`; `name` says which (a parameter's name, say)."""
+    """At `time`, the block at `address` was seen to be `column`; `name` says which (a parameter's
+    name, say).
+    """
 
     time: int
     address: int
@@ -58,9 +65,9 @@ class Observation(NamedTuple):
 class Span(NamedTuple):
     """Something ran from `start` to `end` (nanoseconds).
 
-    `kind` is `"module"`, `"operator"`, `"backward"` (autograd evaluating one node), `"optimizer"` or `"step"`.
-    `sequence` is autograd's number of the forward operator, which its backward node carries too (-1: none). For a
-    module it is 0 if it ran with gradients enabled, else -1.
+    `kind` is `"module"`, `"operator"`, `"backward"` (autograd evaluating one node), `"optimizer"`
+    or `"step"`. `sequence` is autograd's number of the forward operator, which its backward node
+    carries too (-1: none). For a module it is 0 if it ran with gradients enabled, else -1.
     """
 
     start: int
@@ -73,7 +80,9 @@ class Span(NamedTuple):
 
 @dataclass(slots=True)
 class Block:
-    """One allocation: its size, its life (nanoseconds; `died` is None if it outlived the record), what it was for."""
+    """One allocation: its size, its life (nanoseconds; `died` is None if it outlived the record),
+    what it was for.
+    """
 
     bytes: int
     address: int
@@ -87,12 +96,15 @@ class Block:
 
     def __str__(self) -> str:
         where = self.module or self.name
-        return f"{self.bytes / 2**20:>10,.2f} MiB  {self.column:<16}{self.operator:<34}{where}".rstrip()
+        size = f"{self.bytes / 2**20:>10,.2f} MiB"
+        return f"{size}  {self.column:<16}{self.operator:<34}{where}".rstrip()
 
 
 @dataclass
 class Timeline:
-    """Bytes alive after each event: `seconds` since the start, `bytes[column]`, `total`, `phase`, all of one length."""
+    """Bytes alive after each event: `seconds` since the start, `bytes[column]`, `total`, `phase`,
+    all of one length.
+    """
 
     seconds: np.ndarray
     bytes: dict[str, np.ndarray]
@@ -100,7 +112,9 @@ class Timeline:
     phase: np.ndarray
 
     def thin(self, points: int = 1000) -> Timeline:
-        """The same curve with at most about `points` moments, each the highest of its stretch: the peak stays."""
+        """The same curve with at most about `points` moments, each the highest of its stretch: the
+        peak stays.
+        """
         count = len(self.total)
         if count <= points:
             return self
@@ -177,10 +191,13 @@ class Ledger:
         names = [block.column for block in self.blocks]
         of = np.array([COLUMNS.index(names[owner]) for owner in self._owners], dtype=np.int64)
         columns = {
-            name: np.cumsum(np.where(of == number, self._changes, 0)) for number, name in enumerate(COLUMNS)
+            name: np.cumsum(np.where(of == number, self._changes, 0))
+            for number, name in enumerate(COLUMNS)
         }
         starts = [span.start for span in self.phases]
-        phase = np.array([_phase_at(self.phases, starts, int(time)) for time in self._times], dtype=object)
+        phase = np.array(
+            [_phase_at(self.phases, starts, int(time)) for time in self._times], dtype=object
+        )
         return Timeline((self._times - self.start) / 1e9, columns, self._total, phase)
 
 
@@ -199,15 +216,20 @@ def build_ledger(
         events: the allocator's events in their order.
         observations: what was seen at which address.
         spans: what ran when.
-        alive: blocks that were alive before the first event, with their `died` filled in where it was seen.
-        start, end: the first and last moment of the run (nanoseconds); by default those of the events.
+        alive: blocks that were alive before the first event, with their `died` filled in where it
+            was seen.
+        start, end: the first and last moment of the run (nanoseconds); by default those of the
+            events.
 
     Returns:
-        The ledger, and the observations that fall on no block: memory that this allocator did not hand out.
+        The ledger, and the observations that fall on no block: memory that this allocator did not
+        hand out.
     """
     spans = list(spans)
     blocks = lives(events, alive)
-    times = [block.born for block in blocks] + [block.died for block in blocks if block.died is not None]
+    times = [block.born for block in blocks] + [
+        block.died for block in blocks if block.died is not None
+    ]
     start = start if start is not None else min(times, default=0)
     end = end if end is not None else max(times, default=0)
     phases, backwards, recomputations = _phases(spans, start, end)
@@ -223,23 +245,28 @@ def lives(events: Iterable[Event], alive: Sequence[Block] = ()) -> list[Block]:
     at: dict[int, Block] = {block.address: block for block in blocks}
     last = -_FOREVER
     for time, address, size in events:
-        # The allocator's order is exact, its clock may be coarse: moments are kept apart so that no two events share one.
+        # The allocator's order is exact, its clock may be coarse: moments are kept apart so that no
+        # two events share one.
         last = time = max(time, last + 1)
         known = at.pop(address, None)
         if size > 0:
             if known is not None and known.died is None:
-                # The address is handed out again, so the old block has come back without a word (another thread).
+                # The address is handed out again, so the old block has come back without a word
+                # (another thread).
                 known.died = time
             at[address] = block = Block(size, address, time)
             blocks.append(block)
         elif known is not None and known.died is None:
             known.died = time
-        # A return of an address that was never handed out here is a block of before the run. It is not ours to count.
+        # A return of an address that was never handed out here is a block of before the run. It is
+        # not ours to count.
     return blocks
 
 
 def _phases(spans: list[Span], start: int, end: int) -> tuple[list[Span], list[Span], list[Span]]:
-    """Turn raw spans into phases. Also given: the backwards whole, and the recomputations inside them."""
+    """Turn raw spans into phases. Also given: the backwards whole, and the recomputations inside
+    them.
+    """
     steps = sorted(span for span in spans if span.kind == "step")
     nodes = _outermost(span for span in spans if span.kind == "backward")
     modules = _outermost(span for span in spans if span.kind == "module")
@@ -253,19 +280,23 @@ def _phases(spans: list[Span], start: int, end: int) -> tuple[list[Span], list[S
     nested = [span for span in optimizers if in_node(span.start)]
     optimizers = [span for span in optimizers if not in_node(span.start)]
 
-    # Autograd evaluates node after node. The nodes between two other things make one backward. (A module's end is one
-    # too: compiling a model evaluates nodes inside its first call.)
-    breaks = sorted([span.start for span in (*forwards, *optimizers, *steps)] + [span.end for span in forwards])
+    # Autograd evaluates node after node. The nodes between two other things make one backward. (A
+    # module's end is one too: compiling a model evaluates nodes inside its first call.)
+    breaks = sorted(
+        [span.start for span in (*forwards, *optimizers, *steps)] + [span.end for span in forwards]
+    )
     backwards: list[Span] = []
     for node in nodes:
-        if backwards and bisect.bisect(breaks, backwards[-1].start) == bisect.bisect(breaks, node.start):
+        if backwards and bisect.bisect(breaks, backwards[-1].start) == bisect.bisect(
+            breaks, node.start
+        ):
             backwards[-1] = backwards[-1]._replace(end=node.end)
         else:
             backwards.append(Span(node.start, node.end, "backward"))
 
-    # Forward runs from the first module call to the backward that follows it, loss included. With no backward after
-    # it, it ends where the step does (or the module, where no step is known). With no module at all, it begins where
-    # the step (or the last phase) did.
+    # Forward runs from the first module call to the backward that follows it, loss included. With
+    # no backward after it, it ends where the step does (or the module, where no step is known).
+    # With no module at all, it begins where the step (or the last phase) did.
     step_at = _finder(steps)
     phases: list[Span] = []
     previous = start
@@ -280,9 +311,13 @@ def _phases(spans: list[Span], start: int, end: int) -> tuple[list[Span], list[S
         for call in alone:
             begin, step = max(previous, call.start), step_at(call.start)
             if not (phases and begin < phases[-1].end):  # else it goes on
-                phases.append(Span(begin, min(step.end if step else call.end, span.start), "forward"))
+                phases.append(
+                    Span(begin, min(step.end if step else call.end, span.start), "forward")
+                )
         if span.kind == "backward":
-            phases.append(Span(max(previous, calls[0].start if calls else began), span.start, "forward"))
+            phases.append(
+                Span(max(previous, calls[0].start if calls else began), span.start, "forward")
+            )
         phases.append(span)
         previous = span.end
     phases.pop()
@@ -293,7 +328,9 @@ def _phases(spans: list[Span], start: int, end: int) -> tuple[list[Span], list[S
     begins = [inner.start for inner in nested]
     for span in phases:
         if span.kind == "backward":
-            for inner in nested[bisect.bisect_left(begins, span.start) : bisect.bisect_left(begins, span.end)]:
+            for inner in nested[
+                bisect.bisect_left(begins, span.start) : bisect.bisect_left(begins, span.end)
+            ]:
                 cut += [span._replace(end=inner.start), inner]
                 span = span._replace(start=inner.end)
         cut.append(span)
@@ -304,9 +341,11 @@ def _phases(spans: list[Span], start: int, end: int) -> tuple[list[Span], list[S
 def _own_work(
     optimizer: Span, nodes: list[Span], modules: list[Span], operators: list[Span]
 ) -> list[Span]:
-    """The parts of an optimizer's step that are its own: `optimizer.step(closure)` runs forward and backward inside.
+    """The parts of an optimizer's step that are its own: `optimizer.step(closure)` runs forward and
+    backward inside.
 
-    Optimizers compute without gradients, so an operator with a sequence number is the closure's forward.
+    Optimizers compute without gradients, so an operator with a sequence number is the closure's
+    forward.
     """
     inside = [node for node in nodes if optimizer.start <= node.start < optimizer.end]
     if not inside:
@@ -328,12 +367,18 @@ def _own_work(
 
 
 def _recomputations(
-    spans: list[Span], nodes: list[Span], backwards: list[Span], modules: list[Span], operators: list[Span]
+    spans: list[Span],
+    nodes: list[Span],
+    backwards: list[Span],
+    modules: list[Span],
+    operators: list[Span],
 ) -> list[Span]:
-    """Where a forward runs again inside a node of a backward, as checkpointing does: at most one stretch a node.
+    """Where a forward runs again inside a node of a backward, as checkpointing does: at most one
+    stretch a node.
 
-    It is known by its modules, and by its operators: they run with gradients enabled, so autograd gives them sequence
-    numbers, which the operators of a backward do not have. (All have them in a backward with `create_graph=True`.)
+    It is known by its modules, and by its operators: they run with gradients enabled, so autograd
+    gives them sequence numbers, which the operators of a backward do not have. (All have them in a
+    backward with `create_graph=True`.)
     """
     in_node, in_backward = _finder(nodes), _finder(backwards)
     of_nodes = {(span.name, span.sequence) for span in spans if span.kind == "backward"}
@@ -350,7 +395,9 @@ def _recomputations(
         elif node not in begun:
             without_graph.add(in_backward(node.start))
         begun.add(node)
-    computed = [(node, span) for node, span in candidates if in_backward(node.start) in without_graph]
+    computed = [
+        (node, span) for node, span in candidates if in_backward(node.start) in without_graph
+    ]
     computed += [(node, span) for span in modules if (node := in_node(span.start)) is not None]
     for node, span in computed:
         begin, end = found.get(node, (span.start, span.end))
@@ -387,21 +434,32 @@ def _place(blocks: list[Block], spans: list[Span], phases: list[Span]) -> None:
     """Note for every block the phase, the operator and the module in which it was born."""
     starts = [span.start for span in phases]
     births = sorted(range(len(blocks)), key=lambda index: blocks[index].born)
-    modules = sorted((s for s in spans if s.kind == "module"), key=lambda span: (span.start, -span.end))
+    modules = sorted(
+        (s for s in spans if s.kind == "module"), key=lambda span: (span.start, -span.end)
+    )
     operators = sorted(
-        (s for s in spans if s.kind in ("operator", "backward")), key=lambda span: (span.start, -span.end)
+        (s for s in spans if s.kind in ("operator", "backward")),
+        key=lambda span: (span.start, -span.end),
     )
     module_at = _innermost(modules)
-    # A backward node carries the sequence number of the forward operator that made it: so it knows its module.
+    # A backward node carries the sequence number of the forward operator that made it: so it knows
+    # its module.
     module_of = {}
     for span, name in zip(operators, module_at([span.start for span in operators]), strict=True):
-        if span.kind == "operator" and span.sequence >= 0 and name is not None and span.sequence not in module_of:
+        if (
+            span.kind == "operator"
+            and span.sequence >= 0
+            and name is not None
+            and span.sequence not in module_of
+        ):
             module_of[span.sequence] = name.name
     times = [blocks[index].born for index in births]
     found_modules = module_at(times)
     found_operators = _innermost(operators)(times)
     found_nodes = _innermost([span for span in operators if span.kind == "backward"])(times)
-    for index, module, operator, node in zip(births, found_modules, found_operators, found_nodes, strict=True):
+    for index, module, operator, node in zip(
+        births, found_modules, found_operators, found_nodes, strict=True
+    ):
         block = blocks[index]
         block.phase = _phase_at(phases, starts, block.born)
         if operator is not None:
@@ -413,7 +471,9 @@ def _place(blocks: list[Block], spans: list[Span], phases: list[Span]) -> None:
 
 
 def _innermost(spans: list[Span]):
-    """A function that gives, for moments in order, the innermost of some nested spans that holds each (or None)."""
+    """A function that gives, for moments in order, the innermost of some nested spans that holds
+    each (or None).
+    """
 
     def find(times: list[int]) -> list[Span | None]:
         found, stack, position = [], [], 0
@@ -443,7 +503,8 @@ def _label(blocks: list[Block], observations: Iterable[Observation]) -> list[Obs
         if block is None:
             missed.append(seen)
             continue
-        # What a module is given is the batch only if it was there before the model ran; else it is an activation.
+        # What a module is given is the batch only if it was there before the model ran; else it is
+        # an activation.
         if seen.column == "batch" and block.phase != "other":
             continue
         rank = PRIORITY[seen.column]
@@ -457,8 +518,8 @@ def _label(blocks: list[Block], observations: Iterable[Observation]) -> list[Obs
 def _tenant(lives: Sequence[Block], time: int, slack: int = 50_000) -> Block | None:
     """Which of the blocks that lived at one address was there at a moment.
 
-    The looker's clock and the allocator's differ by a microsecond or so; within `slack` nanoseconds of a life still
-    counts, the nearest first.
+    The looker's clock and the allocator's differ by a microsecond or so; within `slack` nanoseconds
+    of a life still counts, the nearest first.
     """
     nearest, distance = None, slack
     for block in lives:
@@ -480,10 +541,10 @@ def _label_by_life(
 ) -> None:
     """Give every block that nobody saw a column by when it was born and when it came back.
 
-    - born in forward and alive when backward begins: an *activation*, whatever kept it (autograd's saved tensors are
-      seen this way even when checkpointing or offloading hides them from hooks);
-    - born in a forward that no backward follows, and alive after the module's call: an activation too, if gradients
-      were enabled: a graph holds it, for nothing;
+    - born in forward and alive when backward begins: an *activation*, whatever kept it (autograd's
+      saved tensors are seen this way even when checkpointing or offloading hides them from hooks);
+    - born in a forward that no backward follows, and alive after the module's call: an activation
+      too, if gradients were enabled: a graph holds it, for nothing;
     - born in a recomputation and alive after it: an activation too;
     - born in backward and alive after it: a *gradient*;
     - born in the optimizer's step and alive after it: *optimizer state*;
@@ -493,7 +554,9 @@ def _label_by_life(
     """
     starts = [span.start for span in phases]
     recomputing, backward_at = _finder(recomputations), _finder(backwards)
-    with_graph = _finder(_outermost(span for span in spans if span.kind == "module" and span.sequence >= 0))
+    with_graph = _finder(
+        _outermost(span for span in spans if span.kind == "module" and span.sequence >= 0)
+    )
     seen = set(PRIORITY)
     for block in blocks:
         if block.column in seen:
@@ -504,7 +567,9 @@ def _label_by_life(
         following = starts[index + 1] if index + 1 < len(phases) else _FOREVER - 1
         if current is None:
             given = index + 1 < len(phases) and phases[index + 1].kind == "forward"
-            block.column = "temporaries" if died <= following else "batch" if given else "unattributed"
+            block.column = (
+                "temporaries" if died <= following else "batch" if given else "unattributed"
+            )
         elif current.kind == "forward":
             end, call = current.end, with_graph(block.born)
             if call is not None and (backward_at(end) is None):
@@ -517,5 +582,6 @@ def _label_by_life(
             if recomputation is not None:
                 block.column = "activations" if died > recomputation.end else "temporaries"
             else:
-                # The backward as a whole, even where an optimizer that steps inside it cuts it in pieces.
+                # The backward as a whole, even where an optimizer that steps inside it cuts it in
+                # pieces.
                 block.column = "gradients" if died > backward_at(block.born).end else "temporaries"

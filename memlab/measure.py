@@ -20,7 +20,17 @@ import torch
 from torch import nn
 
 from memlab.budget import active_budget, resolve_device
-from memlab.ledger import COLUMNS, Block, Event, Ledger, Observation, Span, Timeline, build_ledger, lives
+from memlab.ledger import (
+    COLUMNS,
+    Block,
+    Event,
+    Ledger,
+    Observation,
+    Span,
+    Timeline,
+    build_ledger,
+    lives,
+)
 from memlab.meters.columns import Observer, Use, live_storages, objects_set_aside
 from memlab.meters.cpu import Trace
 from memlab.meters.cuda import CudaTrace
@@ -37,7 +47,9 @@ _measuring = False
 
 @contextlib.contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """What was recorded becomes a few hundred thousand objects: the collector would walk through all of them, often."""
+    """What was recorded becomes a few hundred thousand objects: the collector would walk through
+    all of them, often.
+    """
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -48,7 +60,9 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 class Seconds(NamedTuple):
-    """Seconds of one step: the median of `repeats` steps, and their spread (slowest minus fastest)."""
+    """Seconds of one step: the median of `repeats` steps, and their spread (slowest
+    minus fastest).
+    """
 
     median: float
     spread: float
@@ -59,7 +73,9 @@ class Seconds(NamedTuple):
 
 
 class MemoryLeakError(RuntimeError):
-    """Memory allocated inside a measured run was still alive after the run was over and its step deleted."""
+    """Memory allocated inside a measured run was still alive after the run was over and its step
+    deleted.
+    """
 
 
 @dataclass
@@ -67,21 +83,27 @@ class Measurement:
     """What a run needed: the peak in bytes, what the bytes were for, and when.
 
     Attributes:
-        peak_bytes: the most bytes allocated at once during the run. Exact on the CPU; on CUDA the allocator's counter,
-            less `workspace_bytes`.
+        peak_bytes: the most bytes allocated at once during the run. Exact on the CPU; on CUDA the
+            allocator's counter, less `workspace_bytes`.
         columns: bytes by column at the moment of the peak; they sum to `peak_bytes`.
         phase: the phase that held the peak: forward, backward, optimizer or other.
-        reserved_bytes: the most that the allocator held from the driver, whole process (None on the CPU).
-        device_bytes: what the driver says is in use on the whole device at the end of the run (None on the CPU).
-        bytes_after_step: bytes alive after each step. In a loop that leaks they grow. (Empty for `watch`, which knows
-            no steps.)
-        seconds: median and spread of one step, from separate runs with nothing switched on (None: not asked for).
-        losses: what each step returned, when it returned a number or a tensor with one element (else None).
-        outside_bytes: the most bytes at once of tensors that the run used and this device's allocator did not hand
-            out during it, as far as they were seen: memory maps, shared memory (a data loader's workers), NumPy
-            arrays, what other threads made. Not counted in anything above.
+        reserved_bytes: the most that the allocator held from the driver, whole process (None on the
+            CPU).
+        device_bytes: what the driver says is in use on the whole device at the end of the run (None
+            on the CPU).
+        bytes_after_step: bytes alive after each step. In a loop that leaks they grow. (Empty for
+            `watch`, which knows no steps.)
+        seconds: median and spread of one step, from separate runs with nothing switched on (None:
+            not asked for).
+        losses: what each step returned, when it returned a number or a tensor with one element
+            (else None).
+        outside_bytes: the most bytes at once of tensors that the run used and this device's
+            allocator did not hand out during it, as far as they were seen: memory maps, shared
+            memory (a data loader's workers), NumPy arrays, what other threads made. Not counted in
+            anything above.
         outside_memory_bytes: the same without the memory maps: files and shared memory.
-        workspace_bytes: what cuBLAS held for itself, as it does for every model (None on the CPU). Reserved, not in the peak.
+        workspace_bytes: what cuBLAS held for itself, as it does for every model (None on the CPU).
+            Reserved, not in the peak.
         environment: device, GPU, torch, driver, Python.
         ledger: every block with its life (`memlab.ledger.Ledger`).
     """
@@ -112,18 +134,25 @@ class Measurement:
     def known_bytes(self) -> int:
         """The peak without what is in no tensor: to compare two runs to the byte.
 
-        On the CPU that is `peak_bytes`, unless something stayed unattributed. A GPU's allocator gives out blocks that are up to 1 MiB too large when it has one
-        at hand, and whether it has depends on what went before: two equal runs may differ by that.
+        On the CPU that is `peak_bytes`, unless something stayed unattributed. A GPU's allocator
+        gives out blocks that are up to 1 MiB too large when it has one at hand, and whether it has
+        depends on what went before: two equal runs may differ by that.
         """
         return self.peak_bytes - self.columns["unattributed"]
 
     def largest(self, count: int = 10) -> list[Block]:
-        """The largest blocks alive at the peak: what they are, and which operator in which module made them."""
+        """The largest blocks alive at the peak: what they are, and which operator in which module
+        made them.
+        """
         return self.ledger.alive_at(self.ledger.peak_time)[:count]
 
     def _rows(self) -> list[tuple[str, str, str]]:
         rows = [
-            (name.replace("_", " "), format_bytes(self.columns[name]), f"{self.columns[name] / self.peak_bytes:6.1%}")
+            (
+                name.replace("_", " "),
+                format_bytes(self.columns[name]),
+                f"{self.columns[name] / self.peak_bytes:6.1%}",
+            )
             for name in COLUMNS
             if self.columns[name]
         ]
@@ -133,27 +162,34 @@ class Measurement:
         notes = []
         if self.reserved_bytes is not None:
             notes.append(
-                f"allocated {format_bytes(self.peak_bytes)} · reserved {format_bytes(self.reserved_bytes)} · "
-                f"device {format_bytes(self.device_bytes)}"
+                f"allocated {format_bytes(self.peak_bytes)} · reserved"
+                f" {format_bytes(self.reserved_bytes)} · device {format_bytes(self.device_bytes)}"
             )
         if self.workspace_bytes:
             notes.append(
-                f"not counted: {format_bytes(self.workspace_bytes)} of workspaces that cuBLAS keeps, whatever the model"
+                f"not counted: {format_bytes(self.workspace_bytes)} of workspaces that cuBLAS"
+                " keeps, whatever the model"
             )
         if self.seconds is not None:
             notes.append(f"{self.seconds} a step")
         if self.losses:
-            notes.append("loss " + " → ".join(f"{loss:.4f}" for loss in (self.losses[0], self.losses[-1])))
+            notes.append(
+                "loss " + " → ".join(f"{loss:.4f}" for loss in (self.losses[0], self.losses[-1]))
+            )
         if self.outside_bytes:
             notes.append(
-                f"not counted: {format_bytes(self.outside_bytes)} of tensors that this allocator did not hand out "
-                f"(memory maps, shared memory, NumPy, other threads, or from before the run)"
+                f"not counted: {format_bytes(self.outside_bytes)} of tensors that this allocator"
+                " did not hand out (memory maps, shared memory, NumPy, other threads, or from"
+                " before the run)"
             )
         return notes
 
     def _headline(self) -> str:
         gpu = self.environment.get("gpu")
-        return f"Peak {format_bytes(self.peak_bytes)} ({self.peak_bytes:,} bytes), in {self.phase}, on {gpu or 'cpu'}"
+        return (
+            f"Peak {format_bytes(self.peak_bytes)} ({self.peak_bytes:,} bytes), in {self.phase}, on"
+            f" {gpu or 'cpu'}"
+        )
 
     def __str__(self) -> str:
         lines = [self._headline()]
@@ -170,9 +206,9 @@ class Measurement:
         )
         notes = "".join(f"<div>{html.escape(note)}</div>" for note in self._notes())
         return (
-            f"<div><b>{html.escape(self._headline())}</b></div>"
-            f"<table><thead><tr><th style='text-align:left'>column</th><th>at the peak</th><th>share</th></tr></thead>"
-            f"<tbody>{rows}</tbody></table>{notes}"
+            f"<div><b>{html.escape(self._headline())}</b></div><table><thead><tr><th"
+            " style='text-align:left'>column</th><th>at the"
+            f" peak</th><th>share</th></tr></thead><tbody>{rows}</tbody></table>{notes}"
         )
 
 
@@ -186,12 +222,13 @@ def measure(
     """Measure the memory that a training run needs, from its first byte on.
 
     Args:
-        build: makes everything the run needs (model, optimizer, batch) and returns the step to call. It is called
-            inside the measurement, so the ledger starts at zero and sees the model being built.
-        steps: how many times the step is called. Two show the steady state: from the second step on, the optimizer's
-            state is there.
-        repeats: how many steps to time as well, in a separate run with nothing switched on (one more warms up, unless
-            a step takes ten seconds or more).
+        build: makes everything the run needs (model, optimizer, batch) and returns the step to
+            call. It is called inside the measurement, so the ledger starts at zero and sees the
+            model being built.
+        steps: how many times the step is called. Two show the steady state: from the second step
+            on, the optimizer's state is there.
+        repeats: how many steps to time as well, in a separate run with nothing switched on (one
+            more warms up, unless a step takes ten seconds or more).
         device: `"cpu"` or `"cuda"`; by default CUDA if there is a device, else the CPU.
 
     Returns:
@@ -205,13 +242,14 @@ def measure(
     """
     if isinstance(build, nn.Module):
         raise ValueError(
-            "measure() was given a model. Give it a function that makes the model, the optimizer and the batch and "
-            "returns the step to call; for a model that is there already, use `with watch(model, optimizer)`"
+            "measure() was given a model. Give it a function that makes the model, the optimizer"
+            " and the batch and returns the step to call; for a model that is there already, use"
+            " `with watch(model, optimizer)`"
         )
     if not callable(build):
         raise ValueError(
-            f"build has to be a function that makes the model, the optimizer and the batch and returns the step to "
-            f"call, not {_describe(build)}"
+            "build has to be a function that makes the model, the optimizer and the batch and"
+            f" returns the step to call, not {_describe(build)}"
         )
     for name, value, least in (("steps", steps, 1), ("repeats", repeats, 0)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -244,14 +282,16 @@ def _measure(build: Callable, steps: int, repeats: int, device: torch.device) ->
     except RuntimeError as error:
         if "does not require grad" in str(error):
             raise ValueError(
-                "the step calls backward on a loss that needs no gradient. Is every parameter frozen, or does the "
-                "model run under torch.no_grad()?"
+                "the step calls backward on a loss that needs no gradient. Is every parameter"
+                " frozen, or does the model run under torch.no_grad()?"
             ) from error
         raise
     measurement = recording.measurement()
     recording.check_gradients()
     if recording.meter.complete:
-        measurement.bytes_after_step = tuple(sum(measurement.ledger.columns_at(moment).values()) for moment in after)
+        measurement.bytes_after_step = tuple(
+            sum(measurement.ledger.columns_at(moment).values()) for moment in after
+        )
     measurement.losses = tuple(losses) if len(losses) == steps else None
     recording.check_leaks(measurement)
     recording.check_budget(measurement)
@@ -261,15 +301,17 @@ def _measure(build: Callable, steps: int, repeats: int, device: torch.device) ->
 
 
 class watch:  # noqa: N801 - read as a verb: `with watch(model, optimizer) as w:`
-    """Measure a stretch of existing training code, in mid-life: `with watch(model, optimizer) as w: ...`.
+    """Measure a stretch of existing training code, in mid-life: `with watch(model, optimizer) as w:
+    ...`.
 
-    What was alive at the start is counted and its end is seen. Afterwards `w.measurement` holds the `Measurement`
-    (also when the code inside raised). Begin between two iterations: of a graph that is alive at the start, only what
-    Python holds is known. On the CPU the thread that enters is measured, as by `measure`.
+    What was alive at the start is counted and its end is seen. Afterwards `w.measurement` holds the
+    `Measurement` (also when the code inside raised). Begin between two iterations: of a graph that
+    is alive at the start, only what Python holds is known. On the CPU the thread that enters is
+    measured, as by `measure`.
 
     Args:
-        things: any number of models and optimizers. They name what is alive at the start; models and optimizers that
-            are first used inside are found without being named.
+        things: any number of models and optimizers. They name what is alive at the start; models
+            and optimizers that are first used inside are found without being named.
         device: `"cpu"` or `"cuda"`; by default that of the first model's parameters.
 
     Raises:
@@ -277,12 +319,16 @@ class watch:  # noqa: N801 - read as a verb: `with watch(model, optimizer) as w:
         RuntimeError: another measurement, or PyTorch's profiler, is running.
     """
 
-    def __init__(self, *things: nn.Module | torch.optim.Optimizer, device: str | torch.device | None = None):
+    def __init__(
+        self, *things: nn.Module | torch.optim.Optimizer, device: str | torch.device | None = None
+    ):
         for thing in things:
             if not isinstance(thing, (nn.Module, torch.optim.Optimizer)):
                 raise ValueError(f"watch() takes models and optimizers, not {_describe(thing)}")
         if device is None:
-            parameters = (p for thing in things if isinstance(thing, nn.Module) for p in thing.parameters())
+            parameters = (
+                p for thing in things if isinstance(thing, nn.Module) for p in thing.parameters()
+            )
             first = next(parameters, None)
             device = None if first is None or first.device.type == "meta" else first.device
         self._things = things
@@ -324,12 +370,15 @@ class watch:  # noqa: N801 - read as a verb: `with watch(model, optimizer) as w:
         """What was measured, once the `with` block has ended.
 
         Raises:
-            RuntimeError: it has not ended, or what ran in it cannot be measured; the message says why.
+            RuntimeError: it has not ended, or what ran in it cannot be measured; the message says
+                why.
         """
         if self._refusal is not None:
             raise self._refusal
         if self._measurement is None:
-            raise RuntimeError("there is no measurement yet: read it after the `with watch(...)` block has ended")
+            raise RuntimeError(
+                "there is no measurement yet: read it after the `with watch(...)` block has ended"
+            )
         return self._measurement
 
 
@@ -346,7 +395,8 @@ class _Recording:
         global _measuring
         if _measuring:
             raise RuntimeError(
-                "a measurement is running already, and there can be one at a time. Measure one run after the other."
+                "a measurement is running already, and there can be one at a time. Measure one run"
+                " after the other."
             )
         _measuring = True
         try:
@@ -375,7 +425,9 @@ class _Recording:
             self._references.clear()
 
     def _note_alive(self) -> None:
-        """Note the storages that are alive before the recording, and (to count them) see each one's end."""
+        """Note the storages that are alive before the recording, and (to count them) see each one's
+        end.
+        """
         before = time.time_ns()
         self.alive: list[Block] = []
         self._references: list[weakref.ref] = []
@@ -403,8 +455,8 @@ class _Recording:
         result = step()
         if callable(result) and not isinstance(result, torch.Tensor):
             raise ValueError(
-                "the step returned a function. Did build() return another build function, not yet called? Return what "
-                "it returns: `return build_other()`."
+                "the step returned a function. Did build() return another build function, not yet"
+                " called? Return what it returns: `return build_other()`."
             )
         self.observer.see_gradients()
         self.observer.stack.clear()  # of calls that something other than an Exception ended
@@ -412,8 +464,14 @@ class _Recording:
         return result
 
     def note_gradients(self, result: object) -> None:
-        """Note a step that looks as if it was meant to train (a model ran with grad mode on) and had nothing to train."""
-        if not isinstance(result, torch.Tensor) or result.requires_grad or not self.observer.forward_with_grad:
+        """Note a step that looks as if it was meant to train (a model ran with grad mode on) and
+        had nothing to train.
+        """
+        if (
+            not isinstance(result, torch.Tensor)
+            or result.requires_grad
+            or not self.observer.forward_with_grad
+        ):
             return
         parameters = self.observer.used_parameters()
         # A loss may come back detached: that is fine as long as something needed a gradient.
@@ -421,12 +479,14 @@ class _Recording:
             self._without_gradient = True
 
     def check_gradients(self) -> None:
-        """Refuse such a step, unless autograd ran after all: for an input, say, through a frozen model."""
+        """Refuse such a step, unless autograd ran after all: for an input, say, through a frozen
+        model.
+        """
         if self._without_gradient and not any(span.kind == "backward" for span in self.meter.spans):
             raise ValueError(
-                "nothing in this step needs a gradient: every parameter of the model is frozen, and yet it runs with "
-                "gradients enabled. Unfreeze what is to be trained; to measure inference, run the step under "
-                "torch.no_grad() or torch.inference_mode()."
+                "nothing in this step needs a gradient: every parameter of the model is frozen, and"
+                " yet it runs with gradients enabled. Unfreeze what is to be trained; to measure"
+                " inference, run the step under torch.no_grad() or torch.inference_mode()."
             )
 
     @_no_garbage_collection()
@@ -438,16 +498,27 @@ class _Recording:
             alive = [Block(b.bytes, b.address, self.start - 1) for b in self.meter.alive]
         spans = self.meter.spans + self.observer.spans
         ledger, missed = build_ledger(
-            self.meter.events, self.observer.observations, spans, alive, start=self.start, end=self.end
+            self.meter.events,
+            self.observer.observations,
+            spans,
+            alive,
+            start=self.start,
+            end=self.end,
         )
         if not self.meter.complete:
-            ledger, missed = Ledger([], start=self.start, end=self.end), []  # half a history is none
+            ledger, missed = (
+                Ledger([], start=self.start, end=self.end),
+                [],
+            )  # half a history is none
         self._refuse_foreign_parameters(missed)
         self._refuse_other_threads()
         peak, columns = ledger.peak_bytes, ledger.peak_columns()
         if cuda:
-            counted = self.meter.peak_allocated - (0 if self._count_alive else self.meter.allocated_before)
-            # The counter is the truth. What the history does not explain (rounding, other libraries) is unattributed.
+            counted = self.meter.peak_allocated - (
+                0 if self._count_alive else self.meter.allocated_before
+            )
+            # The counter is the truth. What the history does not explain (rounding, other
+            # libraries) is unattributed.
             peak = max(counted, sum(columns.values()))
             columns["unattributed"] += peak - sum(columns.values())
         maps, others = _outside(self.meter.mapped, self.observer.uses, missed)
@@ -474,31 +545,38 @@ class _Recording:
             if seen.column == "parameters" and seen.address in self.observer.before:
                 foreign[seen.time, seen.address] = seen.name
                 names[seen.address] = names.get(seen.address) or seen.name
-        # By time too: memory of a model that is gone since may be the run's own by now. What the run did not use is
-        # another model that lives in this process.
-        sizes = {use.address: use.bytes for use in self.observer.uses if (use.seen, use.address) in foreign}
+        # By time too: memory of a model that is gone since may be the run's own by now. What the
+        # run did not use is another model that lives in this process.
+        sizes = {
+            use.address: use.bytes
+            for use in self.observer.uses
+            if (use.seen, use.address) in foreign
+        }
         if sizes:
             name = next((names[address] for address in sizes if names[address]), "the optimizer's")
             raise ValueError(
-                f"the model was built before the measurement began: {format_bytes(sum(sizes.values()))} of its "
-                f"parameters would be missing ({name!r} is one). Build it inside build(), or put "
-                f"`with watch(model, optimizer)` around the code you have."
+                "the model was built before the measurement began:"
+                f" {format_bytes(sum(sizes.values()))} of its parameters would be missing ({name!r}"
+                " is one). Build it inside build(), or put `with watch(model, optimizer)` around"
+                " the code you have."
             )
         devices = self.observer.devices
         if devices and self.device not in devices:
             raise ValueError(
-                f"the model's parameters are on {', '.join(sorted(map(str, devices)))}, but {self.device} is measured. "
-                f"Move the model in build(), or pass device=."
+                f"the model's parameters are on {', '.join(sorted(map(str, devices)))}, but"
+                f" {self.device} is measured. Move the model in build(), or pass device=."
             )
 
     def _refuse_other_threads(self) -> None:
         """What a model allocates in another thread, the CPU's meter does not see."""
-        elsewhere = [name for thread, name in self.observer.threads.items() if thread != self.thread]
+        elsewhere = [
+            name for thread, name in self.observer.threads.items() if thread != self.thread
+        ]
         if elsewhere and self.device.type == "cpu":
             raise RuntimeError(
-                f"{elsewhere[0]} ran in another thread than the measurement, and on the CPU PyTorch's profiler reports "
-                f"the allocations of one thread only. Run the step in the thread that measures; a thread that "
-                f"prepares data may stay."
+                f"{elsewhere[0]} ran in another thread than the measurement, and on the CPU"
+                " PyTorch's profiler reports the allocations of one thread only. Run the step in"
+                " the thread that measures; a thread that prepares data may stay."
             )
 
     def check_leaks(self, measurement: Measurement) -> None:
@@ -509,39 +587,56 @@ class _Recording:
             held = live_storages(self.device).keys() & {block.address for block in left}
             if self.device.type == "cpu" and not held:
                 raise RuntimeError(
-                    f"{format_bytes(size)} allocated in this run never came back in the thread that measures, and yet "
-                    f"no tensor holds them: another thread freed them, unseen by PyTorch's profiler, and the ledger "
-                    f"would count them for ever. Let the step free what it makes in its own thread."
+                    f"{format_bytes(size)} allocated in this run never came back in the thread that"
+                    " measures, and yet no tensor holds them: another thread freed them, unseen by"
+                    " PyTorch's profiler, and the ledger would count them for ever. Let the step"
+                    " free what it makes in its own thread."
                 )
             by_column: dict[str, int] = {}
             for block in left:
                 by_column[block.column] = by_column.get(block.column, 0) + block.bytes
-            held = ", ".join(f"{column} {format_bytes(count)}" for column, count in by_column.items())
+            held = ", ".join(
+                f"{column} {format_bytes(count)}" for column, count in by_column.items()
+            )
             raise MemoryLeakError(
-                f"{format_bytes(size)} allocated in this run are still alive after it ({held}): something outside "
-                f"build() holds them, a global list or a variable declared nonlocal, say, or a hook on a tensor that "
-                f"refers to it (Python's garbage collector does not see that cycle). The next measurement would start "
-                f"with them. Let build() return nothing but the step, keep numbers (loss.item()), not tensors, and let "
-                f"hooks refer to models and optimizers weakly."
+                f"{format_bytes(size)} allocated in this run are still alive after it ({held}):"
+                " something outside build() holds them, a global list or a variable declared"
+                " nonlocal, say, or a hook on a tensor that refers to it (Python's garbage"
+                " collector does not see that cycle). The next measurement would start with them."
+                " Let build() return nothing but the step, keep numbers (loss.item()), not"
+                " tensors, and let hooks refer to models and optimizers weakly."
             )
 
     def check_budget(self, measurement: Measurement) -> None:
-        """The ledger also counts what operators took for themselves, which a budget on the CPU does not see live."""
+        """The ledger also counts what operators took for themselves, which a budget on the CPU does
+        not see live.
+        """
         budget = active_budget()
         if budget is not None and budget.device == self.device and self.device.type == "cpu":
-            largest = max(measurement.ledger.alive_at(measurement.ledger.peak_time), key=lambda b: b.born, default=None)
-            where = f"{largest.operator} in {largest.module or 'the step'}" if largest else "the run"
+            largest = max(
+                measurement.ledger.alive_at(measurement.ledger.peak_time),
+                key=lambda b: b.born,
+                default=None,
+            )
+            where = (
+                f"{largest.operator} in {largest.module or 'the step'}" if largest else "the run"
+            )
             budget.check(measurement.peak_bytes + self._budget_before, where, measurement.columns)
 
 
-def _outside(mapped: list[Event], uses: list[Use], missed: list[Observation]) -> tuple[list[Block], list[Block]]:
-    """What was used and is not the allocator's, each with its life: memory maps, and what else fell on no block."""
+def _outside(
+    mapped: list[Event], uses: list[Use], missed: list[Observation]
+) -> tuple[list[Block], list[Block]]:
+    """What was used and is not the allocator's, each with its life: memory maps, and what else fell
+    on no block.
+    """
     maps = lives(mapped)
     unseen = {(observation.time, observation.address) for observation in missed}
     others = [
         Block(use.bytes, use.address, use.seen, use.gone)
         for use in uses
-        if (use.seen, use.address) in unseen and not any(m.address <= use.address < m.address + m.bytes for m in maps)
+        if (use.seen, use.address) in unseen
+        and not any(m.address <= use.address < m.address + m.bytes for m in maps)
     ]
     return maps, others
 
@@ -550,12 +645,13 @@ def _build(build: Callable) -> Callable:
     step = build()
     if not callable(step):
         raise ValueError(
-            f"build() has to return the step to call, a function without arguments; it returned {_describe(step)}"
+            "build() has to return the step to call, a function without arguments; it returned"
+            f" {_describe(step)}"
         )
     if isinstance(step, nn.Module):
         raise ValueError(
-            "build() returned a model. It has to return the step to call: a function without arguments that runs "
-            "forward, backward and optimizer.step()"
+            "build() returned a model. It has to return the step to call: a function without"
+            " arguments that runs forward, backward and optimizer.step()"
         )
     return step
 
@@ -599,7 +695,9 @@ def _describe(thing: object) -> str:
 
 
 def environment(device: str | torch.device | None = None) -> dict[str, object]:
-    """What a number depends on: device, GPU, its memory in bytes, torch, driver, Python, threads."""
+    """What a number depends on: device, GPU, its memory in bytes, torch, driver,
+    Python, threads.
+    """
     device = resolve_device(device)
     cuda = device.type == "cuda"
     return {
@@ -616,6 +714,8 @@ def environment(device: str | torch.device | None = None) -> dict[str, object]:
 def _driver() -> str | None:
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        answer = subprocess.run(asked, capture_output=True, text=True, timeout=20, check=True).stdout.split("\n")
+        answer = subprocess.run(
+            asked, capture_output=True, text=True, timeout=20, check=True
+        ).stdout.split("\n")
         return answer[0].strip() or None
     return None

@@ -1,4 +1,6 @@
-"""What is generated from the records: the tables of README.md and of results/README.md, and README's figures."""
+"""What is generated from the records: the tables of README.md and of results/README.md, and
+README's figures.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ from pathlib import Path
 from memlab.results import environment_of, load_all, replace
 from memlab.units import format_bytes
 
-#: README.md's figures, by the tag of the cell whose output they are: what opens it, and the capstone on a GPU.
+#: README.md's figures, by the tag of the cell whose output they are: what opens it, and the
+#: capstone on a GPU.
 FIGURES = {"readme-figure": "results/figures/headline.png", "gpu-figure": "results/figures/gpu.png"}
 
 #: The documents that have generated blocks, and the blocks that each has to have.
@@ -26,29 +29,42 @@ DOCUMENTS = {
 }
 
 
-# Tables --------------------------------------------------------------------------------------------------------------
+# Tables -------------------------------------------------------------------------------------------
 
 
 def notebooks(root: Path) -> list[Path]:
     """The course's notebooks in their order: the core, then the electives."""
     folder = Path(root) / "notebooks"
-    return [*sorted(folder.glob("[!.]*.ipynb")), *sorted((folder / "electives").glob("[!.]*.ipynb"))]
+    return [
+        *sorted(folder.glob("[!.]*.ipynb")),
+        *sorted((folder / "electives").glob("[!.]*.ipynb")),
+    ]
 
 
 def rows(one: dict) -> list[dict[str, str]]:
-    """A record in words: for each variant its name, predicted, measured, residual, times less, seconds."""
+    """A record in words: for each variant its name, predicted, measured, residual, times less,
+    seconds.
+    """
     baseline = one["variants"][0]["peak_bytes"]
     table = []
     for variant in one["variants"]:
-        predicted, measured, seconds = variant["predicted_bytes"], variant["peak_bytes"], variant["seconds"]
+        predicted, measured, seconds = (
+            variant["predicted_bytes"],
+            variant["peak_bytes"],
+            variant["seconds"],
+        )
         table.append(
             {
                 "variant": variant["name"],
                 "predicted": format_bytes(predicted),
                 "measured": format_bytes(measured),
-                "residual": "-" if predicted is None else _percent(100 * (measured - predicted) / predicted),
+                "residual": (
+                    "-" if predicted is None else _percent(100 * (measured - predicted) / predicted)
+                ),
                 "× less": f"{baseline / measured:.2f}",
-                "seconds (spread)": "-" if seconds is None else f"{seconds['median']:.3g} ({seconds['spread']:.2g})",
+                "seconds (spread)": (
+                    "-" if seconds is None else f"{seconds['median']:.3g} ({seconds['spread']:.2g})"
+                ),
             }
         )
     return table
@@ -66,17 +82,25 @@ def _at_most(value: float) -> str:
 
 
 def results_table(data: dict) -> str:
-    """A results file as Markdown: one line that says where it was measured, then a row a variant."""
+    """A results file as Markdown: one line that says where it was measured, then a row
+    a variant.
+    """
     table = []
     for one in data["records"]:
-        name = one["notebook"] if one["technique"] in one["notebook"] else f"{one['notebook']}: {one['technique']}"
+        name = (
+            one["notebook"]
+            if one["technique"] in one["notebook"]
+            else f"{one['notebook']}: {one['technique']}"
+        )
         for number, row in enumerate(rows(one)):
             table.append({"notebook": name if number == 0 else "", **row})
     return f"{_caption(data)}\n\n{_markdown(table)}" if table else _caption(data)
 
 
 def summary_table(data: dict, paths: Sequence[Path], base: Path) -> str:
-    """A results file in short: for each notebook its first record, from the baseline to the last variant."""
+    """A results file in short: for each notebook its first record, from the baseline to the last
+    variant.
+    """
     table = []
     for path in paths:
         records = [one for one in data["records"] if one["notebook"] == path.stem]
@@ -86,29 +110,45 @@ def summary_table(data: dict, paths: Sequence[Path], base: Path) -> str:
         before, after = variants[0], variants[-1]
         alone = len(variants) == 1
         known = [v for v in variants if v["predicted_bytes"] is not None]
-        residuals = [100 * (v["peak_bytes"] - v["predicted_bytes"]) / v["predicted_bytes"] for v in known]
+        residuals = [
+            100 * (v["peak_bytes"] - v["predicted_bytes"]) / v["predicted_bytes"] for v in known
+        ]
         timed = not alone and _steady(before["seconds"]) and _steady(after["seconds"])
         difference = None if alone else after["max_gradient_difference"]
+        title = _title(json.loads(path.read_text(encoding="utf-8"))) or path.stem
         table.append(
             {
-                "notebook": f"[{_title(json.loads(path.read_text(encoding='utf-8'))) or path.stem}]({_relative(path, base)})",
+                "notebook": f"[{title}]({_relative(path, base)})",
                 "from → to": before["name"] if alone else f"{before['name']} → {after['name']}",
                 "peak before": format_bytes(before["peak_bytes"]),
                 "peak after": "-" if alone else format_bytes(after["peak_bytes"]),
                 "× less": "-" if alone else f"{before['peak_bytes'] / after['peak_bytes']:.2f}",
                 "residual": _percent(max(residuals, key=abs)) if residuals else "-",
-                "× time": f"{after['seconds']['median'] / before['seconds']['median']:.2f}" if timed else "-",
-                "gradients": "-" if difference is None else "equal" if difference == 0 else f"within {_at_most(difference)}",
+                "× time": (
+                    f"{after['seconds']['median'] / before['seconds']['median']:.2f}"
+                    if timed
+                    else "-"
+                ),
+                "gradients": (
+                    "-"
+                    if difference is None
+                    else "equal"
+                    if difference == 0
+                    else f"within {_at_most(difference)}"
+                ),
             }
         )
     return f"{_caption(data)}\n\n{_markdown(table)}" if table else _caption(data)
 
 
 def cheat_sheet(data: dict, paths: Sequence[Path], base: Path) -> str:
-    """Every technique in one row, as Markdown: what it shrinks, by how much here, what it costs, when to leave it.
+    """Every technique in one row, as Markdown: what it shrinks, by how much here, what it costs,
+    when to leave it.
 
-    The numbers are those of each notebook's first record in a results file. The words are in the notebook's metadata:
-    `"memlab": {"column": "activations", "exact": "yes", "leave": "the batch is small"}`. A notebook without them has no row.
+    The numbers are those of each notebook's first record in a results file. The words are in the
+    notebook's metadata:
+    `"memlab": {"column": "activations", "exact": "yes", "leave": "the batch is small"}`. A notebook
+    without them has no row.
     """
     table = []
     for path in paths:
@@ -127,7 +167,11 @@ def cheat_sheet(data: dict, paths: Sequence[Path], base: Path) -> str:
                 "shrinks": ", ".join(columns).replace("_", " "),
                 "here": f"{before['name']} → {after['name']}",
                 "× less": f"{before['peak_bytes'] / after['peak_bytes']:.2f}",
-                "× time": f"{after['seconds']['median'] / before['seconds']['median']:.2f}" if timed else "-",
+                "× time": (
+                    f"{after['seconds']['median'] / before['seconds']['median']:.2f}"
+                    if timed
+                    else "-"
+                ),
                 "exact?": about.get("exact", "-"),
                 "leave it when": about["leave"],
             }
@@ -136,12 +180,16 @@ def cheat_sheet(data: dict, paths: Sequence[Path], base: Path) -> str:
 
 
 def _steady(seconds: dict | None) -> bool:
-    """Whether a step was timed, and its times lie within half of their median: else the machine was busy."""
+    """Whether a step was timed, and its times lie within half of their median: else the machine was
+    busy.
+    """
     return seconds is not None and seconds["spread"] <= 0.5 * seconds["median"]
 
 
 def claims_table(files: Sequence[dict], paths: Sequence[Path], base: Path) -> str:
-    """Every claim that the notebooks tested, with its verdict, as Markdown. Devices that disagree are named."""
+    """Every claim that the notebooks tested, with its verdict, as Markdown. Devices that disagree
+    are named.
+    """
     by_number: dict[int, list[tuple[str, dict]]] = {}
     for data in files:
         for one in data.get("claims", []):
@@ -170,7 +218,9 @@ def claims_table(files: Sequence[dict], paths: Sequence[Path], base: Path) -> st
 
 
 def gpu_table(files: Sequence[dict]) -> str:
-    """What the capstone's recipe needs on a GPU, in small pieces and in large ones, and how long a step takes."""
+    """What the capstone's recipe needs on a GPU, in small pieces and in large ones, and how long a
+    step takes.
+    """
     parts = []
     for data in files:
         for one in data["records"]:
@@ -193,7 +243,9 @@ def gpu_table(files: Sequence[dict]) -> str:
         for one in data["records"]:
             if data["environment"]["device"] == "cuda" and one["technique"] == "in 8 GiB":
                 sizes = one["sizes"]
-                trained = "; ".join(f"{v['name']}: {format_bytes(v['peak_bytes'])}" for v in one["variants"])
+                trained = "; ".join(
+                    f"{v['name']}: {format_bytes(v['peak_bytes'])}" for v in one["variants"]
+                )
                 tokens = f"{sizes['batch_size']} × {sizes['sequence_length']:,} tokens"
                 parts.append(f"In a budget of 8 GiB, {tokens} a step: {trained}.")
     return "\n\n".join(parts)
@@ -212,18 +264,21 @@ def _caption(data: dict) -> str:
     where = own["gpu"] or f"CPU, {threads} thread{'s' * (threads != '1')}"
     scales = sorted({one["scale"] for one in data["records"]})
     return (
-        f"**{where}{memory}** (torch {', '.join(all_of('torch'))}; scale {', '.join(scales) or '-'}; "
-        f"measured {' to '.join(dict.fromkeys((dates[0], dates[-1])))})"
+        f"**{where}{memory}** (torch {', '.join(all_of('torch'))}; scale"
+        f" {', '.join(scales) or '-'}; measured"
+        f" {' to '.join(dict.fromkeys((dates[0], dates[-1])))})"
     )
 
 
 def map_table(paths: Sequence[Path], base: Path, colab: str | None = None) -> str:
-    """The map of the notebooks as Markdown, from their titles and their metadata; links are relative to `base`.
+    """The map of the notebooks as Markdown, from their titles and their metadata; links are
+    relative to `base`.
 
-    With `colab`, the address at which Google Colab opens what lies in `base`, each notebook has a link to it there.
+    With `colab`, the address at which Google Colab opens what lies in `base`, each notebook has a
+    link to it there.
 
-    A notebook's metadata say `"memlab": {"minutes": 20, "needs": ["00"], "column": "activations"}`; what is needed is
-    a notebook (its number or its name), or words.
+    A notebook's metadata say `"memlab": {"minutes": 20, "needs": ["00"], "column": "activations"}`;
+    what is needed is a notebook (its number or its name), or words.
     """
     table = []
     for path in paths:
@@ -266,25 +321,40 @@ def _title(notebook: dict) -> str:
 
 
 def _markdown(table: list[dict[str, str]]) -> str:
-    """Rows as a Markdown table; columns of numbers, whose headings stand in the tuple, are set to the right."""
+    """Rows as a Markdown table; columns of numbers, whose headings stand in the tuple, are set to
+    the right.
+    """
     if not table:
         return ""
     right = (
-        "predicted", "measured", "residual", "× less", "seconds (spread)", "minutes", "peak before", "peak after", "× time",
-        "peak", "seconds a step",
-    )  # fmt: skip
+        "predicted",
+        "measured",
+        "residual",
+        "× less",
+        "seconds (spread)",
+        "minutes",
+        "peak before",
+        "peak after",
+        "× time",
+        "peak",
+        "seconds a step",
+    )
     lines = [list(table[0]), ["---:" if heading in right else "---" for heading in table[0]]]
-    lines += [[cell.replace("|", "\\|").replace("\n", " ") for cell in row.values()] for row in table]
+    lines += [
+        [cell.replace("|", "\\|").replace("\n", " ") for cell in row.values()] for row in table
+    ]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-# What is generated ---------------------------------------------------------------------------------------------------
+# What is generated --------------------------------------------------------------------------------
 
 
 def figure_of(paths: Sequence[Path], tag: str = "readme-figure") -> tuple[bytes, str] | None:
-    """One of README's figures: the picture that the cell with this tag shows in a notebook, and its words.
+    """One of README's figures: the picture that the cell with this tag shows in a notebook, and its
+    words.
 
-    It is the picture of the committed run, byte for byte: it cannot show anything that was not measured.
+    It is the picture of the committed run, byte for byte: it cannot show anything that was not
+    measured.
 
     Raises:
         ValueError: more than one cell has the tag.
@@ -293,21 +363,27 @@ def figure_of(paths: Sequence[Path], tag: str = "readme-figure") -> tuple[bytes,
     for path in paths:
         for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
             if tag in cell["metadata"].get("tags", ()):
-                shown = [one for one in cell.get("outputs", ()) if "image/png" in one.get("data", {})]
-                found += [(base64.b64decode(one["data"]["image/png"]), one["data"]["text/plain"]) for one in shown[:1]]
+                shown = [
+                    one for one in cell.get("outputs", ()) if "image/png" in one.get("data", {})
+                ]
+                found += [
+                    (base64.b64decode(one["data"]["image/png"]), one["data"]["text/plain"])
+                    for one in shown[:1]
+                ]
     if len(found) > 1:
         raise ValueError(f"more than one cell is tagged {tag}: README.md has one such figure")
     return (found[0][0], "".join(found[0][1])) if found else None
 
 
 def generate(root: Path, check: bool = False) -> list[str]:
-    """Write what is generated: the blocks of the documents and of the notebooks, and README's figures.
+    """Write what is generated: the blocks of the documents and of the notebooks, and README's
+    figures.
 
-    A block stands between `<!-- memlab:NAME:begin -->` and `<!-- memlab:NAME:end -->`, in a document (`DOCUMENTS` says
-    which have to have which) or in a Markdown cell of a notebook. The names: `gpu` (the capstone on a GPU), `map` (the
-    notebooks), `summary` (a row a notebook), `results` (everything that was measured), `claims` (the verdicts),
-    `cheatsheet` (a row a technique),
-    `figure` (README's first figure, with its alternative text).
+    A block stands between `<!-- memlab:NAME:begin -->` and `<!-- memlab:NAME:end -->`, in a
+    document (`DOCUMENTS` says which have to have which) or in a Markdown cell of a notebook. The
+    names: `gpu` (the capstone on a GPU), `map` (the notebooks), `summary` (a row a notebook),
+    `results` (everything that was measured), `claims` (the verdicts), `cheatsheet` (a row a
+    technique), `figure` (README's first figure, with its alternative text).
 
     Args:
         root: the checkout.
@@ -318,31 +394,48 @@ def generate(root: Path, check: bool = False) -> list[str]:
 
     Raises:
         FileNotFoundError: a document is not there.
-        ValueError: a results file is not valid, markers are missing, or a record is of a notebook that is not there.
+        ValueError: a results file is not valid, markers are missing, or a record is of a notebook
+            that is not there.
     """
     root = Path(root)
     paths, files = notebooks(root), load_all(root)
     for document in DOCUMENTS:
         if not (root / document).is_file():
-            raise FileNotFoundError(f"there is no {document} in {root}: the tables would have no place")
-    recorded = {one["notebook"] for data in files for one in [*data["records"], *data.get("claims", [])]}
+            raise FileNotFoundError(
+                f"there is no {document} in {root}: the tables would have no place"
+            )
+    recorded = {
+        one["notebook"] for data in files for one in [*data["records"], *data.get("claims", [])]
+    }
     if strangers := sorted(recorded - {path.stem for path in paths}):
-        raise ValueError(f"results/ has records of notebooks that are not there: {', '.join(map(repr, strangers))}")
+        raise ValueError(
+            "results/ has records of notebooks that are not there:"
+            f" {', '.join(map(repr, strangers))}"
+        )
     pictures = {tag: shown for tag in FIGURES if (shown := figure_of(paths, tag))}
     colab = _colab(root)
 
     def picture(tag: str, base: Path) -> str:
-        return f"![{pictures[tag][1]}]({_relative(root / FIGURES[tag], base)})" if tag in pictures else ""
+        return (
+            f"![{pictures[tag][1]}]({_relative(root / FIGURES[tag], base)})"
+            if tag in pictures
+            else ""
+        )
 
     def block(name: str, base: Path) -> str:
         if name == "results":
             return "\n\n".join(results_table(data) for data in files) or "Nothing is recorded yet."
         if name == "summary":
-            return "\n\n".join(summary_table(data, paths, base) for data in files) or "Nothing is recorded yet."
+            return (
+                "\n\n".join(summary_table(data, paths, base) for data in files)
+                or "Nothing is recorded yet."
+            )
         if name == "cheatsheet":
             return cheat_sheet(files[0], paths, base) if files else "Nothing is recorded yet."
         if name == "gpu":
-            return "\n\n".join(part for part in (picture("gpu-figure", base), gpu_table(files)) if part)
+            return "\n\n".join(
+                part for part in (picture("gpu-figure", base), gpu_table(files)) if part
+            )
         if name == "claims":
             return claims_table(files, paths, base) or "No claim is tested yet."
         if name == "map":
@@ -358,7 +451,9 @@ def generate(root: Path, check: bool = False) -> list[str]:
         name = path.relative_to(root).as_posix()
         new = fill(old, lambda block_name: block(block_name, path.parent), name)
         if new != old:
-            lines = difflib.unified_diff(old.splitlines(), new.splitlines(), name, "as generated", n=0, lineterm="")
+            lines = difflib.unified_diff(
+                old.splitlines(), new.splitlines(), name, "as generated", n=0, lineterm=""
+            )
             differences.append("\n".join(lines))
         return new
 
@@ -366,7 +461,9 @@ def generate(root: Path, check: bool = False) -> list[str]:
         old = (root / document).read_text(encoding="utf-8")
         for name in names:
             if f"<!-- memlab:{name}:begin -->" not in old:
-                raise ValueError(f"{document} has no <!-- memlab:{name}:begin --> and <!-- memlab:{name}:end -->")
+                raise ValueError(
+                    f"{document} has no <!-- memlab:{name}:begin --> and <!-- memlab:{name}:end -->"
+                )
         if (new := fill_in(root / document, old)) != old:
             writes[root / document] = new.encode()
     for path in paths:
@@ -376,7 +473,9 @@ def generate(root: Path, check: bool = False) -> list[str]:
             if cell["cell_type"] == "markdown" and (new := fill_in(path, old)) != old:
                 cell["source"] = new.splitlines(keepends=True)
                 # As nbformat writes it, so that a run in place changes no more than it has to.
-                writes[path] = (json.dumps(notebook, ensure_ascii=False, indent=1, sort_keys=True) + "\n").encode()
+                writes[path] = (
+                    json.dumps(notebook, ensure_ascii=False, indent=1, sort_keys=True) + "\n"
+                ).encode()
     for tag, (content, _) in pictures.items():
         path = root / FIGURES[tag]
         if not path.is_file() or path.read_bytes() != content:
@@ -390,12 +489,17 @@ def generate(root: Path, check: bool = False) -> list[str]:
 
 
 def _colab(root: Path) -> str | None:
-    """Where Google Colab opens the checkout's files: its public address is in pyproject.toml (None without one)."""
+    """Where Google Colab opens the checkout's files: its public address is in pyproject.toml (None
+    without one).
+    """
     file = root / "pyproject.toml"
     if not file.is_file():
         return None
     address = tomllib.loads(file.read_text(encoding="utf-8"))["project"]["urls"]["Repository"]
-    return address.replace("https://github.com/", "https://colab.research.google.com/github/") + "/blob/main"
+    return (
+        address.replace("https://github.com/", "https://colab.research.google.com/github/")
+        + "/blob/main"
+    )
 
 
 def fill(text: str, block: Callable[[str], str], place: str) -> str:
@@ -408,8 +512,8 @@ def fill(text: str, block: Callable[[str], str], place: str) -> str:
     found = pattern.findall(text)
     if 2 * len(found) != len(re.findall(r"<!-- memlab:\w+:(?:begin|end) -->", text)):
         raise ValueError(
-            f"{place}: a marker stands alone. A block begins with a line <!-- memlab:NAME:begin --> and ends with a "
-            f"line <!-- memlab:NAME:end -->"
+            f"{place}: a marker stands alone. A block begins with a line <!-- memlab:NAME:begin -->"
+            " and ends with a line <!-- memlab:NAME:end -->"
         )
 
     def replaced(match: re.Match) -> str:

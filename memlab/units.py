@@ -7,12 +7,14 @@ import re
 KiB, MiB, GiB, TiB = 2**10, 2**20, 2**30, 2**40
 
 _UNITS = {"b": 1, "": 1, "kib": KiB, "mib": MiB, "gib": GiB, "tib": TiB}
-# Decimal units are what disks and GPU boxes print. They are not what allocators count, so they are spelled apart.
+# Decimal units are what disks and GPU boxes print. They are not what allocators count, so they are
+# spelled apart.
 _UNITS |= {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 
 
 def parse_bytes(size: int | str) -> int:
-    """Read a size as a number of bytes: `"2 GiB"`, `"600 MiB"`, `"1.5 GB"` (decimal), or an int of bytes.
+    """Read a size as a number of bytes: `"2 GiB"`, `"600 MiB"`, `"1.5 GB"` (decimal), or an int of
+    bytes.
 
     Raises:
         ValueError: the text is not a size, or the size is not positive.
@@ -24,7 +26,9 @@ def parse_bytes(size: int | str) -> int:
     else:
         match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", size)
         if not match or match[2].lower() not in _UNITS:
-            raise ValueError(f'{size!r} is not a size. Write it as "600 MiB", "2 GiB" or a number of bytes')
+            raise ValueError(
+                f'{size!r} is not a size. Write it as "600 MiB", "2 GiB" or a number of bytes'
+            )
         number = int(float(match[1]) * _UNITS[match[2].lower()])
     if number <= 0:
         raise ValueError(f"a size has to be more than zero bytes, not {size!r}")
@@ -32,7 +36,9 @@ def parse_bytes(size: int | str) -> int:
 
 
 def format_bytes(count: int | None) -> str:
-    """Write a number of bytes for people, in units of 2^10: `412.00 MiB`. `None` (not measured) is written `-`."""
+    """Write a number of bytes for people, in units of 2^10: `412.00 MiB`. `None` (not measured) is
+    written `-`.
+    """
     if count is None:
         return "-"
     for unit, name in ((TiB, "TiB"), (GiB, "GiB"), (MiB, "MiB"), (KiB, "KiB")):

@@ -10,11 +10,14 @@ import ipywidgets
 from memlab.figures import Drawing
 
 
-def knob(pictures: Mapping[object, Drawing], description: str, start: object | None = None) -> ipywidgets.VBox:
+def knob(
+    pictures: Mapping[object, Drawing], description: str, start: object | None = None
+) -> ipywidgets.VBox:
     """A slider over the keys of `pictures` that shows the figure belonging to the chosen one.
 
-    The figures are drawn once, now; moving the slider only changes which PNG is shown, so it answers at once in
-    JupyterLab and in Colab. A notebook read on the web does not run widgets: set a static figure beside it.
+    The figures are drawn once, now; moving the slider only changes which PNG is shown, so it
+    answers at once in JupyterLab and in Colab. A notebook read on the web does not run widgets: set
+    a static figure beside it.
 
     Args:
         pictures: value → figure, in the slider's order.

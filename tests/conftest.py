@@ -1,7 +1,9 @@
-"""What all tests have in common: fixed seeds, no network, no window, GPU tests only where there is a GPU.
+"""What all tests have in common: fixed seeds, no network, no window, GPU tests only where there is
+a GPU.
 
-All others are tests of the CPU, also on a machine with a GPU: they count on the CPU's default device, scale and bytes.
-So a GPU is hidden from them, and seen only where the GPU's tests are asked for (`make test-gpu`).
+All others are tests of the CPU, also on a machine with a GPU: they count on the CPU's default
+device, scale and bytes. So a GPU is hidden from them, and seen only where the GPU's tests are asked
+for (`make test-gpu`).
 """
 
 import os

@@ -1,4 +1,5 @@
-"""A notebook in a real browser: JupyterLab opens it and runs it, a slider is moved, and the figure follows.
+"""A notebook in a real browser: JupyterLab opens it and runs it, a slider is moved, and the figure
+follows.
 
 This is the one thing that nbval cannot see: a widget lives in the page.
 """
@@ -18,7 +19,9 @@ import nbformat
 import pytest
 from PIL import Image
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 NOTEBOOK = Path(__file__).resolve().parents[1] / "notebooks" / "00_measuring_memory.ipynb"
 
 # Seconds. Generous: what is tested is that it happens, not how fast.
@@ -29,12 +32,15 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here (apt-get install chromium)"),
 ]
 
-# Runs every cell of the notebook in front through JupyterLab's own commands (a click in the menu can be lost),
-# and returns what its cells show: execution count, and whether there is an error that the notebook does not expect.
+# Runs every cell of the notebook in front through JupyterLab's own commands (a click in the menu
+# can be lost), and returns what its cells show: execution count, and whether there is an error that
+# the notebook does not expect.
 RUN_ALL = """async (timeout) => {
     const lab = window.jupyterapp;
     await lab.restored;
-    while (!lab.shell.currentWidget?.sessionContext) await new Promise((done) => setTimeout(done, 100));
+    while (!lab.shell.currentWidget?.sessionContext) {
+        await new Promise((done) => setTimeout(done, 100));
+    }
     const panel = lab.shell.currentWidget;
     await panel.sessionContext.ready;
     const late = new Error("the notebook did not end in time");
@@ -44,7 +50,8 @@ RUN_ALL = """async (timeout) => {
     ]);
     const kernel = panel.sessionContext.session.kernel;
     while (kernel.status !== "idle") await new Promise((done) => setTimeout(done, 100));
-    return panel.content.model.toJSON().cells.filter((cell) => cell.cell_type === "code").map((cell) => ({
+    const cells = panel.content.model.toJSON().cells.filter((cell) => cell.cell_type === "code");
+    return cells.map((cell) => ({
         source: [].concat(cell.source).join(""),
         count: cell.execution_count,
         error: cell.outputs.some((output) => output.output_type === "error")
@@ -52,7 +59,8 @@ RUN_ALL = """async (timeout) => {
     }));
 }"""
 
-# The bytes of a picture as the page shows it (a widget's picture is a blob: that only the page can read).
+# The bytes of a picture as the page shows it (a widget's picture is a blob: that only the page can
+# read).
 PICTURE = """async (image) => {
     const bytes = new Uint8Array(await (await fetch(image.src)).arrayBuffer());
     return Array.from(bytes, (byte) => String.fromCharCode(byte)).join("");
@@ -84,7 +92,9 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def lab(folder, tmp_path_factory):
-    """Starts JupyterLab in `folder`, with no settings of the person who runs the test; gives its address."""
+    """Starts JupyterLab in `folder`, with no settings of the person who runs the test; gives its
+    address.
+    """
     pytest.importorskip("jupyterlab", reason="JupyterLab is not installed")
     own = tmp_path_factory.mktemp("jupyter")
     kinds = (
@@ -97,7 +107,11 @@ def lab(folder, tmp_path_factory):
     environment = {**os.environ, **{f"{kind}_DIR": str(own / kind.lower()) for kind in kinds}}
     # Every cell is in the page, whether it is scrolled to or not.
     settings = (
-        own / "jupyterlab_settings" / "@jupyterlab" / "notebook-extension" / "tracker.jupyterlab-settings"
+        own
+        / "jupyterlab_settings"
+        / "@jupyterlab"
+        / "notebook-extension"
+        / "tracker.jupyterlab-settings"
     )
     settings.parent.mkdir(parents=True)
     settings.write_text('{"windowingMode": "none"}')
@@ -115,10 +129,17 @@ def lab(folder, tmp_path_factory):
             "--ip=127.0.0.1",
             f"--port={port}",
         ),
-        *("--ServerApp.port_retries=0", f"--ServerApp.root_dir={folder}", "--IdentityProvider.token="),
+        *(
+            "--ServerApp.port_retries=0",
+            f"--ServerApp.root_dir={folder}",
+            "--IdentityProvider.token=",
+        ),
         "--LabApp.expose_app_in_browser=True",
         # No question in the page, whether news may be fetched, over what is tested.
-        *("--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"),
+        *(
+            "--LabApp.news_url=None",
+            "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
+        ),
     ]
     log = own / "lab.log"
     with log.open("w") as file:

@@ -1,4 +1,6 @@
-"""`budget`: a small device out of a large one. It raises where that device would, and says what to try."""
+"""`budget`: a small device out of a large one. It raises where that device would, and says what to
+try.
+"""
 
 import gc
 import threading
@@ -27,7 +29,9 @@ LAYER = WEIGHT + WIDTH * FLOAT
 
 @pytest.fixture(autouse=True, scope="module")
 def _quick():
-    """Small tensors gain nothing from threads; and of Python's live objects, only those made here need be asked."""
+    """Small tensors gain nothing from threads; and of Python's live objects, only those made here
+    need be asked.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     gc.collect()
@@ -53,7 +57,9 @@ def _everything_is_off_afterwards():
 
 
 def mlp(layers: int = 3) -> nn.Sequential:
-    return nn.Sequential(*[part for _ in range(layers) for part in (nn.Linear(WIDTH, WIDTH), nn.Tanh())])
+    return nn.Sequential(
+        *[part for _ in range(layers) for part in (nn.Linear(WIDTH, WIDTH), nn.Tanh())]
+    )
 
 
 def out_of_memory(size, run) -> torch.OutOfMemoryError:
@@ -63,7 +69,7 @@ def out_of_memory(size, run) -> torch.OutOfMemoryError:
     return caught.value
 
 
-# It raises near the allocation that passes it -------------------------------------------------------------------------
+# It raises near the allocation that passes it -----------------------------------------------------
 
 
 def test_in_the_forward_it_names_the_module():
@@ -74,7 +80,10 @@ def test_in_the_forward_it_names_the_module():
         model(torch.randn(2048, WIDTH)).mean().backward()
 
     error = out_of_memory(8 * MiB, run)
-    assert "the budget is 8.00 MiB. aten.tanh in 3 asked for 2.00 MiB while 6.75 MiB were alive" in str(error)
+    assert (
+        "the budget is 8.00 MiB. aten.tanh in 3 asked for 2.00 MiB while 6.75 MiB were alive"
+        in str(error)
+    )
     assert error.columns["activations"] == 2 * 2 * MiB + 2 * MiB
     assert error.columns["batch"] == 2 * MiB
     assert error.columns["parameters"] == 3 * LAYER
@@ -95,7 +104,9 @@ def test_in_the_backward_it_names_the_module_whose_backward_it_is():
     assert "The largest column is parameters" in str(error)
 
 
-@pytest.mark.parametrize("options", [{"foreach": False}, {"foreach": True}, {"fused": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"foreach": False}, {"foreach": True}, {"fused": True}], ids=str
+)
 def test_in_the_optimizer_it_names_the_optimizer(options):
     def run():
         model = mlp()
@@ -110,7 +121,9 @@ def test_in_the_optimizer_it_names_the_optimizer(options):
 
 
 def test_in_a_recomputation_it_names_the_module():
-    """Two layers with 1 MiB outputs: their forward fits. In backward, it comes on top of gradients and input."""
+    """Two layers with 1 MiB outputs: their forward fits. In backward, it comes on top of gradients
+    and input.
+    """
     ran = []
 
     def run():
@@ -186,7 +199,9 @@ def test_however_a_tensor_grows(grow):
 
 
 def test_a_storage_that_is_resized_counts_by_what_it_is_now():
-    """FSDP frees a gathered parameter by resizing its storage to zero, and gathers it into the same one."""
+    """FSDP frees a gathered parameter by resizing its storage to zero, and gathers it into the same
+    one.
+    """
     with budget(bytes_alive(CPU) + 6 * MiB, device="cpu") as limit:
         before = limit.alive()
         held = torch.ones(1024, 1024)
@@ -217,7 +232,7 @@ def test_compiled_and_fake_tensors_are_none_of_its_business():
         assert torch.ones(4096, 4096, device="meta").sum().shape == ()
 
 
-# The message ----------------------------------------------------------------------------------------------------------
+# The message --------------------------------------------------------------------------------------
 
 
 def test_every_column_has_an_advice_and_the_message_gives_the_largest():
@@ -228,7 +243,9 @@ def test_every_column_has_an_advice_and_the_message_gives_the_largest():
         columns = dict.fromkeys(COLUMNS, 1) | {column: 3 * MiB}
         error = message_of(2 * MiB, "aten.mm in block.3 asked for 1.00 MiB", columns)
         assert isinstance(error, torch.OutOfMemoryError)
-        assert str(error).startswith("out of memory: the budget is 2.00 MiB. aten.mm in block.3 asked for 1.00 MiB.")
+        assert str(error).startswith(
+            "out of memory: the budget is 2.00 MiB. aten.mm in block.3 asked for 1.00 MiB."
+        )
         assert f"{column} 3.00 MiB" in str(error)
         assert f"The largest column is {column}. Try {ADVICE[column]}." in str(error)
         assert error.columns == columns
@@ -240,7 +257,7 @@ def test_the_columns_of_the_error_sum_to_what_was_alive_and_asked_for():
     assert sum(error.columns.values()) == alive + asked
 
 
-# With the meter -------------------------------------------------------------------------------------------------------
+# With the meter -----------------------------------------------------------------------------------
 
 
 def training():
@@ -259,18 +276,29 @@ def training():
 
 
 def convolution():
-    """oneDNN reorders inside its operators: memory that no tensor owns, which a budget on the CPU cannot see live."""
+    """oneDNN reorders inside its operators: memory that no tensor owns, which a budget on the CPU
+    cannot see live.
+    """
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2, padding=1),
-        nn.BatchNorm2d(32), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10),
-    )  # fmt: skip
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, stride=2, padding=1),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(32, 10),
+    )
     images = torch.randn(16, 3, 32, 32)
     return lambda: model(images).mean().backward()
 
 
 def test_a_budget_that_is_kept_changes_no_byte():
-    """But for wrapped Python numbers, of 8 bytes each, which a dispatch mode holds a little longer."""
+    """But for wrapped Python numbers, of 8 bytes each, which a dispatch mode holds a
+    little longer.
+    """
     for build in (training, convolution):
         free = measure(build)
         with budget("1 GiB", device="cpu"):
@@ -282,11 +310,15 @@ def test_a_budget_that_is_kept_changes_no_byte():
 
 
 def test_what_operators_take_for_themselves_is_caught_when_it_is_measured():
-    """No operator's result passes this budget; what is inside one does. Alone the budget is the milder."""
+    """No operator's result passes this budget; what is inside one does. Alone the budget is the
+    milder.
+    """
     peak = measure(convolution).peak_bytes
     with budget(bytes_alive(CPU) + peak - 1, device="cpu"):
         convolution()()
-    with pytest.raises(torch.OutOfMemoryError, match="aten::.* in .*: .* at the measured peak") as caught:
+    with pytest.raises(
+        torch.OutOfMemoryError, match="aten::.* in .*: .* at the measured peak"
+    ) as caught:
         with budget(bytes_alive(CPU) + peak - 1, device="cpu"):
             measure(convolution)
     assert sum(caught.value.columns.values()) == peak
@@ -322,7 +354,7 @@ def test_a_watch_inside_a_budget():
     assert w.measurement.columns["parameters"] == 3 * LAYER
 
 
-# One after the other --------------------------------------------------------------------------------------------------
+# One after the other ------------------------------------------------------------------------------
 
 
 def test_a_sequence_of_budgets():
@@ -337,7 +369,9 @@ def test_a_sequence_of_budgets():
 
 def test_budgets_do_not_nest_and_the_outer_one_goes_on():
     with budget(bytes_alive(CPU) + 4 * MiB, device="cpu") as outer:
-        with pytest.raises(RuntimeError, match="a budget of .* is in force already, and budgets do not nest"):
+        with pytest.raises(
+            RuntimeError, match="a budget of .* is in force already, and budgets do not nest"
+        ):
             with budget("1 GiB", device="cpu"):
                 pass
         assert active_budget() is outer
@@ -371,10 +405,18 @@ def test_a_long_training_under_a_budget_does_not_pile_up_notes():
     with budget("1 GiB", device="cpu") as limit:
         step()
         step()
-        few = len(limit._observer.latest) + len(limit._observer.spans) + len(limit._observer.observations)
+        few = (
+            len(limit._observer.latest)
+            + len(limit._observer.spans)
+            + len(limit._observer.observations)
+        )
         for _ in range(50):
             step()
-        many = len(limit._observer.latest) + len(limit._observer.spans) + len(limit._observer.observations)
+        many = (
+            len(limit._observer.latest)
+            + len(limit._observer.spans)
+            + len(limit._observer.observations)
+        )
     assert many < 3 * few
 
 
@@ -398,7 +440,7 @@ def test_what_another_thread_frees_is_seen():
         assert limit.alive() == before
 
 
-# Bad input ------------------------------------------------------------------------------------------------------------
+# Bad input ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", ["2 gigs", "", "GiB", None, True, 2.5, 0, -1, "0 MiB"])
@@ -410,13 +452,18 @@ def test_a_size_that_is_none_is_refused(size):
 
 def test_a_budget_below_what_is_alive_already_is_refused():
     held = torch.ones(1024, 1024)
-    with pytest.raises(ValueError, match="a budget of 1.00 MiB is below what is alive already: .*Delete what is not needed"):
+    with pytest.raises(
+        ValueError,
+        match="a budget of 1.00 MiB is below what is alive already: .*Delete what is not needed",
+    ):
         with budget("1 MiB", device="cpu"):
             pytest.fail("the budget was accepted")
     del held
 
 
-@pytest.mark.parametrize("device, message", [("meta", "has no memory"), ("mps", "no meter"), ("tpu9", "is not a device")])
+@pytest.mark.parametrize(
+    "device, message", [("meta", "has no memory"), ("mps", "no meter"), ("tpu9", "is not a device")]
+)
 def test_a_device_without_a_meter_is_refused(device, message):
     with pytest.raises(ValueError, match=message):
         with budget("1 GiB", device=device):
@@ -446,7 +493,9 @@ def test_bytes_alive_is_what_tensors_hold():
 
 
 def test_the_module_of_a_backward_is_known_by_public_hooks_alone():
-    """`Node.register_prehook` and `Node.metadata`: without them the message would say "outside any module"."""
+    """`Node.register_prehook` and `Node.metadata`: without them the message would say "outside any
+    module".
+    """
     output = nn.Linear(2, 2)(torch.ones(1, 2))
     assert isinstance(output.grad_fn.metadata, dict)
     reached = []

@@ -1,4 +1,6 @@
-"""The loop of notebook 11, as it stands in its cells: each line alone, each rung, and everything without one line."""
+"""The loop of notebook 11, as it stands in its cells: each line alone, each rung, and everything
+without one line.
+"""
 
 import json
 from pathlib import Path
@@ -11,15 +13,30 @@ from memlab.workloads import gpt
 
 NOTEBOOK = Path(__file__).resolve().parents[1] / "notebooks" / "11_capstone.ipynb"
 LINES = (
-    "SDPA", "BF16 autocast", "fused loss", "checkpoints", "fused AdamW", "BF16 weights", "8-bit AdamW", "micro-batches",
-    "optimizer in backward", "tied, in tiles", "activations far", "state far", "lean start", "blocks far", "embedding far",
-)  # fmt: skip
+    "SDPA",
+    "BF16 autocast",
+    "fused loss",
+    "checkpoints",
+    "fused AdamW",
+    "BF16 weights",
+    "8-bit AdamW",
+    "micro-batches",
+    "optimizer in backward",
+    "tied, in tiles",
+    "activations far",
+    "state far",
+    "lean start",
+    "blocks far",
+    "embedding far",
+)
 APPROXIMATE = {"BF16 autocast", "BF16 weights", "8-bit AdamW"}
 
 
 @pytest.fixture(scope="module")
 def notebook():
-    """The names that the cells define which need no measurement: the loop, the ladder and its formulas."""
+    """The names that the cells define which need no measurement: the loop, the ladder and its
+    formulas.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     names = {"__name__": "notebook"}
@@ -56,7 +73,9 @@ def test_the_ladder_has_the_lines_that_are_tested_here(notebook):
 
 
 def check(notebook, setting, naive, lines):
-    """The gradients of the first step are the naive loop's, or as far off as 16 bits make them; and it goes on learning."""
+    """The gradients of the first step are the naive loop's, or as far off as 16 bits make them; and
+    it goes on learning.
+    """
     build = notebook["training"](*lines, setting=setting)
     difference = proof.gradient_difference(naive, proof.first_step(build))
     assert difference < (0.1 if {"BF16 autocast", "BF16 weights"} & set(lines) else 2e-5), lines
@@ -87,18 +106,30 @@ def combinations():
     """The rungs; and, all on the device, the exact lines with one approximate line."""
     near = [name for name in LINES if not name.endswith("far") and name != "lean start"]
     rungs = [LINES[:number] for number in range(len(LINES) + 1)]
-    return rungs + [tuple(name for name in near if name not in APPROXIMATE or name == one) for one in APPROXIMATE]
+    return rungs + [
+        tuple(name for name in near if name not in APPROXIMATE or name == one)
+        for one in APPROXIMATE
+    ]
 
 
-@pytest.mark.parametrize("lines", combinations(), ids=lambda lines: f"{len(lines)} to {lines[-1]}" if lines else "naive")
+@pytest.mark.parametrize(
+    "lines", combinations(), ids=lambda lines: f"{len(lines)} to {lines[-1]}" if lines else "naive"
+)
 def test_the_peak_is_what_the_formula_says(notebook, lines):
-    """On the notebook's own model. What an operator takes for itself depends on the machine, and shows in small peaks."""
+    """On the notebook's own model. What an operator takes for itself depends on the machine, and
+    shows in small peaks.
+    """
     peak, expected = measure(notebook["training"](*lines)).peak_bytes, notebook["predict"](lines)[1]
     assert abs(peak - expected) < 0.05 * expected + 2**18
 
 
 def test_larger_pieces_give_the_same_gradients(notebook, setting, naive):
     larger = notebook["Setting"](
-        config=setting.config, batch_size=3, sequence_length=32, micro_batch_size=2, tile_words=256, slice_size=2**17
+        config=setting.config,
+        batch_size=3,
+        sequence_length=32,
+        micro_batch_size=2,
+        tile_words=256,
+        slice_size=2**17,
     )
     check(notebook, larger, naive, LINES)

@@ -28,7 +28,7 @@ def made(phase="backward", seconds=None, losses=None, reserved=None, device=None
     peak = sum(columns.values())
     return Measurement(
         peak, columns, phase, Ledger([]), {"device": "cpu"}, reserved, device, (), seconds, losses
-    )  # fmt: skip
+    )
 
 
 BEFORE = made(parameters=10 * MiB, activations=90 * MiB)
@@ -56,7 +56,10 @@ def run(batch):
 
 @pytest.fixture(scope="module")
 def real():
-    return [measure(run(batch), device="cpu", repeats=repeats) for batch, repeats in ((512, 2), (128, 2))]
+    return [
+        measure(run(batch), device="cpu", repeats=repeats)
+        for batch, repeats in ((512, 2), (128, 2))
+    ]
 
 
 def test_two_real_runs(real):
@@ -80,15 +83,33 @@ def test_two_real_runs(real):
 def test_the_table_leaves_out_what_says_nothing():
     frame = compare(BEFORE, AFTER).to_frame()
     assert list(frame) == [
-        "measured MiB", "× less", "peak in", "parameters MiB", "activations MiB", "temporaries MiB"
-    ]  # fmt: skip
+        "measured MiB",
+        "× less",
+        "peak in",
+        "parameters MiB",
+        "activations MiB",
+        "temporaries MiB",
+    ]
     assert frame["× less"].tolist() == [1.0, 4.0]
     assert "× less" not in compare(BEFORE).to_frame()
     # What one variant has stays, and the others have none: never a 0 that nobody measured.
-    gpu = made(parameters=MiB, reserved=2 * MiB, device=3 * MiB, seconds=Seconds(0.5, 0.1, 3), losses=(3.0, 2.0))
+    gpu = made(
+        parameters=MiB,
+        reserved=2 * MiB,
+        device=3 * MiB,
+        seconds=Seconds(0.5, 0.1, 3),
+        losses=(3.0, 2.0),
+    )
     frame = compare(BEFORE, gpu, predicted=MiB).to_frame()
-    for column, value in (("reserved MiB", 2), ("device MiB", 3), ("s a step", 0.5), ("± s", 0.1), ("last loss", 2),
-                          ("predicted MiB", 1), ("residual %", 0)):  # fmt: skip
+    for column, value in (
+        ("reserved MiB", 2),
+        ("device MiB", 3),
+        ("s a step", 0.5),
+        ("± s", 0.1),
+        ("last loss", 2),
+        ("predicted MiB", 1),
+        ("residual %", 0),
+    ):
         assert pd.isna(frame.loc["before", column]), column
         assert frame.loc["after", column] == value, column
     # Without a time of the baseline there is nothing to be faster than.
@@ -98,10 +119,20 @@ def test_the_table_leaves_out_what_says_nothing():
 def test_it_prints_as_text_and_as_html():
     compared = compare(BEFORE, AFTER, names=["a <b>", "after"], predicted=[None, 24 * MiB])
     for shown in (str(compared), repr(compared)):
-        assert "+4.17" in shown and "25.00" in shown and "nan" not in shown.lower() and "None" not in shown
+        assert (
+            "+4.17" in shown
+            and "25.00" in shown
+            and "nan" not in shown.lower()
+            and "None" not in shown
+        )
         assert shown.endswith(compared.verdict)
     page = compared._repr_html_()
-    assert "<table" in page and compared.verdict in page and "a <b>" not in page and "a &lt;b&gt;" in page
+    assert (
+        "<table" in page
+        and compared.verdict in page
+        and "a <b>" not in page
+        and "a &lt;b&gt;" in page
+    )
 
 
 @pytest.mark.parametrize(
@@ -112,7 +143,10 @@ def test_it_prints_as_text_and_as_html():
         ((BEFORE, AFTER, BEFORE), "Peak unchanged at 100.00 MiB"),
         (
             (BEFORE, made("optimizer", parameters=10 * MiB, optimizer_state=40 * MiB)),
-            "Peak 100.00 MiB → 50.00 MiB (2.00× less): activations −90.00 MiB, the peak is now in optimizer",
+            (
+                "Peak 100.00 MiB → 50.00 MiB (2.00× less): activations −90.00 MiB, the peak is now"
+                " in optimizer"
+            ),
         ),
         # What grew most is not what made the peak fall.
         (
@@ -128,7 +162,7 @@ def test_it_prints_as_text_and_as_html():
             "Peak 100.00 MiB → 100.00 MiB (12 B less): batch −12 B",
         ),
     ],
-)  # fmt: skip
+)
 def test_the_verdict_says_what_happened(runs, verdict):
     assert compare(*runs).verdict == verdict
 
@@ -158,7 +192,11 @@ def test_names():
         ((BEFORE, AFTER), {"names": "xy"}, "2 measurements need 2 names, not 1"),
         ((BEFORE, AFTER), {"names": ["x", "x"]}, "a name of its own"),
         ((BEFORE, AFTER), {"predicted": [1, 2, 3]}, "2 measurements need 2 predictions, not 3"),
-        ((BEFORE, AFTER), {"predicted": 0}, "prediction for 'after' has to be a positive whole number of bytes, not 0"),
+        (
+            (BEFORE, AFTER),
+            {"predicted": 0},
+            "prediction for 'after' has to be a positive whole number of bytes, not 0",
+        ),
         ((BEFORE, AFTER), {"predicted": [-1, None]}, "prediction for 'before' .* not -1"),
         ((BEFORE, AFTER), {"predicted": 0.5 * MiB}, "prediction for 'after' .* not 524288.0"),
         ((BEFORE, AFTER), {"predicted": [True, None]}, "prediction for 'before' .* not True"),

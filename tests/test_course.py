@@ -30,18 +30,46 @@ def save(path, *cells, **metadata):
 def made_record(notebook, technique="x", peak=1000, **more):
     """A record of one variant, and the line that `results.record` would append for it."""
     variant = dict.fromkeys(
-        ("name", "predicted_bytes", "peak_bytes", "columns", "phase", "reserved_bytes", "device_bytes", "seconds",
-         "tokens_per_second", "loss", "max_gradient_difference")
-    )  # fmt: skip
+        (
+            "name",
+            "predicted_bytes",
+            "peak_bytes",
+            "columns",
+            "phase",
+            "reserved_bytes",
+            "device_bytes",
+            "seconds",
+            "tokens_per_second",
+            "loss",
+            "max_gradient_difference",
+        )
+    )
     columns = dict.fromkeys(COLUMNS, 0) | {"parameters": peak}
-    variant |= {"name": "before", "peak_bytes": peak, "columns": columns, "phase": "forward", **more}
-    return {"notebook": notebook, "technique": technique, "scale": "cpu", "sizes": {"layers": 2}, "variants": [variant]}
+    variant |= {
+        "name": "before",
+        "peak_bytes": peak,
+        "columns": columns,
+        "phase": "forward",
+        **more,
+    }
+    return {
+        "notebook": notebook,
+        "technique": technique,
+        "scale": "cpu",
+        "sizes": {"layers": 2},
+        "variants": [variant],
+    }
 
 
 def recording(notebook, **more):
     """A cell that records without importing memlab, which is what takes the time."""
-    line = json.dumps({"environment": {"device": "cpu", "threads": 2}, "record": made_record(notebook, **more)})
-    return code(f"import os\nwith open(os.environ['MEMLAB_RECORDS'], 'a') as file:\n    file.write({line + chr(10)!r})")
+    line = json.dumps(
+        {"environment": {"device": "cpu", "threads": 2}, "record": made_record(notebook, **more)}
+    )
+    return code(
+        "import os\nwith open(os.environ['MEMLAB_RECORDS'], 'a') as file:\n   "
+        f" file.write({line + chr(10)!r})"
+    )
 
 
 @pytest.fixture
@@ -59,10 +87,14 @@ def contents(root, *, besides):
 
 def outputs(path):
     cells = nbformat.read(path, as_version=4).cells
-    return ["".join(o.get("text", "") for o in cell.outputs) for cell in cells if cell.cell_type == "code"]
+    return [
+        "".join(o.get("text", "") for o in cell.outputs)
+        for cell in cells
+        if cell.cell_type == "code"
+    ]
 
 
-# Running -------------------------------------------------------------------------------------------------------------
+# Running ------------------------------------------------------------------------------------------
 
 REAL = """
 import torch
@@ -72,7 +104,8 @@ from memlab.results import record
 def build():
     kept = torch.zeros(1000)
     return lambda: torch.zeros(2000) is kept
-record(compare(measure(build, device="cpu")), notebook="00_real", technique="real", sizes={"numbers": 1000})
+compared = compare(measure(build, device="cpu"))
+record(compared, notebook="00_real", technique="real", sizes={"numbers": 1000})
 """
 
 
@@ -80,10 +113,17 @@ def test_a_failing_notebook_does_not_stop_the_others(root, capsys):
     folder = root / "notebooks"
     (folder / "local.py").write_text("value = 7\n")
     paths = [
-        save(folder / "00_real.ipynb", code(REAL), kernelspec={"name": "no-such-kernel", "display_name": "x"}),
         save(
-            folder / "01_fails.ipynb", code("print('before')"), recording("01_fails"),
-            code("1 / 0"), code("print('after')"),
+            folder / "00_real.ipynb",
+            code(REAL),
+            kernelspec={"name": "no-such-kernel", "display_name": "x"},
+        ),
+        save(
+            folder / "01_fails.ipynb",
+            code("print('before')"),
+            recording("01_fails"),
+            code("1 / 0"),
+            code("print('after')"),
         ),
         save(
             folder / "electives" / "12_y.ipynb",
@@ -92,7 +132,7 @@ def test_a_failing_notebook_does_not_stop_the_others(root, capsys):
             code("sys.path.insert(0, '..')\nimport local\nprint(local.value)"),
             recording("12_y"),
         ),
-    ]  # fmt: skip
+    ]
     before = contents(root, besides=root / "build")
     outcomes = course.run(paths, root=root)
 
@@ -118,7 +158,10 @@ def test_a_failing_notebook_does_not_stop_the_others(root, capsys):
     assert data["environment"]["device"] == "cpu"
 
     printed = capsys.readouterr().out
-    assert "01_fails" in printed and "FAILED in cell [3]: ZeroDivisionError: division by zero" in printed
+    assert (
+        "01_fails" in printed
+        and "FAILED in cell [3]: ZeroDivisionError: division by zero" in printed
+    )
     assert printed.count(" s  ok\n") == 2
     assert course.summary(outcomes).splitlines()[1:] == [
         "  01_fails.ipynb, cell [3]: ZeroDivisionError: division by zero",
@@ -127,13 +170,24 @@ def test_a_failing_notebook_does_not_stop_the_others(root, capsys):
 
     # A second run starts afresh: what it did not run is not in its file.
     course.run(paths[2:], root=root)
-    assert [one["notebook"] for one in results.load(root / "build/results/cpu.json")["records"]] == ["12_y"]
+    assert [
+        one["notebook"] for one in results.load(root / "build/results/cpu.json")["records"]
+    ] == ["12_y"]
 
 
 def test_in_place_writes_notebooks_and_records(root):
     folder = root / "notebooks"
-    path = save(folder / "03_x.ipynb", code("print('hello')"), recording("03_x", peak=2000), memlab={"minutes": 5})
-    bad = save(folder / "04_bad.ipynb", recording("04_bad", peak=2000), code("raise ValueError('no\\nmore')"))
+    path = save(
+        folder / "03_x.ipynb",
+        code("print('hello')"),
+        recording("03_x", peak=2000),
+        memlab={"minutes": 5},
+    )
+    bad = save(
+        folder / "04_bad.ipynb",
+        recording("04_bad", peak=2000),
+        code("raise ValueError('no\\nmore')"),
+    )
     cell = nbformat.read(path, as_version=4)
     cell.metadata["widgets"] = {"state": 1}
     cell.cells[1].metadata["execution"] = {"iopub.execute_input": "2026"}
@@ -212,7 +266,10 @@ def test_control_c_ends_the_whole_run(root):
     if threading.current_thread() is not threading.main_thread():
         pytest.skip("signals arrive in the main thread, and this is another")
     folder = root / "notebooks"
-    first = save(folder / "00_a.ipynb", code("import os, signal, time\nos.kill(os.getppid(), signal.SIGINT)\ntime.sleep(60)"))
+    first = save(
+        folder / "00_a.ipynb",
+        code("import os, signal, time\nos.kill(os.getppid(), signal.SIGINT)\ntime.sleep(60)"),
+    )
     second = save(folder / "01_b.ipynb", code("open('ran', 'w')"))
     before = contents(root, besides=root / "build")
     with pytest.raises(KeyboardInterrupt):
@@ -250,12 +307,14 @@ def test_what_a_cell_prints_is_shown_beside_the_bar(root, monkeypatch):
     assert outputs(outcome.copy) == ["first line\nrung 3 of 14\n", f" \n{'x' * 200}\n"]
 
 
-# A part of a notebook ------------------------------------------------------------------------------------------------
+# A part of a notebook -----------------------------------------------------------------------------
 
 
 @pytest.fixture
 def tagged(root):
-    """A notebook with three tagged cells of code; of the others one would fail, and one would record."""
+    """A notebook with three tagged cells of code; of the others one would fail, and one would
+    record.
+    """
     return save(
         root / "notebooks" / "03_x.ipynb",
         code("1 / 0", "exercise"),
@@ -276,7 +335,9 @@ def test_only_the_tagged_cells_run_and_the_notebook_stays_as_it_is(root, tagged,
     assert outcome.copy == root / "build/notebooks/03_x.ipynb"
     assert outputs(outcome.copy) == ["first\n", "first second\n", ""]
     file = Path("results/cpu.json") if in_place else Path("build/results/cpu.json")
-    assert [one["variants"][0]["peak_bytes"] for one in results.load(root / file)["records"]] == [3000]
+    assert [one["variants"][0]["peak_bytes"] for one in results.load(root / file)["records"]] == [
+        3000
+    ]
     after = contents(root, besides=root / "build")
     assert (after.pop(Path("results/cpu.json"), None) is not None) == in_place
     assert after == before
@@ -300,17 +361,27 @@ def test_a_notebook_without_the_tag_is_told_and_does_not_stop_the_others(root, t
     before = plain.read_bytes()
     for in_place in (False, True):
         without, other = course.run([plain, tagged], root=root, cells="large", in_place=in_place)
-        assert (without.failed, without.error, without.cell) == (True, "no code cell has the tag 'large'", None)
+        assert (without.failed, without.error, without.cell) == (
+            True,
+            "no code cell has the tag 'large'",
+            None,
+        )
         assert without.copy is None and not other.failed
     assert plain.read_bytes() == before
     assert "01_plain" in capsys.readouterr().out
-    assert course.summary([without]).splitlines()[1:] == ["  01_plain.ipynb: no code cell has the tag 'large'"]
+    assert course.summary([without]).splitlines()[1:] == [
+        "  01_plain.ipynb: no code cell has the tag 'large'"
+    ]
 
 
 def test_the_bar_counts_the_tagged_cells_only(root, tagged, monkeypatch):
     terminal = at_a_terminal(monkeypatch)
     course.run([tagged], root=root, cells="large")
-    assert "0/3" in terminal.getvalue() and "03_x [3]" in terminal.getvalue() and "/6" not in terminal.getvalue()
+    assert (
+        "0/3" in terminal.getvalue()
+        and "03_x [3]" in terminal.getvalue()
+        and "/6" not in terminal.getvalue()
+    )
 
 
 def test_without_nbclient_it_says_what_to_install(root, monkeypatch):
@@ -319,7 +390,7 @@ def test_without_nbclient_it_says_what_to_install(root, monkeypatch):
         course.run([], root=root)
 
 
-# What notebooks are, and which ---------------------------------------------------------------------------------------
+# What notebooks are, and which --------------------------------------------------------------------
 
 
 def test_the_source_hash_is_of_the_code_only(tmp_path):
@@ -346,17 +417,28 @@ def test_strip_removes_a_widget_and_keeps_what_stands_beside_it():
         new.new_output("display_data", data={"text/plain": "text"}),
         new.new_output("stream", text="printed"),
     ]
-    notebook = new.new_notebook(cells=[new.new_code_cell("x", outputs=shown), new.new_markdown_cell("y")])
+    notebook = new.new_notebook(
+        cells=[new.new_code_cell("x", outputs=shown), new.new_markdown_cell("y")]
+    )
     course.strip(notebook)
     kept = notebook.cells[0].outputs
-    assert [sorted(o.get("data", {})) for o in kept] == [["image/png", "text/plain"], ["text/plain"], []]
+    assert [sorted(o.get("data", {})) for o in kept] == [
+        ["image/png", "text/plain"],
+        ["text/plain"],
+        [],
+    ]
     assert kept[2].text == "printed"
     nbformat.validate(notebook)
 
 
 @pytest.fixture
 def names(tmp_path):
-    for name in ("00_measuring_memory", "03_gradient_checkpointing", "04_gradient_accumulation", "10_fused_loss"):
+    for name in (
+        "00_measuring_memory",
+        "03_gradient_checkpointing",
+        "04_gradient_accumulation",
+        "10_fused_loss",
+    ):
         save(tmp_path / "notebooks" / f"{name}.ipynb")
     save(tmp_path / "notebooks" / "electives" / "12_muon.ipynb")
     save(tmp_path / "notebooks" / ".ipynb_checkpoints" / "00_measuring_memory-checkpoint.ipynb")
@@ -364,7 +446,13 @@ def names(tmp_path):
 
 
 def test_notebooks_are_in_order_core_then_electives(names):
-    assert [path.stem.split("_")[0] for path in course.notebooks(names)] == ["00", "03", "04", "10", "12"]
+    assert [path.stem.split("_")[0] for path in course.notebooks(names)] == [
+        "00",
+        "03",
+        "04",
+        "10",
+        "12",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -393,10 +481,22 @@ def test_a_notebook_is_found_by_its_path_from_anywhere(names, tmp_path):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("7", "'7' is no notebook. There are:\n  00_measuring_memory\n  03_gradient_checkpointing\n  04_"),
+        (
+            "7",
+            (
+                "'7' is no notebook. There are:\n  00_measuring_memory\n "
+                " 03_gradient_checkpointing\n  04_"
+            ),
+        ),
         ("1", "'1' is no notebook"),
         ("checkpointing", "'checkpointing' is no notebook"),
-        ("gradient", "'gradient' is the beginning of several notebooks. There match:\n  03_gradient_checkpointing\n  04"),
+        (
+            "gradient",
+            (
+                "'gradient' is the beginning of several notebooks. There match:\n "
+                " 03_gradient_checkpointing\n  04"
+            ),
+        ),
         ("", "'' is no notebook"),
     ],
 )
@@ -412,7 +512,9 @@ def test_the_root_is_this_checkout(monkeypatch, tmp_path):
 
 
 def test_the_root_of_an_installed_memlab_is_the_checkout_one_stands_in(monkeypatch, tmp_path):
-    monkeypatch.setattr(course, "__file__", str(tmp_path / "site-packages" / "memlab" / "course.py"))
+    monkeypatch.setattr(
+        course, "__file__", str(tmp_path / "site-packages" / "memlab" / "course.py")
+    )
     checkout = tmp_path / "checkout"
     (checkout / "memlab").mkdir(parents=True)
     (checkout / "memlab" / "course.py").touch()
@@ -424,7 +526,7 @@ def test_the_root_of_an_installed_memlab_is_the_checkout_one_stands_in(monkeypat
         course.find_root()
 
 
-# The table -----------------------------------------------------------------------------------------------------------
+# The table ----------------------------------------------------------------------------------------
 
 
 def test_the_table_sets_the_committed_numbers_beside_this_runs():
@@ -435,7 +537,12 @@ def test_the_table_sets_the_committed_numbers_beside_this_runs():
         made_record("01_b", "b"),
         made_record("02_c", "c"),
     ]
-    committed = {"records": [made_record("00_a", "a", peak=1024), made_record("01_b", "b") | {"sizes": {"layers": 3}}]}
+    committed = {
+        "records": [
+            made_record("00_a", "a", peak=1024),
+            made_record("01_b", "b") | {"sizes": {"layers": 3}},
+        ]
+    }
     lines = course.table(records, committed).splitlines()
     assert [" ".join(line.split()) for line in lines] == [
         "notebook variant predicted measured residual × less seconds (spread) committed",
@@ -452,7 +559,10 @@ def test_the_table_sets_the_committed_numbers_beside_this_runs():
 def test_records_of_another_device_do_not_go_to_this_ones_file(root, capsys):
     """With one GPU notebook 05 runs on the CPU: that is no measurement of the GPU."""
     line = json.dumps({"environment": {"device": "cuda"}, "record": made_record("03_x")})
-    source = f"import os\nwith open(os.environ['MEMLAB_RECORDS'], 'a') as file:\n    file.write({line + chr(10)!r})"
+    source = (
+        "import os\nwith open(os.environ['MEMLAB_RECORDS'], 'a') as file:\n   "
+        f" file.write({line + chr(10)!r})"
+    )
     path = save(root / "notebooks" / "03_x.ipynb", code(source), recording("03_x", peak=2000))
     course.run([path], in_place=True, root=root)
     data = results.load(root / "results" / "cpu.json")

@@ -68,7 +68,9 @@ def train(loss, optimizer):
 def builder(forward=forward, finish=train, rows=ROWS, seed=0, optimizer=torch.optim.SGD):
     def build():
         torch.manual_seed(seed)
-        layers = [nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Tanh()) for _ in range(LAYERS)]
+        layers = [
+            nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Tanh()) for _ in range(LAYERS)
+        ]
         model = nn.Sequential(*layers)
         chosen = optimizer(model.parameters(), lr=0.1)
         inputs = torch.randn(ROWS, WIDTH)
@@ -90,11 +92,14 @@ SOLUTION = builder(checkpointed)
 @pytest.fixture(scope="module", autouse=True)
 def peaks():
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # runs this small are slower with more, and far slower when the cores are busy
+    torch.set_num_threads(
+        1
+    )  # runs this small are slower with more, and far slower when the cores are busy
     runs = {"reference": REFERENCE, "solution": SOLUTION}
     found = {name: measure(run, device="cpu").peak_bytes for name, run in runs.items()}
     proof.first_step(SOLUTION)
-    # The meter walks the objects that the garbage collector knows: those of the imported libraries are set aside.
+    # The meter walks the objects that the garbage collector knows: those of the imported libraries
+    # are set aside.
     gc.collect()
     gc.freeze()
     yield found
@@ -107,7 +112,9 @@ def check(peaks):
     limit = (peaks["reference"] + 2 * peaks["solution"]) // 3
 
     def check_it(build, **more):
-        return exercises.check(build, **{"reference": REFERENCE, "budget": limit, "device": "cpu"} | more)
+        return exercises.check(
+            build, **{"reference": REFERENCE, "budget": limit, "device": "cpu"} | more
+        )
 
     check_it.limit = limit
     return check_it
@@ -116,10 +123,15 @@ def check(peaks):
 def test_a_solution_passes_and_is_drawn(check, peaks, history):
     result = check(SOLUTION)
     assert result.passed and history == [result]
-    before, after, limit = (format_bytes(n) for n in (peaks["reference"], peaks["solution"], check.limit))
+    before, after, limit = (
+        format_bytes(n) for n in (peaks["reference"], peaks["solution"], check.limit)
+    )
     assert result.lines == [
         f"Solved: {before} → {after}, budget {limit}",
-        "Largest gradient difference 0.0e+00 (allowed 1e-04), 1.35× the floating-point operations (allowed 1.5×).",
+        (
+            "Largest gradient difference 0.0e+00 (allowed 1e-04), 1.35× the floating-point"
+            " operations (allowed 1.5×)."
+        ),
     ]
     assert str(result) == repr(result) == "\n".join(result.lines)
     assert {name: sum(held.values()) for name, held in result.ledgers.items()} == {
@@ -223,9 +235,15 @@ def test_different_gradients_are_refused(check):
 
 def test_the_tolerance_is_what_is_allowed(check):
     def halves(model, inputs):
-        return model(inputs.bfloat16().float()) if inputs.requires_grad else checkpointed(model, inputs * (1 + 1e-6))
+        return (
+            model(inputs.bfloat16().float())
+            if inputs.requires_grad
+            else checkpointed(model, inputs * (1 + 1e-6))
+        )
 
-    difference = proof.gradient_difference(proof.first_step(REFERENCE), proof.first_step(builder(halves)))
+    difference = proof.gradient_difference(
+        proof.first_step(REFERENCE), proof.first_step(builder(halves))
+    )
     assert 1e-7 < difference < 1e-4
     assert check(builder(halves)).passed
     assert not check(builder(halves), tolerance=difference / 2).passed
@@ -241,7 +259,10 @@ def test_gradients_that_are_no_numbers_are_refused(check):
     [
         lambda: lambda: None,
         builder(checkpointed, finish=lambda loss, optimizer: None),
-        builder(lambda model, inputs: model(inputs).detach(), finish=lambda loss, optimizer: optimizer.step()),
+        builder(
+            lambda model, inputs: model(inputs).detach(),
+            finish=lambda loss, optimizer: optimizer.step(),
+        ),
     ],
     ids=["nothing at all", "forward only", "no backward"],
 )
@@ -254,8 +275,14 @@ def test_a_step_that_does_nothing_is_refused(check, build):
 @pytest.mark.parametrize(
     "finish, words",
     [
-        (lambda loss, optimizer: loss.backward(), "The step leaves 12 of 12 parameters as they are (0.0.bias)."),
-        (lambda loss, optimizer: (loss.backward(), optimizer.zero_grad()), "No parameter has a gradient: "),
+        (
+            lambda loss, optimizer: loss.backward(),
+            "The step leaves 12 of 12 parameters as they are (0.0.bias).",
+        ),
+        (
+            lambda loss, optimizer: (loss.backward(), optimizer.zero_grad()),
+            "No parameter has a gradient: ",
+        ),
         (
             lambda loss, optimizer: (loss.backward(), optimizer.zero_grad(set_to_none=False)),
             "The largest gradient difference is 1.0e+00; ",
@@ -291,9 +318,13 @@ def test_a_frozen_layer_is_refused(check):
 def test_an_optimizer_inside_the_backward_passes(check):
     def build():
         torch.manual_seed(0)
-        model = nn.Sequential(*[nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Tanh()) for _ in range(LAYERS)])
+        model = nn.Sequential(
+            *[nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Tanh()) for _ in range(LAYERS)]
+        )
         inputs = torch.randn(ROWS, WIDTH)
-        optimizers = {parameter: torch.optim.SGD([parameter], lr=0.1) for parameter in model.parameters()}
+        optimizers = {
+            parameter: torch.optim.SGD([parameter], lr=0.1) for parameter in model.parameters()
+        }
         for parameter, own in zip(optimizers, map(weakref.ref, optimizers.values()), strict=True):
 
             def update(parameter, own=own):
@@ -303,7 +334,9 @@ def test_an_optimizer_inside_the_backward_passes(check):
             parameter.register_post_accumulate_grad_hook(update)
 
         def step():
-            assert optimizers  # held here, and weakly by the hooks: else the run would never be freed
+            assert (
+                optimizers  # held here, and weakly by the hooks: else the run would never be freed
+            )
             loss = checkpointed(model, inputs).square().mean()
             loss.backward()
             return loss.detach()
@@ -319,12 +352,15 @@ def test_too_much_compute_is_refused(check):
     assert result.lines == ["It fits, but it computes 1.35× as much; 1.3× is allowed"]
 
 
-@pytest.mark.parametrize("answer", [None, ..., lambda: None, lambda: ...], ids=["None", "...", "-> None", "-> ..."])
+@pytest.mark.parametrize(
+    "answer", [None, ..., lambda: None, lambda: ...], ids=["None", "...", "-> None", "-> ..."]
+)
 def test_unsolved_says_so_without_failing(check, peaks, history, answer):
     result = check(answer)
     assert not result.passed and history == [result]
-    assert str(result) == (
-        f"Not solved yet: {format_bytes(peaks['reference'])} has to become {format_bytes(check.limit)}"
+    assert (
+        str(result) == f"Not solved yet: {format_bytes(peaks['reference'])} has to become"
+        f" {format_bytes(check.limit)}"
     )
     assert list(result.ledgers) == ["as it is"]
     assert result.plot().get_suptitle() == str(result)
@@ -332,7 +368,9 @@ def test_unsolved_says_so_without_failing(check, peaks, history, answer):
 
 def test_a_reference_that_fits_already_is_the_authors_error(check, peaks, history):
     for budget in (peaks["reference"], "1 GiB"):
-        with pytest.raises(ValueError, match="meets the budget of .* already: there is nothing to do"):
+        with pytest.raises(
+            ValueError, match="meets the budget of .* already: there is nothing to do"
+        ):
             check(SOLUTION, budget=budget)
     assert history == []
 
@@ -378,10 +416,22 @@ def test_in_a_notebook_it_prints_and_draws(check, capsys, monkeypatch):
 @pytest.mark.parametrize(
     "given, words",
     [
-        (None, "You have not predicted the peak yet: write a number of MiB above and run the cells again.\n"),
+        (
+            None,
+            (
+                "You have not predicted the peak yet: write a number of MiB above and run the cells"
+                " again.\n"
+            ),
+        ),
         (100.5, "You predicted 100.5 MiB for the peak; measured 100.00 MiB: +0.5%, spot on.\n"),
         (95, "You predicted 95.0 MiB for the peak; measured 100.00 MiB: -5.0%, close.\n"),
-        (250, "You predicted 250.0 MiB for the peak; measured 100.00 MiB: +150.0%, worth a second look at the formula.\n"),
+        (
+            250,
+            (
+                "You predicted 250.0 MiB for the peak; measured 100.00 MiB: +150.0%, worth a second"
+                " look at the formula.\n"
+            ),
+        ),
     ],
 )
 def test_a_guess_is_set_beside_the_measurement(given, words, capsys):
@@ -415,7 +465,9 @@ def measure_on_gpu(forward):
 def on_gpu(forward):
     def build():
         torch.manual_seed(0)
-        model = nn.Sequential(*[nn.Sequential(nn.Linear(1024, 1024), nn.Tanh(), nn.Tanh()) for _ in range(12)]).cuda()
+        model = nn.Sequential(
+            *[nn.Sequential(nn.Linear(1024, 1024), nn.Tanh(), nn.Tanh()) for _ in range(12)]
+        ).cuda()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         inputs = torch.randn(8192, 1024, device="cuda")
 
@@ -430,7 +482,9 @@ def on_gpu(forward):
 
 
 def test_bytes_that_are_hidden_in_numpy_are_found(check):
-    """The allocator knows nothing of NumPy's arrays: an answer that keeps its activations there saves nothing."""
+    """The allocator knows nothing of NumPy's arrays: an answer that keeps its activations there
+    saves nothing.
+    """
 
     def hidden(model, inputs):
         def pack(tensor):

@@ -1,4 +1,6 @@
-"""The ledger's rules, each with a handful of made-up events. Times are in nanoseconds; a block is named by its address."""
+"""The ledger's rules, each with a handful of made-up events. Times are in nanoseconds; a block is
+named by its address.
+"""
 
 import ast
 import inspect
@@ -8,14 +10,26 @@ import numpy as np
 import pytest
 
 import memlab.ledger
-from memlab.ledger import COLUMNS, PHASES, Block, Event, Ledger, Observation, Span, build_ledger, lives
+from memlab.ledger import (
+    COLUMNS,
+    PHASES,
+    Block,
+    Event,
+    Ledger,
+    Observation,
+    Span,
+    build_ledger,
+    lives,
+)
 
 US = 1000  # the clocks of the looker and of the allocator differ by up to 50 of these
 
 
 def alive(time: int, address: int, size: int, died: int | None = None) -> list[Event]:
     """A block's hand-out and, if it died, its return."""
-    return [Event(time, address, size)] + ([Event(died, address, -size)] if died is not None else [])
+    return [Event(time, address, size)] + (
+        [Event(died, address, -size)] if died is not None else []
+    )
 
 
 def by_address(ledger: Ledger) -> dict[int, Block]:
@@ -23,35 +37,68 @@ def by_address(ledger: Ledger) -> dict[int, Block]:
 
 
 def columns_of(events, observations=(), spans=(), **options) -> dict[int, str]:
-    ledger, _ = build_ledger(sorted(e for block in events for e in block), observations, spans, **options)
+    ledger, _ = build_ledger(
+        sorted(e for block in events for e in block), observations, spans, **options
+    )
     return {block.address: block.column for block in ledger.blocks}
 
 
 def test_nothing_here_imports_torch():
     tree = ast.parse(inspect.getsource(memlab.ledger))
-    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    names = {
+        alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import)
+        for alias in node.names
+    }
     names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert not any(name.split(".")[0] in ("torch", "memlab") for name in names)
 
 
-# Blocks and the peak --------------------------------------------------------------------------------------------------
+# Blocks and the peak ------------------------------------------------------------------------------
 
 
 def test_every_hand_out_is_paired_with_its_return():
-    blocks = lives([Event(10, 1, 100), Event(20, 2, 50), Event(30, 1, -100), Event(40, 1, 70), Event(50, 2, -50)])
-    assert [(b.address, b.bytes, b.born, b.died) for b in blocks] == [(1, 100, 10, 30), (2, 50, 20, 50), (1, 70, 40, None)]
+    blocks = lives(
+        [
+            Event(10, 1, 100),
+            Event(20, 2, 50),
+            Event(30, 1, -100),
+            Event(40, 1, 70),
+            Event(50, 2, -50),
+        ]
+    )
+    assert [(b.address, b.bytes, b.born, b.died) for b in blocks] == [
+        (1, 100, 10, 30),
+        (2, 50, 20, 50),
+        (1, 70, 40, None),
+    ]
 
 
 def test_the_peak_is_the_highest_running_sum():
-    events = [Event(10, 1, 100), Event(20, 2, 50), Event(30, 1, -100), Event(40, 3, 80), Event(50, 2, -50)]
+    events = [
+        Event(10, 1, 100),
+        Event(20, 2, 50),
+        Event(30, 1, -100),
+        Event(40, 3, 80),
+        Event(50, 2, -50),
+    ]
     ledger, _ = build_ledger(events)
     assert (ledger.peak_bytes, ledger.peak_time) == (150, 20)
     assert ledger.timeline().total.tolist() == [100, 150, 50, 130, 80]
 
 
 def test_events_of_one_moment_keep_the_allocators_order():
-    """A coarse clock gives one time to many events. Returned first and handed out after, the sum is never 200."""
-    events = [Event(10, 1, 100), Event(20, 1, -100), Event(20, 2, 100), Event(20, 2, -100), Event(20, 3, 100)]
+    """A coarse clock gives one time to many events. Returned first and handed out after, the sum is
+    never 200.
+    """
+    events = [
+        Event(10, 1, 100),
+        Event(20, 1, -100),
+        Event(20, 2, 100),
+        Event(20, 2, -100),
+        Event(20, 3, 100),
+    ]
     ledger, _ = build_ledger(events)
     assert ledger.peak_bytes == 100
     assert ledger.timeline().total.tolist() == [100, 0, 100, 0, 100]
@@ -104,7 +151,11 @@ def test_the_columns_sum_to_the_peak_at_every_moment():
         if len(held) > 20:
             gone = int(generator.choice(list(held)))
             events.append(Event(time, gone, -held.pop(gone)))
-    seen = [Observation(event.time + 1, event.address, COLUMNS[event.address % 4], "") for event in events if event.bytes > 0]
+    seen = [
+        Observation(event.time + 1, event.address, COLUMNS[event.address % 4], "")
+        for event in events
+        if event.bytes > 0
+    ]
     ledger, missed = build_ledger(events, seen)
     assert not missed
     timeline = ledger.timeline()
@@ -117,7 +168,11 @@ def test_the_columns_sum_to_the_peak_at_every_moment():
 
 
 def test_a_thinned_timeline_keeps_the_peak_and_its_columns():
-    events = [event for i in range(5000) for event in (Event(10 * i, i + 1, i % 977), Event(10 * i + 5, i + 1, -(i % 977)))]
+    events = [
+        event
+        for i in range(5000)
+        for event in (Event(10 * i, i + 1, i % 977), Event(10 * i + 5, i + 1, -(i % 977)))
+    ]
     timeline = build_ledger([e for e in events if e.bytes])[0].timeline()
     thin = timeline.thin(100)
     assert len(thin.total) <= 101
@@ -129,12 +184,16 @@ def test_a_thinned_timeline_keeps_the_peak_and_its_columns():
 
 
 def test_a_ledger_pickles():
-    ledger, _ = build_ledger([Event(10, 1, 100), Event(20, 1, -100)], spans=[Span(5, 15, "module", "a")])
+    ledger, _ = build_ledger(
+        [Event(10, 1, 100), Event(20, 1, -100)], spans=[Span(5, 15, "module", "a")]
+    )
     again = pickle.loads(pickle.dumps(ledger))
-    assert again.blocks == ledger.blocks and again.phases == ledger.phases and again.peak_bytes == 100
+    assert (
+        again.blocks == ledger.blocks and again.phases == ledger.phases and again.peak_bytes == 100
+    )
 
 
-# What was seen --------------------------------------------------------------------------------------------------------
+# What was seen ------------------------------------------------------------------------------------
 
 
 def test_one_look_labels_the_whole_life():
@@ -160,27 +219,35 @@ def test_a_look_labels_the_tenant_of_its_moment_only():
 
 
 def test_clocks_that_differ_by_a_little_still_meet():
-    ledger, missed = build_ledger(alive(100 * US, 1, 8, 200 * US), [Observation(99 * US, 1, "parameters")])
+    ledger, missed = build_ledger(
+        alive(100 * US, 1, 8, 200 * US), [Observation(99 * US, 1, "parameters")]
+    )
     assert ledger.blocks[0].column == "parameters" and not missed
 
 
 def test_a_look_that_falls_on_no_block_is_given_back():
-    seen = [Observation(10, 7, "parameters", "elsewhere"), Observation(500 * US, 1, "batch", "late")]
+    seen = [
+        Observation(10, 7, "parameters", "elsewhere"),
+        Observation(500 * US, 1, "batch", "late"),
+    ]
     _, missed = build_ledger(alive(0, 1, 8, 100), seen)
     assert missed == seen
 
 
 def test_an_input_made_inside_the_model_is_no_batch():
-    """A module is given what another module made: only what was there before the forward is the batch."""
+    """A module is given what another module made: only what was there before the forward is the
+    batch.
+    """
     spans = [Span(100, 200, "module", "model"), Span(300, 400, "backward", "A")]
     seen = [Observation(105, 1, "batch"), Observation(155, 2, "batch")]
     found = columns_of([alive(50, 1, 8, 500), alive(150, 2, 8, 350)], seen, spans)
     assert found == {1: "batch", 2: "activations"}
 
 
-# Phases ---------------------------------------------------------------------------------------------------------------
+# Phases -------------------------------------------------------------------------------------------
 
-# Two steps: forward 100-200 (loss until 300), backward 300-400, optimizer 450-500; then the same 1000 later.
+# Two steps: forward 100-200 (loss until 300), backward 300-400, optimizer 450-500; then the same
+# 1000 later.
 TWO_STEPS = [
     span
     for begin in (0, 1000)
@@ -200,30 +267,54 @@ def test_the_phases_of_two_steps():
     assert [(s.kind, s.start, s.end) for s in ledger.phases] == [
         (kind, begin + low, begin + high)
         for begin in (0, 1000)
-        for kind, low, high in (("forward", 100, 300), ("backward", 300, 400), ("optimizer", 450, 500))
+        for kind, low, high in (
+            ("forward", 100, 300),
+            ("backward", 300, 400),
+            ("optimizer", 450, 500),
+        )
     ]
     moments = (0, 99, 100, 250, 300, 342, 399, 400, 425, 450, 499, 500, 1100)
     assert [ledger.phase_at(moment) for moment in moments] == [
-        "other", "other", "forward", "forward", "backward", "backward", "backward", "other", "other",
-        "optimizer", "optimizer", "other", "forward",
-    ]  # fmt: skip
+        "other",
+        "other",
+        "forward",
+        "forward",
+        "backward",
+        "backward",
+        "backward",
+        "other",
+        "other",
+        "optimizer",
+        "optimizer",
+        "other",
+        "forward",
+    ]
     assert {span.kind for span in ledger.phases} | {"other"} == set(PHASES)
 
 
 def test_without_a_module_the_forward_begins_with_the_step():
     spans = [Span(100, 500, "step"), Span(300, 400, "backward", "A")]
     ledger, _ = build_ledger([Event(0, 1, 8)], spans=spans, start=0, end=600)
-    assert [(s.kind, s.start, s.end) for s in ledger.phases] == [("forward", 100, 300), ("backward", 300, 400)]
+    assert [(s.kind, s.start, s.end) for s in ledger.phases] == [
+        ("forward", 100, 300),
+        ("backward", 300, 400),
+    ]
 
 
 def test_without_a_backward_the_forward_ends_with_the_step_or_else_with_the_module():
     calls = [Span(100, 200, "module", "model"), Span(300, 350, "module", "head")]
     ledger, _ = build_ledger([Event(0, 1, 8)], spans=calls, end=900)
-    assert [(s.kind, s.start, s.end) for s in ledger.phases] == [("forward", 100, 200), ("forward", 300, 350)]
+    assert [(s.kind, s.start, s.end) for s in ledger.phases] == [
+        ("forward", 100, 200),
+        ("forward", 300, 350),
+    ]
     again = [span._replace(start=span.start + 500, end=span.end + 500) for span in calls]
     steps = [Span(50, 450, "step"), Span(550, 890, "step")]
     ledger, _ = build_ledger([Event(0, 1, 8)], spans=[*calls, *again, *steps], end=900)
-    assert [(s.kind, s.start, s.end) for s in ledger.phases] == [("forward", 100, 450), ("forward", 600, 890)]
+    assert [(s.kind, s.start, s.end) for s in ledger.phases] == [
+        ("forward", 100, 450),
+        ("forward", 600, 890),
+    ]
 
 
 def test_gradient_accumulation_is_forward_and_backward_several_times():
@@ -234,22 +325,37 @@ def test_gradient_accumulation_is_forward_and_backward_several_times():
         Span(500, 600, "optimizer", "SGD"),
     ]
     ledger, _ = build_ledger([Event(0, 1, 8)], spans=spans, end=1000)
-    assert [s.kind for s in ledger.phases] == ["forward", "backward", "forward", "backward", "optimizer"]
+    assert [s.kind for s in ledger.phases] == [
+        "forward",
+        "backward",
+        "forward",
+        "backward",
+        "optimizer",
+    ]
 
 
 def test_nodes_inside_a_module_are_not_one_backward_with_those_after_it():
     """`torch.compile` traces a backward inside the model's first call."""
-    spans = [Span(100, 300, "module", "m"), Span(150, 160, "backward", "traced"), Span(400, 500, "backward", "A")]
+    spans = [
+        Span(100, 300, "module", "m"),
+        Span(150, 160, "backward", "traced"),
+        Span(400, 500, "backward", "A"),
+    ]
     found = columns_of([alive(200, 1, 8, 450)], spans=spans)
     ledger, _ = build_ledger([Event(0, 1, 8)], spans=spans, end=600)
     assert [(s.kind, s.start, s.end) for s in ledger.phases] == [
-        ("forward", 100, 150), ("backward", 150, 160), ("forward", 160, 400), ("backward", 400, 500)
-    ]  # fmt: skip
+        ("forward", 100, 150),
+        ("backward", 150, 160),
+        ("forward", 160, 400),
+        ("backward", 400, 500),
+    ]
     assert found == {1: "activations"}
 
 
 def test_a_closure_runs_forward_and_backward_inside_the_optimizer():
-    """LBFGS: the optimizer's own work lies before, between and after the evaluations of its closure."""
+    """LBFGS: the optimizer's own work lies before, between and after the evaluations of its
+    closure.
+    """
     spans = [Span(100, 1000, "optimizer", "LBFGS")]
     for begin in (200, 600):
         spans += [
@@ -261,9 +367,14 @@ def test_a_closure_runs_forward_and_backward_inside_the_optimizer():
         ]
     ledger, _ = build_ledger([Event(0, 1, 8)], spans=spans, end=1100)
     assert [(s.kind, s.start, s.end) for s in ledger.phases] == [
-        ("optimizer", 100, 200), ("forward", 200, 300), ("backward", 300, 400),
-        ("optimizer", 400, 600), ("forward", 600, 700), ("backward", 700, 800), ("optimizer", 800, 1000),
-    ]  # fmt: skip
+        ("optimizer", 100, 200),
+        ("forward", 200, 300),
+        ("backward", 300, 400),
+        ("optimizer", 400, 600),
+        ("forward", 600, 700),
+        ("backward", 700, 800),
+        ("optimizer", 800, 1000),
+    ]
 
 
 def test_an_optimizer_inside_the_backward_cuts_it_in_pieces():
@@ -283,21 +394,34 @@ def test_an_optimizer_inside_the_backward_cuts_it_in_pieces():
     ]
     ledger, _ = build_ledger([Event(0, 9, 8)], spans=spans, end=1000)
     assert [(s.kind, s.start, s.end) for s in ledger.phases] == [
-        ("forward", 100, 300), ("backward", 300, 400), ("optimizer", 400, 430), ("backward", 430, 500),
-        ("optimizer", 500, 520), ("backward", 520, 600),
-    ]  # fmt: skip
-    assert columns_of(events, spans=spans) == {1: "temporaries", 2: "gradients", 3: "optimizer_state", 4: "temporaries"}
+        ("forward", 100, 300),
+        ("backward", 300, 400),
+        ("optimizer", 400, 430),
+        ("backward", 430, 500),
+        ("optimizer", 500, 520),
+        ("backward", 520, 600),
+    ]
+    assert columns_of(events, spans=spans) == {
+        1: "temporaries",
+        2: "gradients",
+        3: "optimizer_state",
+        4: "temporaries",
+    }
 
 
 def test_thousands_of_optimizers_inside_a_backward():
-    """One for each parameter, as the technique wants it: the phases are cut in time that grows with their number."""
+    """One for each parameter, as the technique wants it: the phases are cut in time that grows with
+    their number.
+    """
     count = 20_000
-    spans = [Span(0, 10 * count, "backward", "A")] + [Span(10 * i + 2, 10 * i + 5, "optimizer", "SGD") for i in range(count)]
+    spans = [Span(0, 10 * count, "backward", "A")] + [
+        Span(10 * i + 2, 10 * i + 5, "optimizer", "SGD") for i in range(count)
+    ]
     ledger, _ = build_ledger([Event(0, 1, 8)], spans=spans)
     assert sum(span.kind == "optimizer" for span in ledger.phases) == count
 
 
-# Columns of what nobody saw -------------------------------------------------------------------------------------------
+# Columns of what nobody saw -----------------------------------------------------------------------
 
 
 def test_a_block_that_nobody_saw_is_known_by_its_life():
@@ -316,13 +440,26 @@ def test_a_block_that_nobody_saw_is_known_by_its_life():
         alive(110, 12, 8, None),  # never gone
     ]
     assert columns_of(events, spans=TWO_STEPS) == {
-        1: "activations", 2: "temporaries", 3: "activations", 4: "temporaries", 5: "gradients", 6: "gradients",
-        7: "temporaries", 8: "optimizer_state", 9: "temporaries", 10: "batch", 11: "unattributed", 12: "activations",
-    }  # fmt: skip
+        1: "activations",
+        2: "temporaries",
+        3: "activations",
+        4: "temporaries",
+        5: "gradients",
+        6: "gradients",
+        7: "temporaries",
+        8: "optimizer_state",
+        9: "temporaries",
+        10: "batch",
+        11: "unattributed",
+        12: "activations",
+    }
 
 
 def test_with_no_phase_at_all_what_stays_is_unattributed():
-    assert columns_of([alive(10, 1, 8, 20), alive(10, 2, 8, None)]) == {1: "temporaries", 2: "unattributed"}
+    assert columns_of([alive(10, 1, 8, 20), alive(10, 2, 8, None)]) == {
+        1: "temporaries",
+        2: "unattributed",
+    }
 
 
 def test_modules_inside_a_node_are_a_recomputation():
@@ -338,7 +475,12 @@ def test_modules_inside_a_node_are_a_recomputation():
         alive(355, 3, 8, 450),  # made between the two modules
         alive(420, 4, 8, 450),  # the backward's own
     ]
-    assert columns_of(events, spans=spans) == {1: "activations", 2: "temporaries", 3: "activations", 4: "temporaries"}
+    assert columns_of(events, spans=spans) == {
+        1: "activations",
+        2: "temporaries",
+        3: "activations",
+        4: "temporaries",
+    }
 
 
 def recomputation_by_operators(sequence_of_first: int) -> list[Span]:
@@ -348,27 +490,43 @@ def recomputation_by_operators(sequence_of_first: int) -> list[Span]:
         Span(301, 339, "operator", "Mean", sequence=9),
         Span(310, 320, "operator", "aten::expand", sequence=sequence_of_first),
         Span(350, 500, "backward", "Mm", sequence=5),
-        Span(351, 499, "operator", "Mm", sequence=5),  # the node's own operator carries the node's number
+        Span(
+            351, 499, "operator", "Mm", sequence=5
+        ),  # the node's own operator carries the node's number
         Span(360, 370, "operator", "aten::mm", sequence=20),
         Span(362, 368, "operator", "aten::empty"),
         Span(380, 390, "operator", "aten::gelu", sequence=21),
-        Span(420, 430, "operator", "aten::mm", sequence=sequence_of_first if sequence_of_first < 0 else 22),
+        Span(
+            420,
+            430,
+            "operator",
+            "aten::mm",
+            sequence=sequence_of_first if sequence_of_first < 0 else 22,
+        ),
     ]
 
 
 def test_operators_that_need_gradients_inside_a_node_are_a_recomputation():
     """A checkpointed function without any module."""
-    events = [alive(365, 1, 8, 425), alive(365, 2, 8, 385), alive(375, 3, 8, 425), alive(422, 4, 8, 450)]
+    events = [
+        alive(365, 1, 8, 425),
+        alive(365, 2, 8, 385),
+        alive(375, 3, 8, 425),
+        alive(422, 4, 8, 450),
+    ]
     found = columns_of(events, spans=recomputation_by_operators(-1))
     assert found == {1: "activations", 2: "temporaries", 3: "activations", 4: "temporaries"}
 
 
 def test_a_backward_with_create_graph_is_no_recomputation():
     events = [alive(365, 1, 8, 425), alive(422, 2, 8, 900)]
-    assert columns_of(events, spans=recomputation_by_operators(10)) == {1: "temporaries", 2: "gradients"}
+    assert columns_of(events, spans=recomputation_by_operators(10)) == {
+        1: "temporaries",
+        2: "gradients",
+    }
 
 
-# Where a block was born -----------------------------------------------------------------------------------------------
+# Where a block was born ---------------------------------------------------------------------------
 
 
 def test_a_block_knows_its_module_operator_and_phase():
@@ -381,7 +539,15 @@ def test_a_block_knows_its_module_operator_and_phase():
     ]
     spans[3] = spans[3]._replace(sequence=3)  # the backward node of the linear layer
     ledger, _ = build_ledger(
-        sorted([*alive(130, 1, 8, 999), *alive(310, 2, 8, 999), *alive(215, 3, 8, 999), *alive(420, 4, 8, 999)]), spans=spans
+        sorted(
+            [
+                *alive(130, 1, 8, 999),
+                *alive(310, 2, 8, 999),
+                *alive(215, 3, 8, 999),
+                *alive(420, 4, 8, 999),
+            ]
+        ),
+        spans=spans,
     )
     found = {a: (b.phase, b.module, b.operator) for a, b in by_address(ledger).items()}
     assert found == {
@@ -393,14 +559,18 @@ def test_a_block_knows_its_module_operator_and_phase():
 
 
 def test_alive_at_lists_the_largest_first():
-    ledger, _ = build_ledger([Event(1, 1, 5), Event(2, 2, 50), Event(3, 3, 20), Event(4, 2, -50), Event(5, 4, 30)])
+    ledger, _ = build_ledger(
+        [Event(1, 1, 5), Event(2, 2, 50), Event(3, 3, 20), Event(4, 2, -50), Event(5, 4, 30)]
+    )
     assert [block.bytes for block in ledger.alive_at(3)] == [50, 20, 5]
     assert [block.bytes for block in ledger.alive_at(5)] == [30, 20, 5]
 
 
 @pytest.mark.parametrize("column", COLUMNS)
 def test_every_column_is_there_even_when_empty(column):
-    assert build_ledger([Event(1, 1, 5)])[0].peak_columns()[column] == (5 if column == "unattributed" else 0)
+    assert build_ledger([Event(1, 1, 5)])[0].peak_columns()[column] == (
+        5 if column == "unattributed" else 0
+    )
 
 
 def test_what_a_graph_holds_that_no_backward_uses_is_an_activation():

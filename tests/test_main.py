@@ -37,19 +37,35 @@ def save(root, name, *sources):
 def made_record(notebook, peak):
     columns = dict.fromkeys(COLUMNS, 0) | {"parameters": peak}
     variant = dict.fromkeys(
-        ("predicted_bytes", "reserved_bytes", "device_bytes", "seconds", "tokens_per_second", "loss",
-         "max_gradient_difference")
-    )  # fmt: skip
+        (
+            "predicted_bytes",
+            "reserved_bytes",
+            "device_bytes",
+            "seconds",
+            "tokens_per_second",
+            "loss",
+            "max_gradient_difference",
+        )
+    )
     variant |= {"name": "before", "peak_bytes": peak, "columns": columns, "phase": "forward"}
-    return {"notebook": notebook, "technique": "a", "scale": "cpu", "sizes": {"layers": 2}, "variants": [variant]}
+    return {
+        "notebook": notebook,
+        "technique": "a",
+        "scale": "cpu",
+        "sizes": {"layers": 2},
+        "variants": [variant],
+    }
 
 
 def commit_results(root, *records):
     environment = results.environment(root, "cpu")
-    results.write(root / "results" / "cpu.json", {"schema": 1, "environment": environment, "records": list(records)})
+    results.write(
+        root / "results" / "cpu.json",
+        {"schema": 1, "environment": environment, "records": list(records)},
+    )
 
 
-# measure -------------------------------------------------------------------------------------------------------------
+# measure ------------------------------------------------------------------------------------------
 
 
 def outcome(root, name, peak=None, **more):
@@ -65,7 +81,9 @@ def test_measure_prints_this_machines_numbers_beside_the_committed_ones(root, mo
 
     def run(paths, **options):
         asked.update(options, names=[path.stem for path in paths])
-        commit_results(root, made_record("00_a", 4096))  # as a run in place does: the old ones must be shown
+        commit_results(
+            root, made_record("00_a", 4096)
+        )  # as a run in place does: the old ones must be shown
         return [outcome(root, path.stem, 2048) for path in paths]
 
     monkeypatch.setattr(course, "run", run)
@@ -114,7 +132,10 @@ def test_measure_without_notebooks_or_with_an_unknown_one(root, monkeypatch, cap
     assert "there are no notebooks" in capsys.readouterr().err
     save(root, "00_a")
     assert commands.main(["measure", "7"]) == 2
-    assert capsys.readouterr().err == "python -m memlab measure: '7' is no notebook. There are:\n  00_a\n"
+    assert (
+        capsys.readouterr().err
+        == "python -m memlab measure: '7' is no notebook. There are:\n  00_a\n"
+    )
 
 
 def test_measure_without_nbclient_says_what_to_install(root, monkeypatch, capsys):
@@ -139,11 +160,26 @@ def test_the_command_runs_in_a_checkout_that_is_not_installed(tmp_path):
     package = Path(memlab.__file__).parent
     (checkout / "notebooks").mkdir(parents=True)
     (checkout / "memlab").symlink_to(package)
-    save(checkout, "00_a", "import importlib.util\nassert importlib.util.find_spec('memlab')", "1 / 0")
+    save(
+        checkout,
+        "00_a",
+        "import importlib.util\nassert importlib.util.find_spec('memlab')",
+        "1 / 0",
+    )
     path = os.pathsep.join([str(package.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "MEMLAB_SCALE": "cpu", "PYTHONPATH": path}
-    asked = [sys.executable, "-m", "memlab", "measure", str(checkout / "notebooks" / "00_a.ipynb"), "--output", "out"]
-    ended = subprocess.run(asked, cwd=checkout, env=environment, capture_output=True, text=True, timeout=120)
+    asked = [
+        sys.executable,
+        "-m",
+        "memlab",
+        "measure",
+        str(checkout / "notebooks" / "00_a.ipynb"),
+        "--output",
+        "out",
+    ]
+    ended = subprocess.run(
+        asked, cwd=checkout, env=environment, capture_output=True, text=True, timeout=120
+    )
     assert ended.returncode == 1, ended.stderr
     assert ended.stderr == ""  # no bar where nobody sees it, no log, no warning
     assert "00_a.ipynb, cell [2]: ZeroDivisionError: division by zero" in ended.stdout
@@ -151,7 +187,8 @@ def test_the_command_runs_in_a_checkout_that_is_not_installed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["measur"], ["measure", "--nonsense"], ["measure", "--timeout", "long"], ["report", "x"]]
+    "arguments",
+    [[], ["measur"], ["measure", "--nonsense"], ["measure", "--timeout", "long"], ["report", "x"]],
 )
 def test_a_wrong_call_is_told(arguments, capsys):
     with pytest.raises(SystemExit) as end:
@@ -160,7 +197,7 @@ def test_a_wrong_call_is_told(arguments, capsys):
     assert "usage: python -m memlab" in capsys.readouterr().err
 
 
-# report --------------------------------------------------------------------------------------------------------------
+# report -------------------------------------------------------------------------------------------
 
 
 def test_report_writes_and_checks(root, capsys):
@@ -175,13 +212,16 @@ def test_report_writes_and_checks(root, capsys):
     assert commands.main(["report", "--check"]) == 1
     assert "+| 00_a | before | - | 1.00 KiB" in capsys.readouterr().out
     assert commands.main(["report"]) == 0
-    assert capsys.readouterr().out == "written: README.md\nwritten: CHEATSHEET.md\nwritten: results/README.md\n"
+    assert (
+        capsys.readouterr().out
+        == "written: README.md\nwritten: CHEATSHEET.md\nwritten: results/README.md\n"
+    )
     assert commands.main(["report", "--check"]) == 0
     assert commands.main(["report"]) == 0
     assert "everything is as the records say" in capsys.readouterr().out
 
 
-# doctor --------------------------------------------------------------------------------------------------------------
+# doctor -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -206,7 +246,10 @@ def test_doctor_says_what_this_machine_is(small, capsys):
         r"^scale +cpu on cpu: ",
         r"^BF16 +(native|emulated|none)$",
         r"^meter +OK: 8,388,616 bytes allocated, 8,388,616 bytes measured$",
-        r"^ +[\d.]+ x: a step takes [\d.]+ s with the meter, [\d.]+ s without \(the fastest of 2 each; batch 8 x 16\)",
+        (
+            r"^ +[\d.]+ x: a step takes [\d.]+ s with the meter, [\d.]+ s without \(the fastest of"
+            r" 2 each; batch 8 x 16\)"
+        ),
     ):
         assert re.search(expected, printed, flags=re.MULTILINE), (expected, printed)
 
@@ -226,7 +269,9 @@ def test_doctor_fails_when_the_meter_is_wrong(monkeypatch, capsys):
 
 def test_doctor_works_where_packages_are_missing(monkeypatch, capsys):
     monkeypatch.setenv("MEMLAB_SCALE", "cpu")
-    monkeypatch.setattr(commands, "find_spec", lambda name: None if name in ("sklearn", "nbclient") else True)
+    monkeypatch.setattr(
+        commands, "find_spec", lambda name: None if name in ("sklearn", "nbclient") else True
+    )
     monkeypatch.setitem(sys.modules, "psutil", None)
     monkeypatch.setattr(commands, "overhead", lambda *arguments: "-")
     assert commands.run_doctor() == 0
@@ -234,12 +279,14 @@ def test_doctor_works_where_packages_are_missing(monkeypatch, capsys):
     assert "free memory  not known (psutil is not installed)" in printed
     assert (
         "missing      nbclient (runs the notebooks), sklearn (the real images (scikit-learn)): "
-        "pip install 'memlab[course]'"
-    ) in printed
+        "pip install 'memlab[course]'" in printed
+    )
 
 
 def clock(monkeypatch, *seconds):
-    """A clock by which the steps take these seconds, one after the other; the meter, before the last two, half of one."""
+    """A clock by which the steps take these seconds, one after the other; the meter, before the
+    last two, half of one.
+    """
     ticks, now = [], 0.0
     for number, each in enumerate(seconds):
         if number == len(seconds) - 2:
@@ -254,11 +301,20 @@ def clock(monkeypatch, *seconds):
     ("seconds", "found"),
     [
         # A warm-up, two to find the batch (8, then 20), the steps without the meter, those with it.
-        ((9, 0.4, 1.0, 1.0, 1.1, 1.2, 1.3), r"^1\.20 x: a step takes 1\.200 s with .* 1\.000 s without .*batch 20 x 16"),
+        (
+            (9, 0.4, 1.0, 1.0, 1.1, 1.2, 1.3),
+            r"^1\.20 x: a step takes 1\.200 s with .* 1\.000 s without .*batch 20 x 16",
+        ),
         ((9, 0.4, 1.0, 1.0, 1.1, 1.4, 1.25), r"^1\.25 x: (?!.*(Not to be|That is|This step))"),
         ((9, 0.4, 1.0, 1.0, 1.1, 1.4, 1.4), r"^1\.40 x: .*That is more than the 1\.3 x"),
-        ((9, 0.4, 1.0, 1.0, 1.5, 1.4, 1.4), r"Not to be relied on: the steps took 1\.000 to 1\.500 s without"),
-        ((9, 0.4, 1.0, 1.0, 1.1, 0.8, 0.9), r"^0\.80 x: .*Not to be relied on: .*, 0\.800 to 0\.900 s with it"),
+        (
+            (9, 0.4, 1.0, 1.0, 1.5, 1.4, 1.4),
+            r"Not to be relied on: the steps took 1\.000 to 1\.500 s without",
+        ),
+        (
+            (9, 0.4, 1.0, 1.0, 1.1, 0.8, 0.9),
+            r"^0\.80 x: .*Not to be relied on: .*, 0\.800 to 0\.900 s with it",
+        ),
         # The batch stops at 128 sequences, however fast the machine is.
         ((9, 0.01, 0.2, 0.2, 0.2, 0.2, 0.2), r"^1\.00 x: .*batch 128 x 16.*This step is short"),
     ],

@@ -1,4 +1,6 @@
-"""`measure`: what it gives back, what it refuses, and that it leaves nothing switched on. Bytes: tests/meters."""
+"""`measure`: what it gives back, what it refuses, and that it leaves nothing switched on. Bytes:
+tests/meters.
+"""
 
 import functools
 import gc
@@ -77,7 +79,7 @@ def ordinary() -> Measurement:
     return measure(build)
 
 
-# What it gives back ---------------------------------------------------------------------------------------------------
+# What it gives back -------------------------------------------------------------------------------
 
 
 def test_the_measurement(ordinary):
@@ -110,7 +112,10 @@ def test_the_timeline_is_cheap_to_plot(ordinary):
     assert timeline.total.max() == ordinary.peak_bytes
     assert tuple(timeline.bytes) == COLUMNS
     assert (np.diff(timeline.seconds) >= 0).all() and timeline.seconds[0] >= 0
-    assert all(len(values) == len(timeline.total) == len(timeline.phase) for values in timeline.bytes.values())
+    assert all(
+        len(values) == len(timeline.total) == len(timeline.phase)
+        for values in timeline.bytes.values()
+    )
     assert set(timeline.phase) == set(PHASES) - {"optimizer"}  # plain SGD allocates nothing
     assert timeline.total[-1] == 0  # nothing of the run is left
 
@@ -118,8 +123,9 @@ def test_the_timeline_is_cheap_to_plot(ordinary):
 def test_largest_says_what_made_the_blocks_at_the_peak(ordinary):
     largest = ordinary.largest(2)
     assert [(block.bytes, block.name) for block in largest] == [
-        (WIDTH * WIDTH * FLOAT, "0.weight"), (WIDTH * WIDTH * FLOAT, "2.weight")
-    ]  # fmt: skip
+        (WIDTH * WIDTH * FLOAT, "0.weight"),
+        (WIDTH * WIDTH * FLOAT, "2.weight"),
+    ]
     assert {block.column for block in ordinary.largest(100)} <= set(COLUMNS)
     assert sum(block.bytes for block in ordinary.largest(10_000)) == ordinary.peak_bytes
 
@@ -175,7 +181,9 @@ def test_seconds_come_from_separate_runs_with_nothing_switched_on():
 
 
 def test_a_long_step_needs_no_other_one_to_warm_up(monkeypatch):
-    monkeypatch.setattr(sys.modules["memlab.measure"], "_LONG_STEP", 0.0)  # `memlab.measure` is the function
+    monkeypatch.setattr(
+        sys.modules["memlab.measure"], "_LONG_STEP", 0.0
+    )  # `memlab.measure` is the function
     calls = []
 
     def counted():
@@ -194,7 +202,15 @@ def test_a_long_step_needs_no_other_one_to_warm_up(monkeypatch):
 def test_it_pickles():
     measured = measure(build, repeats=1)
     again = pickle.loads(pickle.dumps(measured))
-    for name in ("peak_bytes", "columns", "phase", "seconds", "losses", "environment", "bytes_after_step"):
+    for name in (
+        "peak_bytes",
+        "columns",
+        "phase",
+        "seconds",
+        "losses",
+        "environment",
+        "bytes_after_step",
+    ):
         assert getattr(again, name) == getattr(measured, name)
     assert again.timeline.total.tolist() == measured.timeline.total.tolist()
     assert str(again) == str(measured)
@@ -222,7 +238,11 @@ def test_the_same_run_gives_the_same_bytes_whatever_ran_before(ordinary):
     big = measure(lambda: lambda: torch.ones(1000, 1000).sum())
     again = measure(build)
     assert big.peak_bytes > ordinary.peak_bytes
-    assert (again.peak_bytes, again.columns, again.phase) == (ordinary.peak_bytes, ordinary.columns, ordinary.phase)
+    assert (again.peak_bytes, again.columns, again.phase) == (
+        ordinary.peak_bytes,
+        ordinary.columns,
+        ordinary.phase,
+    )
 
 
 def test_other_models_that_live_in_the_process_are_not_counted(ordinary):
@@ -232,13 +252,12 @@ def test_other_models_that_live_in_the_process_are_not_counted(ordinary):
     assert kept is not None
 
 
-# Bad input ------------------------------------------------------------------------------------------------------------
+# Bad input ----------------------------------------------------------------------------------------
 
 
 @functools.cache
 def outer() -> nn.Sequential:
     return mlp()
-
 
 
 def frozen(run):
@@ -301,40 +320,132 @@ def watching_inside_the_step():
 
 
 BAD_INPUT = {
-    "nothing": (None, {}, ValueError, "build has to be a function that makes the model.*not nothing"),
-    "a number": (3, {}, ValueError, "build has to be a function that makes the model.*not int 3"),
-    "a model": (mlp(), {}, ValueError, r"measure\(\) was given a model.*with watch\(model, optimizer\)"),
-    "a build that returns nothing": (lambda: None, {}, ValueError, r"build\(\) has to return the step.*nothing \(None\)"),
-    "a build that returns a loss": (
-        lambda: torch.ones(1), {}, ValueError, r"build\(\) has to return the step to call.*Tensor"
+    "nothing": (
+        None,
+        {},
+        ValueError,
+        "build has to be a function that makes the model.*not nothing",
     ),
-    "a build that returns a model": (mlp, {}, ValueError, r"build\(\) returned a model. It has to return the step"),
-    "no steps": (build, {"steps": 0}, ValueError, "steps has to be a whole number of at least 1, not 0"),
-    "negative steps": (build, {"steps": -2}, ValueError, "steps has to be a whole number of at least 1, not -2"),
-    "half a step": (build, {"steps": 1.5}, ValueError, "steps has to be a whole number of at least 1, not 1.5"),
-    "yes steps": (build, {"steps": True}, ValueError, "steps has to be a whole number of at least 1, not True"),
-    "negative repeats": (build, {"repeats": -1}, ValueError, "repeats has to be a whole number of at least 0, not -1"),
-    "half a repeat": (build, {"repeats": 0.5}, ValueError, "repeats has to be a whole number of at least 0, not 0.5"),
+    "a number": (3, {}, ValueError, "build has to be a function that makes the model.*not int 3"),
+    "a model": (
+        mlp(),
+        {},
+        ValueError,
+        r"measure\(\) was given a model.*with watch\(model, optimizer\)",
+    ),
+    "a build that returns nothing": (
+        lambda: None,
+        {},
+        ValueError,
+        r"build\(\) has to return the step.*nothing \(None\)",
+    ),
+    "a build that returns a loss": (
+        lambda: torch.ones(1),
+        {},
+        ValueError,
+        r"build\(\) has to return the step to call.*Tensor",
+    ),
+    "a build that returns a model": (
+        mlp,
+        {},
+        ValueError,
+        r"build\(\) returned a model. It has to return the step",
+    ),
+    "no steps": (
+        build,
+        {"steps": 0},
+        ValueError,
+        "steps has to be a whole number of at least 1, not 0",
+    ),
+    "negative steps": (
+        build,
+        {"steps": -2},
+        ValueError,
+        "steps has to be a whole number of at least 1, not -2",
+    ),
+    "half a step": (
+        build,
+        {"steps": 1.5},
+        ValueError,
+        "steps has to be a whole number of at least 1, not 1.5",
+    ),
+    "yes steps": (
+        build,
+        {"steps": True},
+        ValueError,
+        "steps has to be a whole number of at least 1, not True",
+    ),
+    "negative repeats": (
+        build,
+        {"repeats": -1},
+        ValueError,
+        "repeats has to be a whole number of at least 0, not -1",
+    ),
+    "half a repeat": (
+        build,
+        {"repeats": 0.5},
+        ValueError,
+        "repeats has to be a whole number of at least 0, not 0.5",
+    ),
     "a device that is none": (build, {"device": "tpu9"}, ValueError, "'tpu9' is not a device"),
     "a device without a meter": (build, {"device": "mps"}, ValueError, "no meter for 'mps'"),
     "the meta device": (build, {"device": "meta"}, ValueError, 'the "meta" device has no memory'),
-    "a frozen model": (frozen(lambda loss: loss.backward()), {}, ValueError, "needs no gradient. Is every parameter frozen"),
+    "a frozen model": (
+        frozen(lambda loss: loss.backward()),
+        {},
+        ValueError,
+        "needs no gradient. Is every parameter frozen",
+    ),
     "a frozen model, no backward": (
-        frozen(lambda loss: loss), {}, ValueError, "nothing in this step needs a gradient: every parameter .* frozen"
+        frozen(lambda loss: loss),
+        {},
+        ValueError,
+        "nothing in this step needs a gradient: every parameter .* frozen",
     ),
     "no_grad": (without_gradients, {}, ValueError, r"needs no gradient.*torch.no_grad\(\)"),
-    "a model on the meta device": (on_meta, {}, ValueError, "parameter '0.weight' is on the meta device"),
+    "a model on the meta device": (
+        on_meta,
+        {},
+        ValueError,
+        "parameter '0.weight' is on the meta device",
+    ),
     "an optimizer on the meta device": (
-        optimizer_on_meta, {}, ValueError, "a parameter of the optimizer is on the meta device"
+        optimizer_on_meta,
+        {},
+        ValueError,
+        "a parameter of the optimizer is on the meta device",
     ),
-    "a model from outside": (with_outer_model, {}, ValueError, "the model was built before the measurement began: 32.50 KiB"),
+    "a model from outside": (
+        with_outer_model,
+        {},
+        ValueError,
+        "the model was built before the measurement began: 32.50 KiB",
+    ),
     "part of a model from outside": (
-        with_half_an_outer_model, {}, ValueError, r"the model was built before .* 16.25 KiB .*\('.*weight' is one\)"
+        with_half_an_outer_model,
+        {},
+        ValueError,
+        r"the model was built before .* 16.25 KiB .*\('.*weight' is one\)",
     ),
-    "a measurement inside build": (measuring_inside, {}, RuntimeError, "a measurement is running already"),
-    "a measurement inside a step": (measuring_inside_the_step, {}, RuntimeError, "a measurement is running already"),
-    "a watch inside a step": (watching_inside_the_step, {}, RuntimeError, "a measurement is running already"),
-}  # fmt: skip
+    "a measurement inside build": (
+        measuring_inside,
+        {},
+        RuntimeError,
+        "a measurement is running already",
+    ),
+    "a measurement inside a step": (
+        measuring_inside_the_step,
+        {},
+        RuntimeError,
+        "a measurement is running already",
+    ),
+    "a watch inside a step": (
+        watching_inside_the_step,
+        {},
+        RuntimeError,
+        "a measurement is running already",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", BAD_INPUT)
@@ -365,11 +476,13 @@ def test_a_run_is_fine_again_after_a_refusal(ordinary):
     assert measure(build).columns == ordinary.columns
 
 
-# Not bad input --------------------------------------------------------------------------------------------------------
+# Not bad input ------------------------------------------------------------------------------------
 
 
 def test_a_gradient_through_a_frozen_model_is_training_all_the_same():
-    """An adversarial example, a prompt: the parameters are frozen, and something else is trained."""
+    """An adversarial example, a prompt: the parameters are frozen, and something else
+    is trained.
+    """
 
     def through():
         model, inputs = mlp().requires_grad_(False), torch.randn(BATCH, WIDTH, requires_grad=True)
@@ -401,7 +514,7 @@ def test_a_detached_loss_is_fine():
     assert measure(detached).losses is not None
 
 
-# Exceptions -----------------------------------------------------------------------------------------------------------
+# Exceptions ---------------------------------------------------------------------------------------
 
 
 class Boom(Exception):
@@ -446,9 +559,16 @@ def failing(where: str, error: type[BaseException]):
 
 
 PLACES = [
-    "build", "forward", "a forward pre-hook", "a forward hook", "between forward and backward",
-    "a tensor's hook in backward", "a module's hook in backward", "the optimizer", "after the optimizer",
-]  # fmt: skip
+    "build",
+    "forward",
+    "a forward pre-hook",
+    "a forward hook",
+    "between forward and backward",
+    "a tensor's hook in backward",
+    "a module's hook in backward",
+    "the optimizer",
+    "after the optimizer",
+]
 
 
 @pytest.mark.parametrize("error", [Boom, KeyboardInterrupt])
@@ -468,7 +588,7 @@ def test_after_exceptions_the_numbers_are_the_same(ordinary):
     assert (again.peak_bytes, again.columns) == (ordinary.peak_bytes, ordinary.columns)
 
 
-# Leaks ----------------------------------------------------------------------------------------------------------------
+# Leaks --------------------------------------------------------------------------------------------
 
 KEPT: list = []
 
@@ -501,7 +621,9 @@ def keeping(what: str):
 
 @pytest.mark.parametrize("column", ["parameters", "activations", "temporaries"])
 def test_what_outlives_the_run_is_an_error(kept, column):
-    with pytest.raises(MemoryLeakError, match="allocated in this run are still alive after it") as caught:
+    with pytest.raises(
+        MemoryLeakError, match="allocated in this run are still alive after it"
+    ) as caught:
         measure(keeping(column))
     held = str(caught.value).partition("(")[2].partition(")")[0]
     if column != "temporaries":  # a tensor in a list belongs to no column
@@ -511,7 +633,9 @@ def test_what_outlives_the_run_is_an_error(kept, column):
 
 
 def test_a_hook_that_refers_to_its_own_parameter_is_a_leak():
-    """Python's garbage collector does not see through PyTorch's hooks, so such a cycle is never freed."""
+    """Python's garbage collector does not see through PyTorch's hooks, so such a cycle is never
+    freed.
+    """
     references = []
 
     def cyclic():
@@ -557,7 +681,9 @@ def leaky(kind: str):
 
 
 def test_a_kept_loss_shows_in_the_bytes_after_each_step():
-    """Its graph holds what the layers saved: Tanh's output, the model's output (for the square), and the loss."""
+    """Its graph holds what the layers saved: Tanh's output, the model's output (for the square),
+    and the loss.
+    """
     after = measure(leaky("a kept loss"), steps=4).bytes_after_step
     assert set(np.diff(after)) == {2 * BATCH * WIDTH * FLOAT + FLOAT}
 
@@ -581,7 +707,7 @@ def test_a_loop_that_does_not_leak_is_flat():
     assert len(set(measure(build, steps=4).bytes_after_step)) == 1
 
 
-# Threads, and memory that is not the allocator's ----------------------------------------------------------------------
+# Threads, and memory that is not the allocator's --------------------------------------------------
 
 
 class Ramp(Dataset):
@@ -617,7 +743,8 @@ PAIR = 2 * BATCH * WIDTH * FLOAT
 
 def test_a_data_loader_in_this_process():
     measured = measure(from_a_loader(0))
-    # Inputs and targets, though the targets are given to no module; and the batch before them, until it is replaced.
+    # Inputs and targets, though the targets are given to no module; and the batch before them,
+    # until it is replaced.
     assert PAIR <= measured.columns["batch"] <= 2 * PAIR
     assert measured.outside_bytes == 0
     assert measured.columns["unattributed"] == 0
@@ -660,7 +787,9 @@ class Prefetching:
 
 
 def test_what_a_prefetching_thread_makes_is_said_to_be_outside():
-    """The profiler sees one thread. What others make is not in the ledger, and that is not passed over in silence."""
+    """The profiler sees one thread. What others make is not in the ledger, and that is not passed
+    over in silence.
+    """
     measured = measure(lambda: Prefetching(3), steps=2)
     assert measured.outside_bytes == measured.outside_memory_bytes == 3 * PAIR
     assert measured.columns["batch"] == 0
@@ -672,7 +801,9 @@ def test_numpy_arrays_and_memory_maps_are_outside(tmp_path):
     def inner():
         model = mlp()
         from_numpy = torch.from_numpy(np.ones((BATCH, WIDTH), dtype=np.float32))
-        mapped = torch.from_file(str(tmp_path / "data"), shared=True, size=BATCH * WIDTH).view(BATCH, WIDTH)
+        mapped = torch.from_file(str(tmp_path / "data"), shared=True, size=BATCH * WIDTH).view(
+            BATCH, WIDTH
+        )
         return lambda: F.mse_loss(model(from_numpy), mapped).backward()
 
     measured = measure(inner)
@@ -778,23 +909,29 @@ def test_a_step_that_returns_a_function_was_not_called_yet():
 
 @pytest.mark.parametrize(("used_at", "refused"), [(100, True), (200, False)])
 def test_memory_that_a_model_from_before_has_given_back_is_not_that_model(used_at, refused):
-    """A model from before was seen at an address, at 100. Used then, it is a stranger; later, another is there."""
+    """A model from before was seen at an address, at 100. Used then, it is a stranger; later,
+    another is there.
+    """
     recording = _Recording(torch.device("cpu"))
     recording.observer.before.add(4096)
     recording.observer.uses.append(Use(4096, 64, used_at))
     missed = [Observation(100, 4096, "parameters", "old.weight")]
     if refused:
-        with pytest.raises(ValueError, match="64 B of its parameters would be missing .'old.weight' is one"):
+        with pytest.raises(
+            ValueError, match="64 B of its parameters would be missing .'old.weight' is one"
+        ):
             recording._refuse_foreign_parameters(missed)
     else:
         recording._refuse_foreign_parameters(missed)
 
 
-# What is alive already ------------------------------------------------------------------------------------------------
+# What is alive already ----------------------------------------------------------------------------
 
 
 def collected():
-    """A step that leaves its tensor in a cycle, which the garbage collector has to find before the run is over."""
+    """A step that leaves its tensor in a cycle, which the garbage collector has to find before the
+    run is over.
+    """
 
     def build():
         def step():

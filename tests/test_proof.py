@@ -1,4 +1,6 @@
-"""The proof beside the saving: gradients by name, floating-point operations, what a step updates, losses."""
+"""The proof beside the saving: gradients by name, floating-point operations, what a step updates,
+losses.
+"""
 
 import gc
 import math
@@ -13,7 +15,14 @@ from torch.optim import optimizer as optim_optimizer
 from torch.utils.checkpoint import checkpoint
 
 from memlab import proof
-from memlab.proof import FirstStep, first_step, gradient_difference, losses, never_updated, time_together
+from memlab.proof import (
+    FirstStep,
+    first_step,
+    gradient_difference,
+    losses,
+    never_updated,
+    time_together,
+)
 from memlab.workloads import gpt
 
 BATCH, INPUTS, OUTPUTS = 8, 16, 4
@@ -21,8 +30,9 @@ BATCH, INPUTS, OUTPUTS = 8, 16, 4
 
 @pytest.fixture(scope="module", autouse=True)
 def _fast():
-    """One thread is faster for runs this small, and far faster when the cores are busy. And the meter walks the objects
-    that the garbage collector knows: those of the imported libraries are set aside."""
+    """One thread is faster for runs this small, and far faster when the cores are busy. And the
+    meter walks the objects that the garbage collector knows: those of the imported libraries are
+    set aside."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     gc.collect()
@@ -42,9 +52,14 @@ def batch():
 
 
 def build(
-    make=two_layers, loss_of=lambda model, inputs: model(inputs).square().mean(), optimizer=torch.optim.SGD, after=None
+    make=two_layers,
+    loss_of=lambda model, inputs: model(inputs).square().mean(),
+    optimizer=torch.optim.SGD,
+    after=None,
 ):
-    """A run; `after(model, optimizer)` is what its step does after backward (by default it steps and zeroes)."""
+    """A run; `after(model, optimizer)` is what its step does after backward (by default it steps
+    and zeroes).
+    """
 
     def build_run():
         model, inputs = make(), batch()
@@ -70,7 +85,9 @@ def autograd_gradients():
     model = two_layers()
     loss = model(batch()).square().mean()
     found = torch.autograd.grad(loss, list(model.parameters()))
-    return loss.item(), dict(zip([name for name, _ in model.named_parameters()], found, strict=True))
+    return loss.item(), dict(
+        zip([name for name, _ in model.named_parameters()], found, strict=True)
+    )
 
 
 def assert_equal(found, expected):
@@ -79,7 +96,7 @@ def assert_equal(found, expected):
         assert torch.equal(found[name], gradient), name
 
 
-# The gradients --------------------------------------------------------------------------------------------------------
+# The gradients ------------------------------------------------------------------------------------
 
 
 def test_gradients_are_autograds_by_name():
@@ -94,7 +111,9 @@ def test_gradients_are_autograds_by_name():
 def test_an_optimizer_that_steps_inside_the_backward():
     def build_run():
         model, inputs = two_layers(), batch()
-        optimizers = {parameter: torch.optim.SGD([parameter], lr=0.1) for parameter in model.parameters()}
+        optimizers = {
+            parameter: torch.optim.SGD([parameter], lr=0.1) for parameter in model.parameters()
+        }
         for parameter, own in zip(optimizers, map(weakref.ref, optimizers.values()), strict=True):
 
             def update(parameter, own=own):
@@ -170,7 +189,9 @@ def test_clipped_and_accumulated_gradients_are_as_the_optimizer_sees_them():
         nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
         optimizer.step()
 
-    norm = math.sqrt(sum(g.square().sum().item() for g in first_step(build(after=clipped)).gradients.values()))
+    norm = math.sqrt(
+        sum(g.square().sum().item() for g in first_step(build(after=clipped)).gradients.values())
+    )
     assert norm == pytest.approx(1e-3, rel=1e-3)
 
     def halves(model, inputs):
@@ -195,7 +216,8 @@ def test_tied_weights_are_one_gradient():
 
 def test_the_names_are_those_of_the_whole_model_when_its_parts_are_called():
     def in_parts(model, inputs):
-        # No call of the whole model: each layer alone, and the second layer's names would be the first one's.
+        # No call of the whole model: each layer alone, and the second layer's names would be the
+        # first one's.
         return model[2](model[1](model[0](inputs))).square().mean()
 
     assert_equal(first_step(build(loss_of=in_parts)).gradients, autograd_gradients()[1])
@@ -253,7 +275,9 @@ def test_sparse_gradients_and_lazy_layers():
     assert gradient_difference(dense, sparse) == 0.0
 
 
-@pytest.mark.filterwarnings("ignore:Using `torch.compile")  # with hooks on all modules, which is what first_step has
+@pytest.mark.filterwarnings(
+    "ignore:Using `torch.compile"
+)  # with hooks on all modules, which is what first_step has
 def test_a_wrapper_around_the_model_is_seen_through():
     class Wrapper(nn.Module):
         def __init__(self):
@@ -272,7 +296,7 @@ def test_a_wrapper_around_the_model_is_seen_through():
         assert never_updated(plain, other) == never_updated(other, plain) == []
 
 
-# What is asked of two runs --------------------------------------------------------------------------------------------
+# What is asked of two runs ------------------------------------------------------------------------
 
 
 def of(flops=0, **gradients):
@@ -284,7 +308,8 @@ def test_the_difference_is_relative_to_each_parameters_largest_gradient():
     assert gradient_difference(reference, of(a=[1.0, -4.0], b=[1e-3, 0.0])) == 0.0
     assert gradient_difference(reference, of(a=[2.0, -4.0], b=[1e-3, 0.0])) == 0.25
     assert gradient_difference(reference, of(a=[1.0, -4.0], b=[1e-3, 1e-3])) == pytest.approx(1.0)
-    # More parameters than the reference's are no difference; a gradient of zeros is compared as it is.
+    # More parameters than the reference's are no difference; a gradient of zeros is compared as it
+    # is.
     assert gradient_difference(of(a=[0.0]), of(a=[0.5], b=[7.0])) == 0.5
     assert gradient_difference(of(a=[1.0], b=[]), of(a=[1.0], b=[])) == 0.0
 
@@ -292,7 +317,10 @@ def test_the_difference_is_relative_to_each_parameters_largest_gradient():
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_gradient_that_is_no_number_is_the_worst_there_is(bad):
     good = of(a=[1.0, 2.0], b=[1.0, 1.0])
-    for first, second in ((good, of(a=[bad, 2.0], b=[1.0, 1.0])), (of(a=[bad, 2.0], b=[1.0, 1.0]), good)):
+    for first, second in (
+        (good, of(a=[bad, 2.0], b=[1.0, 1.0])),
+        (of(a=[bad, 2.0], b=[1.0, 1.0]), good),
+    ):
         assert gradient_difference(first, second) == math.inf
     assert gradient_difference(of(a=[bad]), of(a=[bad])) == math.inf
     assert gradient_difference(of(a=[0.0]), of(a=[bad])) == math.inf
@@ -300,7 +328,9 @@ def test_a_gradient_that_is_no_number_is_the_worst_there_is(bad):
 
 def test_runs_that_cannot_be_compared_are_refused():
     one = of(a=[1.0], b=[1.0])
-    with pytest.raises(ValueError, match="the reference computed no gradient: does its step call backward"):
+    with pytest.raises(
+        ValueError, match="the reference computed no gradient: does its step call backward"
+    ):
         gradient_difference(of(), one)
     with pytest.raises(ValueError, match=r"no gradient reached 1 of 2 parameters \(b\)"):
         gradient_difference(one, of(a=[1.0]))
@@ -324,12 +354,13 @@ def test_missing_gradients_of_a_real_run():
     assert never_updated(half, reference) == []
 
 
-# Floating-point operations --------------------------------------------------------------------------------------------
+# Floating-point operations ------------------------------------------------------------------------
 
 
 def test_flops_are_the_hand_count_of_a_linear_layer():
     step = first_step(build(lambda: nn.Linear(INPUTS, OUTPUTS)))
-    # Forward, and the weight's gradient. The inputs need none. Two operations for each multiply-and-add.
+    # Forward, and the weight's gradient. The inputs need none. Two operations for each
+    # multiply-and-add.
     assert step.flops == 2 * (2 * BATCH * INPUTS * OUTPUTS)
     two = first_step(build())
     first, second = 2 * BATCH * INPUTS * 32, 2 * BATCH * 32 * OUTPUTS
@@ -339,7 +370,9 @@ def test_flops_are_the_hand_count_of_a_linear_layer():
 def test_a_checkpointed_model_computes_more_and_its_gradients_are_equal():
     def checkpointed(model, inputs):
         hidden = model[0](inputs)
-        return checkpoint(lambda x: model[2](model[1](x)).square(), hidden, use_reentrant=False).mean()
+        return checkpoint(
+            lambda x: model[2](model[1](x)).square(), hidden, use_reentrant=False
+        ).mean()
 
     plain, again = first_step(build()), first_step(build(loss_of=checkpointed))
     assert gradient_difference(plain, again) == 0.0
@@ -348,7 +381,9 @@ def test_a_checkpointed_model_computes_more_and_its_gradients_are_equal():
 
 @pytest.mark.parametrize("key_heads", [4, 2])
 def test_fused_attention_is_counted_like_its_products(key_heads):
-    """Also where several heads of queries share one of keys, and on the CPU, whose kernel PyTorch's counter leaves out."""
+    """Also where several heads of queries share one of keys, and on the CPU, whose kernel PyTorch's
+    counter leaves out.
+    """
     b, h, n, d = 2, 4, 8, 16
 
     def build_attention():
@@ -356,7 +391,9 @@ def test_fused_attention_is_counted_like_its_products(key_heads):
         k, v = (torch.randn(b, key_heads, n, d, requires_grad=True) for _ in range(2))
 
         def step():
-            out = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=key_heads != h)
+            out = nn.functional.scaled_dot_product_attention(
+                q, k, v, is_causal=True, enable_gqa=key_heads != h
+            )
             out.sum().backward()
 
         return step
@@ -366,7 +403,7 @@ def test_fused_attention_is_counted_like_its_products(key_heads):
     assert first_step(build_attention).flops == 2 * product + 5 * product
 
 
-# Nothing stays --------------------------------------------------------------------------------------------------------
+# Nothing stays ------------------------------------------------------------------------------------
 
 
 def switched_on():
@@ -399,7 +436,7 @@ def test_nothing_stays_switched_on():
     assert switched_on() == before
 
 
-# Losses and times -----------------------------------------------------------------------------------------------------
+# Losses and times ---------------------------------------------------------------------------------
 
 
 def test_losses_are_those_of_a_plain_loop():

@@ -1,7 +1,8 @@
 """The rules of the repository, each a function from a folder to a list of what is wrong there.
 
-Every rule is used twice: on this repository, where it must find nothing, and on a small tree made wrong on
-purpose, where it must find that. What a rule is for, and how to satisfy it, is in CONTRIBUTING.md.
+Every rule is used twice: on this repository, where it must find nothing, and on a small tree made
+wrong on purpose, where it must find that. What a rule is for, and how to satisfy it, is in
+CONTRIBUTING.md.
 """
 
 import ast
@@ -29,26 +30,50 @@ ROOT = Path(__file__).resolve().parents[1]
 NO_TECHNIQUE = {"measuring_memory"}
 OF_ANOTHER_FORM = {"measuring_memory", "capstone"}
 
-#: The package from the bottom up: a room may import the rooms before it, and nothing else of memlab.
+#: The package from the bottom up: a room may import the rooms before it, and nothing else of
+#: memlab.
 ORDER = (
-    "units", "ledger", "meters", "budget", "measure", "proof", "figures", "compare", "widgets", "exercises",
-    "techniques", "workloads", "results", "report", "course",
-)  # fmt: skip
+    "units",
+    "ledger",
+    "meters",
+    "budget",
+    "measure",
+    "proof",
+    "figures",
+    "compare",
+    "widgets",
+    "exercises",
+    "techniques",
+    "workloads",
+    "results",
+    "report",
+    "course",
+)
 #: ... but these can be lifted out: they import nothing of memlab at all.
 APART = {"units", "techniques", "workloads"}
-#: Third-party packages, for the rooms that are held to few of them. Others may use every declared dependency.
+#: Third-party packages, for the rooms that are held to few of them. Others may use every declared
+#: dependency.
 FEW_PACKAGES = {"units": set(), "ledger": {"numpy"}, "techniques": {"torch"}}
 
 #: The headings of a technique's notebook, in order, and of the two of another form.
 SECTIONS = (
-    "The problem", "Predict", "The technique", "Measure again", "Proof", "Turn the knob",
-    "When it does not help", "In production", "Exercises", "Takeaways",
-)  # fmt: skip
+    "The problem",
+    "Predict",
+    "The technique",
+    "Measure again",
+    "Proof",
+    "Turn the knob",
+    "When it does not help",
+    "In production",
+    "Exercises",
+    "Takeaways",
+)
 FEWER_SECTIONS = ("Predict", "Exercises", "Takeaways")
 
 MAX_NOTEBOOK_BYTES = 1_500_000
 
-# A path of somebody's machine. Not preceded by a word or a dot: https://example.org/home/page is a link.
+# A path of somebody's machine. Not preceded by a word or a dot: https://example.org/home/page is a
+# link.
 MACHINE_PATH = re.compile(
     r"(?<![\w.~])/(?:root|home|tmp|work|opt|content|mnt|private|Users|var/folders)/\w|\b[A-Z]:\\+Users"
 )
@@ -61,18 +86,33 @@ FORBIDDEN_WORDS = re.compile(r"\b(?:simply|obviously|trivially|TODO|FIXME|XXX)\b
 DEPRECATED = re.compile(r"\btorch\.cuda\.amp\b|\btorch\.cpu\.amp\b|\bexport_memory_timeline\b")
 
 
-# --- Reading a tree -----------------------------------------------------------------------------------------
+# --- Reading a tree -------------------------------------------------------------------------------
 
 
 def tracked_files(root):
-    """The files that git tracks or would track; without git (an unpacked archive), all that is not hidden."""
-    command = ["git", "-C", str(root), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    """The files that git tracks or would track; without git (an unpacked archive), all that is not
+    hidden.
+    """
+    command = [
+        "git",
+        "-C",
+        str(root),
+        "ls-files",
+        "-z",
+        "--cached",
+        "--others",
+        "--exclude-standard",
+    ]
     try:
-        listed = subprocess.run(command, capture_output=True, check=True, text=True).stdout.split("\0")
+        listed = subprocess.run(command, capture_output=True, check=True, text=True).stdout.split(
+            "\0"
+        )
     except (OSError, subprocess.CalledProcessError):
         skip = {"build", "__pycache__", "memlab.egg-info"}
         listed = [str(p.relative_to(root)) for p in root.rglob("*")]
-        listed = [p for p in listed if not any(q in skip or q.startswith(".") for q in Path(p).parts)]
+        listed = [
+            p for p in listed if not any(q in skip or q.startswith(".") for q in Path(p).parts)
+        ]
     return sorted(root / p for p in listed if p and (root / p).is_file())
 
 
@@ -90,7 +130,9 @@ def notebook_paths(root):
 
 
 def topic(path):
-    """`03_gradient_checkpointing.ipynb` is about `gradient_checkpointing`, `electives/e2_pruning.ipynb` about `pruning`."""
+    """`03_gradient_checkpointing.ipynb` is about `gradient_checkpointing`,
+    `electives/e2_pruning.ipynb` about `pruning`.
+    """
     return re.sub(r"^e?\d+_", "", path.stem)
 
 
@@ -102,17 +144,25 @@ def output_texts(cell):
     """Every text in a cell's outputs. A picture is no text: it is encoded."""
     for output in cell.outputs:
         yield from (output.get("text", ""), output.get("evalue", ""))
-        yield from (v for k, v in output.get("data", {}).items() if isinstance(v, str) and k != "image/png")
+        yield from (
+            v for k, v in output.get("data", {}).items() if isinstance(v, str) and k != "image/png"
+        )
 
 
 def nodes(tree, without):
-    """The nodes of a syntax tree, without the bodies of the statements for which `without` says so."""
-    inside = {id(n) for s in ast.walk(tree) if without(s) for part in s.body for n in ast.walk(part)}
+    """The nodes of a syntax tree, without the bodies of the statements for which
+    `without` says so.
+    """
+    inside = {
+        id(n) for s in ast.walk(tree) if without(s) for part in s.body for n in ast.walk(part)
+    }
     return [n for n in ast.walk(tree) if id(n) not in inside]
 
 
 def third_party(tree):
-    """The modules outside the standard library that a syntax tree imports. What is tried may be missing."""
+    """The modules outside the standard library that a syntax tree imports. What is tried may be
+    missing.
+    """
     names = set()
     for node in nodes(tree, without=lambda n: isinstance(n, ast.Try)):
         if isinstance(node, ast.Import):
@@ -123,10 +173,14 @@ def third_party(tree):
 
 
 def rooms_imported(path, root):
-    """The rooms of memlab (modules or folders at its top level) that a file imports, other than for its types."""
+    """The rooms of memlab (modules or folders at its top level) that a file imports, other than for
+    its types.
+    """
     package = path.relative_to(root).parent.parts
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in nodes(tree, without=lambda n: isinstance(n, ast.If) and "TYPE_CHECKING" in ast.unparse(n.test)):
+    for node in nodes(
+        tree, without=lambda n: isinstance(n, ast.If) and "TYPE_CHECKING" in ast.unparse(n.test)
+    ):
         if isinstance(node, ast.Import):
             modules = [a.name for a in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -156,14 +210,16 @@ def pyproject(root):
 def pins(path):
     """{name: version} of a constraints file, and the lines that are not plain pins."""
     lines = [
-        line for line in path.read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")
+        line
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if line and not line.startswith("#")
     ]
     plain = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)==([0-9A-Za-z.]+)")
     found = {canonicalize_name(m[1]): m[2] for m in map(plain.fullmatch, lines) if m}
     return found, [line for line in lines if not plain.fullmatch(line)]
 
 
-# --- One technique, one name, three places ------------------------------------------------------------------
+# --- One technique, one name, three places --------------------------------------------------------
 
 
 def name_problems(root):
@@ -171,7 +227,9 @@ def name_problems(root):
     places = {
         "memlab/techniques/{}.py": {p.stem for p in (root / "memlab/techniques").glob("[!_]*.py")},
         "notebooks/NN_{}.ipynb": {topic(p) for p in notebooks},
-        "tests/techniques/test_{}.py": {p.stem[5:] for p in (root / "tests/techniques").glob("test_*.py")},
+        "tests/techniques/test_{}.py": {
+            p.stem[5:] for p in (root / "tests/techniques").glob("test_*.py")
+        },
     }
     for name in sorted(set.union(*places.values())):
         missing = [place.format(name) for place, names in places.items() if name not in names]
@@ -182,7 +240,9 @@ def name_problems(root):
         elective = path.parent.name == "electives"
         if not re.fullmatch(r"e\d_[a-z0-9_]+" if elective else r"\d\d_[a-z0-9_]+", path.stem):
             form = "e and a digit" if elective else "two digits"
-            yield f"{path.name}: a notebook is named by {form} and a name, like the others beside it"
+            yield (
+                f"{path.name}: a notebook is named by {form} and a name, like the others beside it"
+            )
         if stems.count(path.stem) > 1:
             yield f"{path.name}: there are two of this name"
 
@@ -217,7 +277,10 @@ def test_a_notebook_without_a_number_is_found(good_tree):
 
 def test_an_elective_is_numbered_apart(good_tree):
     (good_tree / "notebooks/electives").mkdir()
-    core, elective = good_tree / "notebooks/01_x.ipynb", good_tree / "notebooks/electives/e1_x.ipynb"
+    core, elective = (
+        good_tree / "notebooks/01_x.ipynb",
+        good_tree / "notebooks/electives/e1_x.ipynb",
+    )
     core.rename(elective)
     assert list(name_problems(good_tree)) == []
     elective.rename(elective.with_name("01_x.ipynb"))
@@ -234,7 +297,7 @@ def test_a_module_without_its_test_is_found(good_tree):
     assert list(mirror_problems(good_tree)) == ["memlab/ledger.py has no tests/test_ledger.py"]
 
 
-# --- Arrows point one way -----------------------------------------------------------------------------------
+# --- Arrows point one way -------------------------------------------------------------------------
 
 
 def arrow_problems(root):
@@ -283,12 +346,15 @@ def test_an_import_upwards_is_found(good_tree, file, source, found):
     assert found in problem
 
 
-# --- Notebooks ----------------------------------------------------------------------------------------------
+# --- Notebooks ------------------------------------------------------------------------------------
 
 
 def notebook_problems(path):
     if path.stat().st_size > MAX_NOTEBOOK_BYTES:
-        yield f"{path.stat().st_size:,} bytes; more than {MAX_NOTEBOOK_BYTES:,} is too heavy to read on the web"
+        yield (
+            f"{path.stat().st_size:,} bytes; more than {MAX_NOTEBOOK_BYTES:,} is too heavy to read"
+            " on the web"
+        )
     notebook = nbformat.read(path, as_version=4)
     try:
         nbformat.validate(notebook)
@@ -318,7 +384,9 @@ def notebook_problems(path):
                 yield f"{where}: a warning in the output: {found[0]}"
             if found := MACHINE_PATH.search(text):
                 yield f"{where}: a path of a machine in the output: {found[0]}"
-    yield from shape_problems(notebook, SECTIONS if topic(path) not in OF_ANOTHER_FORM else FEWER_SECTIONS)
+    yield from shape_problems(
+        notebook, SECTIONS if topic(path) not in OF_ANOTHER_FORM else FEWER_SECTIONS
+    )
     for cell in notebook.cells:
         if found := FORBIDDEN_WORDS.search(cell.source) or MACHINE_PATH.search(cell.source):
             yield f"not to be written in a notebook: {found[0]}"
@@ -335,13 +403,18 @@ def shape_problems(notebook, sections):
     if not cells or not re.search(
         r"import memlab\b.*(ImportError|ModuleNotFoundError)", cells[0].source, re.DOTALL
     ):
-        yield "the first code cell has to be the set-up: import memlab, and install it where the import fails"
+        yield (
+            "the first code cell has to be the set-up: import memlab, and install it where the"
+            " import fails"
+        )
     prose = "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown")
     prose = re.sub(r"^```.*?^```", "", prose, flags=re.MULTILINE | re.DOTALL)
     headings = iter(re.findall(r"^##+ +(.*)$", prose, flags=re.MULTILINE))
     for section in sections:
         if not any(section.lower() in heading.lower() for heading in headings):
-            yield f"no section '{section}', or not in its place; the order is: {', '.join(sections)}"
+            yield (
+                f"no section '{section}', or not in its place; the order is: {', '.join(sections)}"
+            )
             return
 
 
@@ -385,12 +458,18 @@ def _replace(old, new):
         (lambda nb: nb.metadata.pop("memlab"), "older than its code"),
         (lambda nb: nb.metadata.update(widgets={}), "widget state"),
         (lambda nb: nb.metadata.kernelspec.update(name="mine"), "python3"),
-        (lambda nb: code_cells(nb)[1].outputs.append(nbformat.v4.new_output("error")), "is an error"),
+        (
+            lambda nb: code_cells(nb)[1].outputs.append(nbformat.v4.new_output("error")),
+            "is an error",
+        ),
         (_text_output("a.py:3: FutureWarning: old"), "FutureWarning"),
         (_text_output('File "/home/me/a.py", line 3'), "path of a machine"),
         (_text_output("x" * MAX_NOTEBOOK_BYTES), "too heavy"),
         (_replace("# Title", "Title"), "has to be the title"),
-        (lambda nb: nb.cells.insert(0, nbformat.v4.new_markdown_cell("Hello.")), "has to be the title"),
+        (
+            lambda nb: nb.cells.insert(0, nbformat.v4.new_markdown_cell("Hello.")),
+            "has to be the title",
+        ),
         (_replace("## Proof", "## Evidence"), "no section 'Proof'"),
         (_replace("## Predict", "```\n## Predict\n```"), "no section 'Predict'"),
         (_replace("Words.", "This simply works."), "simply"),
@@ -424,7 +503,7 @@ def test_a_notebook_without_its_set_up_cell_is_found():
     assert ["set-up" in p for p in shape_problems(notebook, SECTIONS)] == [True]
 
 
-# --- One source of dependencies -----------------------------------------------------------------------------
+# --- One source of dependencies -------------------------------------------------------------------
 
 # Where a package is imported under another name than it is installed by.
 INSTALLED_AS = {"sklearn": "scikit-learn", "yaml": "pyyaml", "PIL": "pillow", "IPython": "ipython"}
@@ -449,7 +528,10 @@ def dependency_problems(root):
         if version is None:
             yield f"constraints.txt does not pin {r.name}"
         elif version not in r.specifier:
-            yield f"constraints.txt: {r.name}=={version} does not satisfy {r.specifier} of pyproject.toml"
+            yield (
+                f"constraints.txt: {r.name}=={version} does not satisfy {r.specifier} of"
+                " pyproject.toml"
+            )
 
     colab, other = pins(root / "constraints-colab.txt")
     yield from (f"constraints-colab.txt: not a plain pin: {line}" for line in other)
@@ -462,7 +544,9 @@ def dependency_problems(root):
     if colab.get("torch") != pinned.get("torch"):
         yield "constraints-colab.txt and constraints.txt have different versions of torch"
 
-    environment = yaml.safe_load((root / "environment.yml").read_text(encoding="utf-8"))["dependencies"]
+    environment = yaml.safe_load((root / "environment.yml").read_text(encoding="utf-8"))[
+        "dependencies"
+    ]
     expected = [
         f"python{supported}",
         "pip",
@@ -473,7 +557,9 @@ def dependency_problems(root):
         SpecifierSet(str(environment[0]).removeprefix("python")) != supported
         or environment[1:] != expected[1:]
     ):
-        yield f"environment.yml has {environment}; to follow pyproject.toml it has to have {expected}"
+        yield (
+            f"environment.yml has {environment}; to follow pyproject.toml it has to have {expected}"
+        )
 
     makefile = (root / "Makefile").read_text(encoding="utf-8")
     low, high = re.search(r"\(3, (\d+)\) <= \S+ <= \(3, (\d+)\)", makefile).groups()
@@ -482,8 +568,8 @@ def dependency_problems(root):
 
 
 def import_problems(root):
-    """What memlab and the notebooks import is declared as a dependency or in the extra `course`; what the tests
-    import, anywhere."""
+    """What memlab and the notebooks import is declared as a dependency or in the extra `course`;
+    what the tests import, anywhere."""
     groups = requirements(root)
     allowed = {canonicalize_name(r.name) for r in groups[""] + groups["course"]}
     anywhere = allowed | {canonicalize_name(r.name) for lines in groups.values() for r in lines}
@@ -494,16 +580,24 @@ def import_problems(root):
     ]
     for path in notebook_paths(root):
         lines = [
-            line for c in code_cells(nbformat.read(path, as_version=4)) for line in c.source.splitlines()
+            line
+            for c in code_cells(nbformat.read(path, as_version=4))
+            for line in c.source.splitlines()
         ]
-        # What only a notebook understands (%pip, !ls) is no Python: keep its indentation, drop the rest.
-        sources.append((path, "\n".join(re.sub(r"^(\s*)[%!].*", r"\1pass", line) for line in lines)))
+        # What only a notebook understands (%pip, !ls) is no Python: keep its indentation, drop the
+        # rest.
+        sources.append(
+            (path, "\n".join(re.sub(r"^(\s*)[%!].*", r"\1pass", line) for line in lines))
+        )
     for path, source in sources:
         declared = anywhere if path.is_relative_to(root / "tests") else allowed
         for module in sorted(third_party(ast.parse(source))):
             package = canonicalize_name(INSTALLED_AS.get(module, module))
             if not {package, COMES_WITH.get(package)} & declared:
-                yield f"{path.relative_to(root)} imports {module}, which pyproject.toml does not declare for it"
+                yield (
+                    f"{path.relative_to(root)} imports {module}, which pyproject.toml does not"
+                    " declare for it"
+                )
 
 
 def version_problems(root):
@@ -546,13 +640,18 @@ def test_imports_are_declared():
     assert list(import_problems(ROOT)) == []
 
 
-@pytest.mark.parametrize("file", ["memlab/ledger.py", "tests/test_ledger.py", "notebooks/01_x.ipynb"])
+@pytest.mark.parametrize(
+    "file", ["memlab/ledger.py", "tests/test_ledger.py", "notebooks/01_x.ipynb"]
+)
 def test_an_undeclared_import_is_found(good_tree, file):
     assert list(import_problems(good_tree)) == []
     if file.endswith(".ipynb"):
         edit(good_tree / file, "measure(build)", "import scipy.stats")
     else:
-        write(good_tree / file, "try:\n    import jax\nexcept ImportError:\n    from scipy import stats\n")
+        write(
+            good_tree / file,
+            "try:\n    import jax\nexcept ImportError:\n    from scipy import stats\n",
+        )
     assert list(import_problems(good_tree)) == [
         f"{file} imports scipy, which pyproject.toml does not declare for it"
     ]
@@ -569,7 +668,7 @@ def test_another_version_is_found(good_tree, file):
     assert len(list(version_problems(good_tree))) == 1
 
 
-# --- Texts --------------------------------------------------------------------------------------------------
+# --- Texts ----------------------------------------------------------------------------------------
 
 
 def text_problems(root):
@@ -591,7 +690,9 @@ def text_problems(root):
 def command_problems(root, markdown):
     """Every `make something` in a text is a target of the Makefile."""
     targets = set(
-        re.findall(r"^([a-z-]+):", (root / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+        re.findall(
+            r"^([a-z-]+):", (root / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE
+        )
     )
     for name in re.findall(r"(?:^|`|\$ )make ([a-z][a-z-]*)", markdown, flags=re.MULTILINE):
         if name not in targets:
@@ -599,13 +700,22 @@ def command_problems(root, markdown):
 
 
 def address_problems(root):
-    """The repository's public address is set in pyproject.toml; everything else that names it repeats that."""
+    """The repository's public address is set in pyproject.toml; everything else that names it
+    repeats that.
+    """
     address = pyproject(root)["project"]["urls"]["Repository"]
     owner = address.removeprefix("https://github.com/").removesuffix("/memlab")
-    files = [(str(p.relative_to(root)), p.read_text(encoding="utf-8")) for p in notebook_paths(root)]
+    files = [
+        (str(p.relative_to(root)), p.read_text(encoding="utf-8")) for p in notebook_paths(root)
+    ]
     for file, text in [*text_files(root), *files]:
-        for other in sorted(set(re.findall(r"github(?:\.com)?/([\w.-]+)/memlab\b", text)) - {owner}):
-            yield f"{file} names the repository of {other}; pyproject.toml says {owner}: run `make address`"
+        for other in sorted(
+            set(re.findall(r"github(?:\.com)?/([\w.-]+)/memlab\b", text)) - {owner}
+        ):
+            yield (
+                f"{file} names the repository of {other}; pyproject.toml says {owner}: run `make"
+                " address`"
+            )
 
 
 def test_texts_are_as_they_should_be():
@@ -654,7 +764,7 @@ def test_make_address_writes_the_address_everywhere(good_tree):
     assert list(notebook_problems(good_tree / "notebooks/01_x.ipynb")) == []
 
 
-# --- What is generated --------------------------------------------------------------------------------------
+# --- What is generated ----------------------------------------------------------------------------
 
 
 def test_the_generated_tables_equal_the_records():
@@ -662,7 +772,7 @@ def test_the_generated_tables_equal_the_records():
     assert report.generate(ROOT, check=True) == []
 
 
-# --- A tree where every rule holds --------------------------------------------------------------------------
+# --- A tree where every rule holds ----------------------------------------------------------------
 
 
 def write(path, text):
@@ -681,7 +791,9 @@ def good_notebook():
     figure = new.new_output("display_data", data={"image/png": "AAAA", "text/plain": "<Figure>"})
     install = "%pip install -q git+https://github.com/OWNER/memlab"
     set_up = f"try:\n    import memlab\nexcept ImportError:\n    {install}"
-    notebook = new.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})
+    notebook = new.new_notebook(
+        metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}}
+    )
     notebook.cells = [
         new.new_markdown_cell("# Title\n\nWords."),
         new.new_code_cell(set_up, execution_count=1),
@@ -698,18 +810,28 @@ def good_tree(tmp_path):
     files = {
         "README.md": "[The repository](https://github.com/OWNER/memlab). Run `make lab`.\n",
         "CITATION.cff": "version: 0.1.0\nrepository-code: https://github.com/OWNER/memlab\n",
-        "Makefile": "SUPPORTED := sys.exit(not (3, 11) <= version <= (3, 13))\nlab:\n\tjupyter lab\n",
+        "Makefile": (
+            "SUPPORTED := sys.exit(not (3, 11) <= version <= (3, 13))\nlab:\n\tjupyter lab\n"
+        ),
         "constraints.txt": "# CI\nnumpy==2.4\npytest==9.0\ntorch==2.13.0\n",
         "constraints-colab.txt": "# Colab\nnumpy==2.1\ntorch==2.13.0\n",
-        "environment.yml": "dependencies:\n  - python>=3.11,<3.14\n  - pip\n  - pip:\n"
-        "      - --constraint constraints.txt\n      - --editable .[course]\n",
-        "pyproject.toml": '[project]\nversion = "0.1.0"\nrequires-python = ">=3.11,<3.14"\n'
-        'dependencies = ["torch>=2.11", "numpy>=2.1"]\n'
-        'optional-dependencies = { course = [], dev = ["pytest"] }\n'
-        'urls = { Repository = "https://github.com/OWNER/memlab" }\n',
+        "environment.yml": (
+            "dependencies:\n  - python>=3.11,<3.14\n  - pip\n  - pip:\n"
+            "      - --constraint constraints.txt\n      - --editable .[course]\n"
+        ),
+        "pyproject.toml": (
+            '[project]\nversion = "0.1.0"\nrequires-python = ">=3.11,<3.14"\n'
+            'dependencies = ["torch>=2.11", "numpy>=2.1"]\n'
+            'optional-dependencies = { course = [], dev = ["pytest"] }\n'
+            'urls = { Repository = "https://github.com/OWNER/memlab" }\n'
+        ),
         "memlab/__init__.py": '__version__ = "0.1.0"\n',
-        "memlab/ledger.py": "import numpy\nif TYPE_CHECKING:\n    from memlab.measure import measure\n",
-        "memlab/meters/cpu.py": "import torch\nfrom ..ledger import Ledger\nfrom . import columns\n",
+        "memlab/ledger.py": (
+            "import numpy\nif TYPE_CHECKING:\n    from memlab.measure import measure\n"
+        ),
+        "memlab/meters/cpu.py": (
+            "import torch\nfrom ..ledger import Ledger\nfrom . import columns\n"
+        ),
         "memlab/techniques/x.py": "import math\nfrom torch import nn\n",
         "memlab/workloads/gpt.py": "from . import text\n",
         "tests/test_ledger.py": "import pytest\n",

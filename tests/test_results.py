@@ -24,19 +24,35 @@ def measurement(parameters=MiB, activations=3 * MiB, **more):
 
 def comparison(**more):
     before = measurement(seconds=Seconds(0.5, 0.0123456789, 3), losses=(3.0, 2.5), **more)
-    return compare(before, measurement(activations=MiB, **more), predicted=[4 * MiB, 2 * MiB + 20972])
+    return compare(
+        before, measurement(activations=MiB, **more), predicted=[4 * MiB, 2 * MiB + 20972]
+    )
 
 
 def record(notebook="03_x", technique="x", sizes=None, **more):
     more = {"scale": "cpu", **more}
-    return results.record(comparison(), notebook=notebook, technique=technique, sizes=sizes or {"layers": 2}, **more)
+    return results.record(
+        comparison(), notebook=notebook, technique=technique, sizes=sizes or {"layers": 2}, **more
+    )
 
 
 ENVIRONMENT = {
-    "device": "cpu", "gpu": None, "gpu_bytes": None, "torch": "2.13.0", "driver": None, "python": "3.11.7", "threads": 2,
-    "commit": "0" * 40, "date": "2026-01-31",
-}  # fmt: skip
-GPU = ENVIRONMENT | {"device": "cuda", "gpu": "NVIDIA H200", "gpu_bytes": 140 * 2**30, "driver": "575.1"}
+    "device": "cpu",
+    "gpu": None,
+    "gpu_bytes": None,
+    "torch": "2.13.0",
+    "driver": None,
+    "python": "3.11.7",
+    "threads": 2,
+    "commit": "0" * 40,
+    "date": "2026-01-31",
+}
+GPU = ENVIRONMENT | {
+    "device": "cuda",
+    "gpu": "NVIDIA H200",
+    "gpu_bytes": 140 * 2**30,
+    "driver": "575.1",
+}
 
 
 def lines(*records, **environment):
@@ -47,11 +63,15 @@ def results_file(*records, environment=ENVIRONMENT):
     return {"schema": results.SCHEMA, "environment": dict(environment), "records": list(records)}
 
 
-# record() ------------------------------------------------------------------------------------------------------------
+# record() -----------------------------------------------------------------------------------------
 
 
 def test_a_record_holds_what_was_measured_and_null_for_the_rest():
-    made = record(tokens_per_step=1000, max_gradient_difference={"after": 1e-7}, sizes={"layers": 2, "tied": True})
+    made = record(
+        tokens_per_step=1000,
+        max_gradient_difference={"after": 1e-7},
+        sizes={"layers": 2, "tied": True},
+    )
     before, after = made["variants"]
     assert list(made) == ["notebook", "technique", "scale", "sizes", "variants"]
     assert made["sizes"] == {"layers": 2, "tied": True}
@@ -75,7 +95,10 @@ def test_a_record_holds_what_was_measured_and_null_for_the_rest():
 
 
 def test_a_given_loss_goes_before_the_measured_one_and_none_leaves_it_out():
-    assert [v["loss"] for v in record(loss={"before": 1.5, "after": 1.25})["variants"]] == [1.5, 1.25]
+    assert [v["loss"] for v in record(loss={"before": 1.5, "after": 1.25})["variants"]] == [
+        1.5,
+        1.25,
+    ]
     assert [v["loss"] for v in record(loss={"before": None})["variants"]] == [None, None]
 
 
@@ -110,7 +133,10 @@ def test_a_notebook_shows_a_record_as_one_line():
         ({"max_gradient_difference": {"after": -1.0}}, "max_gradient_difference has to be"),
         ({"tokens_per_step": 0}, "tokens_per_step has to be a positive whole number"),
         ({"tokens_per_step": 1.5}, "tokens_per_step has to be a positive whole number"),
-        ({"sizes": {"layers": [1]}}, "sizes.layers has to be a text, a finite number, true or false"),
+        (
+            {"sizes": {"layers": [1]}},
+            "sizes.layers has to be a text, a finite number, true or false",
+        ),
         ({"notebook": ""}, "notebook has to be a text"),
         ({"technique": None}, "technique has to be a text"),
         ({"scale": 3}, "scale has to be a text"),
@@ -126,10 +152,12 @@ def test_what_a_record_cannot_hold_is_refused(given, found, tmp_path, monkeypatc
 def test_variants_of_two_devices_are_refused():
     other = measurement(environment=measured_environment("cpu") | {"device": "cuda"})
     with pytest.raises(ValueError, match="different devices"):
-        results.record(compare(measurement(), other), notebook="a", technique="a", sizes={}, scale="cpu")
+        results.record(
+            compare(measurement(), other), notebook="a", technique="a", sizes={}, scale="cpu"
+        )
 
 
-# The file ------------------------------------------------------------------------------------------------------------
+# The file -----------------------------------------------------------------------------------------
 
 
 def test_a_file_is_read_as_it_was_written_with_its_keys_in_one_order(tmp_path):
@@ -150,7 +178,9 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path):
     results.write(path, results_file(record()))
     before = path.read_bytes()
     with pytest.raises(ValueError, match="environment has no 'torch'"):
-        results.write(path, results_file(environment={k: v for k, v in ENVIRONMENT.items() if k != "torch"}))
+        results.write(
+            path, results_file(environment={k: v for k, v in ENVIRONMENT.items() if k != "torch"})
+        )
     assert path.read_bytes() == before
 
 
@@ -168,22 +198,43 @@ def _variant(**changes):
         (lambda d: d.update(note="x"), "fields that the schema does not know: 'note'"),
         (lambda d: d["environment"].pop("commit"), "environment has no 'commit'"),
         (lambda d: d["environment"].update(date="yesterday"), "environment.date has to be a date"),
-        (lambda d: d["environment"].update(device="tpu"), 'environment.device has to be "cpu" or "cuda"'),
-        (lambda d: d["environment"].update(threads=True), "environment.threads has to be a whole number"),
+        (
+            lambda d: d["environment"].update(device="tpu"),
+            'environment.device has to be "cpu" or "cuda"',
+        ),
+        (
+            lambda d: d["environment"].update(threads=True),
+            "environment.threads has to be a whole number",
+        ),
         (lambda d: d["records"].append(3), "records[1] has to be an object, not 3"),
         (lambda d: d["records"][0].pop("sizes"), "records[0] has no 'sizes'"),
         (lambda d: d["records"][0].update(variants=[]), "at least one variant"),
-        (lambda d: d["records"][0].update(environment={"x": 1}), "records[0].environment has fields"),
+        (
+            lambda d: d["records"][0].update(environment={"x": 1}),
+            "records[0].environment has fields",
+        ),
         (_variant(name="before"), "records[0]: two variants have one name"),
-        (_variant(peak_bytes=1), "records[0].variants[1]: the columns sum to 2097152, but peak_bytes is 1"),
-        (_variant(peak_bytes="12 MiB"), "records[0].variants[1].peak_bytes has to be a whole number"),
+        (
+            _variant(peak_bytes=1),
+            "records[0].variants[1]: the columns sum to 2097152, but peak_bytes is 1",
+        ),
+        (
+            _variant(peak_bytes="12 MiB"),
+            "records[0].variants[1].peak_bytes has to be a whole number",
+        ),
         (_variant(peak_bytes=2.0 * MiB), "peak_bytes has to be a whole number"),
-        (_variant(reserved_bytes=0), "reserved_bytes has to be a whole number of at least 1, or null, not 0"),
+        (
+            _variant(reserved_bytes=0),
+            "reserved_bytes has to be a whole number of at least 1, or null, not 0",
+        ),
         (_variant(phase="lunch"), "phase has to be one of forward, backward, optimizer, other"),
         (_variant(loss=math.inf), "loss has to be a finite number"),
         (_variant(seconds={"median": 1.0, "spread": 0.0}), "seconds has no 'repeats'"),
         (_variant(columns={"parameters": 2 * MiB}), "columns has no 'gradients'"),
-        (lambda d: d["records"][0]["variants"][0]["columns"].update(parameters=-1), "columns.parameters has to be"),
+        (
+            lambda d: d["records"][0]["variants"][0]["columns"].update(parameters=-1),
+            "columns.parameters has to be",
+        ),
     ],
 )
 def test_a_file_of_another_form_is_refused(change, found, tmp_path):
@@ -223,10 +274,15 @@ def test_a_run_replaces_its_own_records_and_the_others_keep_their_environment():
     assert results.environment_of(second, kept) == ENVIRONMENT
     assert results.environment_of(second, fresh[0]) == later
 
-    # Run again, it is of the file's environment, and a notebook that records no more loses its records.
-    third = results.merge(second, later, "01_y", lines(record("01_y", "y"), torch="2.14.0", date="2026-02-01"))
+    # Run again, it is of the file's environment, and a notebook that records no more loses its
+    # records.
+    third = results.merge(
+        second, later, "01_y", lines(record("01_y", "y"), torch="2.14.0", date="2026-02-01")
+    )
     assert "environment" not in third["records"][0]
-    assert [one["notebook"] for one in results.merge(third, later, "03_x", [])["records"]] == ["01_y"]
+    assert [one["notebook"] for one in results.merge(third, later, "03_x", [])["records"]] == [
+        "01_y"
+    ]
 
 
 def test_a_record_says_in_what_it_differs_from_the_runner():
@@ -270,8 +326,12 @@ def test_the_commit_says_when_tracked_files_differ(tmp_path):
     (tmp_path / "a").write_text("2")
     assert results.commit(tmp_path) == f"{head}-dirty"
     (tmp_path / "inner").mkdir()
-    assert results.commit(tmp_path / "inner") is None  # the commit of somebody else's repository says nothing
-# claim() -------------------------------------------------------------------------------------------------------------
+    assert (
+        results.commit(tmp_path / "inner") is None
+    )  # the commit of somebody else's repository says nothing
+
+
+# claim() ------------------------------------------------------------------------------------------
 
 
 def claim(number=3, holds=True, **more):
@@ -281,11 +341,21 @@ def claim(number=3, holds=True, **more):
 
 @pytest.mark.parametrize(
     ("holds", "when", "verdict"),
-    [(True, "", "holds"), (True, "it is large", "holds when it is large"), (False, "", "does not hold")],
+    [
+        (True, "", "holds"),
+        (True, "it is large", "holds when it is large"),
+        (False, "", "does not hold"),
+    ],
 )
 def test_a_claim_says_its_verdict(holds, when, verdict):
     made = claim(holds=holds, when=when)
-    assert made == {"notebook": "03_x", "number": 3, "says": "less memory", "verdict": verdict, "found": "It is so."}
+    assert made == {
+        "notebook": "03_x",
+        "number": 3,
+        "says": "less memory",
+        "verdict": verdict,
+        "found": "It is so.",
+    }
     printer = RecordingPrinter()
     made._repr_pretty_(printer, cycle=False)
     assert printer.said == f"Claim 3: less memory\nVerdict: {verdict}.\nIt is so."
@@ -318,20 +388,25 @@ def test_claims_are_kept_beside_the_records(tmp_path, monkeypatch):
     record()
     second, first = claim(10), claim(3, holds=False)
     monkeypatch.delenv(results.VARIABLE)
-    data = results.merge(None, ENVIRONMENT | measured_environment("cpu"), "03_x", results.read_lines(path))
-    assert len(data["records"]) == 1 and data["claims"] == [first, second]  # in the order of their numbers
+    data = results.merge(
+        None, ENVIRONMENT | measured_environment("cpu"), "03_x", results.read_lines(path)
+    )
+    assert len(data["records"]) == 1 and data["claims"] == [
+        first,
+        second,
+    ]  # in the order of their numbers
     results.write(tmp_path / "cpu.json", data)
     assert results.load(tmp_path / "cpu.json") == data
 
     # Another notebook's run leaves them; the same notebook's run replaces them.
     later = ENVIRONMENT | {"date": "2026-02-01"}
     kept = results.merge(data, later, "04_y", [])["claims"]
-    assert [one["number"] for one in kept] == [3, 10] and kept[0]["environment"]["date"] == ENVIRONMENT["date"]
+    assert [one["number"] for one in kept] == [3, 10] and kept[0]["environment"][
+        "date"
+    ] == ENVIRONMENT["date"]
     assert results.merge(data, later, "03_x", [])["claims"] == []
 
 
 def test_a_file_with_a_claim_that_is_none_is_refused():
     with pytest.raises(ValueError, match=re.escape("claims[0].verdict has to be")):
         results.validate(results_file() | {"claims": [claim() | {"verdict": "perhaps"}]})
-
-

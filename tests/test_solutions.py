@@ -1,7 +1,9 @@
-"""The exercises can be solved: each notebook runs with its solutions in place of its exercises, and all checks pass.
+"""The exercises can be solved: each notebook runs with its solutions in place of its exercises, and
+all checks pass.
 
-To save time the copy that runs leaves out the cells that the exercises do not need. Which these are, the names in the
-cells say: a cell is needed if it binds or changes a name that a needed cell uses.
+To save time the copy that runs leaves out the cells that the exercises do not need. Which these
+are, the names in the cells say: a cell is needed if it binds or changes a name that a needed cell
+uses.
 """
 
 import ast
@@ -27,26 +29,38 @@ def tagged(cell, tag):
 
 
 def solutions(cells):
-    """The solution of each exercise cell, by the cell's position. It is folded away in the next markdown cell."""
+    """The solution of each exercise cell, by the cell's position. It is folded away in the next
+    markdown cell.
+    """
     found = {}
     for position, cell in enumerate(cells):
         if not tagged(cell, "exercise"):
             continue
-        following = next(i for i in range(position + 1, len(cells) + 1) if i == len(cells) or
-                         cells[i].cell_type == "markdown")  # fmt: skip
+        following = next(
+            i
+            for i in range(position + 1, len(cells) + 1)
+            if i == len(cells) or cells[i].cell_type == "markdown"
+        )
         check = cells[position + 1 : following]
-        assert any(tagged(one, "check") for one in check), f"no check follows the exercise in cell {position}"
+        assert any(tagged(one, "check") for one in check), (
+            f"no check follows the exercise in cell {position}"
+        )
         text = cells[following].source if following < len(cells) else ""
-        folded = re.findall(r"<details>\s*<summary>Solution</summary>(.*?)</details>", text, re.DOTALL)
+        folded = re.findall(
+            r"<details>\s*<summary>Solution</summary>(.*?)</details>", text, re.DOTALL
+        )
         assert len(folded) == 1, f"no folded solution follows the exercise in cell {position}"
         code = re.findall(r"^```python\n(.*?)^```$", folded[0], re.DOTALL | re.MULTILINE)
-        assert len(code) == 1, f"the solution of the exercise in cell {position} is not one block of Python"
+        assert len(code) == 1, (
+            f"the solution of the exercise in cell {position} is not one block of Python"
+        )
         found[position] = code[0].rstrip()
     return found
 
 
 def names(source):
-    """The global names that a cell binds, those that it changes, those that it uses itself, and those its functions use.
+    """The global names that a cell binds, those that it changes, those that it uses itself, and
+    those its functions use.
 
     What a cell has bound itself before it uses it is not counted as used.
     """
@@ -58,11 +72,15 @@ def names(source):
     while tables:
         table, later = tables.pop()
         # What a comprehension of the cell uses, the cell uses; in a function it belongs to that.
-        later = later or (table is not module and not table.get_name().endswith(("comp", "genexpr")))
+        later = later or (
+            table is not module and not table.get_name().endswith(("comp", "genexpr"))
+        )
         tables += [(child, later) for child in table.get_children()]
         for symbol in table.get_symbols():
             if table is module or symbol.is_global():
-                bound |= {symbol.get_name()} if symbol.is_assigned() or symbol.is_imported() else set()
+                bound |= (
+                    {symbol.get_name()} if symbol.is_assigned() or symbol.is_imported() else set()
+                )
                 if symbol.is_referenced() and later:
                     used_in_functions.add(symbol.get_name())
     so_far = set()
@@ -71,10 +89,14 @@ def names(source):
         used |= loads - so_far - looped
         so_far |= stores
     for node in ast.walk(tree):
-        # `name.method(...)`, `name[...] = ...` and `name.attribute = ...` change what the name stands for.
+        # `name.method(...)`, `name[...] = ...` and `name.attribute = ...` change what the name
+        # stands for.
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
             node = node.value.func
-        elif not (isinstance(node, (ast.Attribute, ast.Subscript)) and isinstance(node.ctx, (ast.Store, ast.Del))):
+        elif not (
+            isinstance(node, (ast.Attribute, ast.Subscript))
+            and isinstance(node.ctx, (ast.Store, ast.Del))
+        ):
             continue
         while isinstance(node, (ast.Attribute, ast.Subscript)):
             node = node.value
@@ -84,7 +106,9 @@ def names(source):
 
 
 def occurrences(node):
-    """The names that a statement reads and binds when it runs (functions' bodies run later), and its loops' variables."""
+    """The names that a statement reads and binds when it runs (functions' bodies run later), and
+    its loops' variables.
+    """
     loads, stores, looped = set(), set(), set()
 
     def visit(node, own=frozenset()):
@@ -96,22 +120,32 @@ def occurrences(node):
         elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
             if not isinstance(node, ast.Lambda):
                 stores.add(node.name)
-            outside = [*getattr(node, "decorator_list", []), *node.args.defaults, *filter(None, node.args.kw_defaults)]
+            outside = [
+                *getattr(node, "decorator_list", []),
+                *node.args.defaults,
+                *filter(None, node.args.kw_defaults),
+            ]
             for part in outside:
                 visit(part, own)
         elif isinstance(node, (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)):
             targets = [name for part in node.generators for name in ast.walk(part.target)]
             inner = own | {name.id for name in targets if isinstance(name, ast.Name)}
             for part in ast.iter_child_nodes(node):
-                for child in [part.iter, *part.ifs] if isinstance(part, ast.comprehension) else [part]:
+                for child in (
+                    [part.iter, *part.ifs] if isinstance(part, ast.comprehension) else [part]
+                ):
                     visit(child, inner)
         else:
             if isinstance(node, ast.For):
-                looped.update(name.id for name in ast.walk(node.target) if isinstance(name, ast.Name))
+                looped.update(
+                    name.id for name in ast.walk(node.target) if isinstance(name, ast.Name)
+                )
             if isinstance(node, ast.ClassDef):
                 stores.add(node.name)
             if isinstance(node, (ast.Import, ast.ImportFrom)):
-                stores.update((alias.asname or alias.name).partition(".")[0] for alias in node.names)
+                stores.update(
+                    (alias.asname or alias.name).partition(".")[0] for alias in node.names
+                )
             for child in ast.iter_child_nodes(node):
                 visit(child, own)
 
@@ -122,7 +156,12 @@ def occurrences(node):
 def imported(source):
     """The names that a cell imports: `results.record()` does not change what `results` is."""
     nodes = ast.walk(ast.parse(TransformerManager().transform_cell(source)))
-    aliases = [alias for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names]
+    aliases = [
+        alias
+        for node in nodes
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for alias in node.names
+    ]
     return {(alias.asname or alias.name).partition(".")[0] for alias in aliases}
 
 
@@ -139,7 +178,11 @@ def needed(cells):
     while waiting:
         i = waiting.pop()
         _, _, used, in_functions = of[i]
-        more = {j for j, (bound, changed, *_) in of.items() if (bound | (changed - modules)) & in_functions}
+        more = {
+            j
+            for j, (bound, changed, *_) in of.items()
+            if (bound | (changed - modules)) & in_functions
+        }
         for name in used:
             before = [j for j in of if j < i and name in of[j][0]]
             since = before[-1] if before else -1
@@ -151,7 +194,9 @@ def needed(cells):
 
 
 def solved(notebook):
-    """A copy of a notebook with solutions for exercises, with the cells that they need, and the history at its end."""
+    """A copy of a notebook with solutions for exercises, with the cells that they need, and the
+    history at its end.
+    """
     answers = solutions(notebook.cells)
     copy = nbformat.from_dict(json.loads(json.dumps(notebook)))
     for position, answer in answers.items():
@@ -163,13 +208,21 @@ def solved(notebook):
 
 def said(cell):
     """What a code cell's committed output says."""
-    return "".join(o.get("text", "") or o.get("data", {}).get("text/plain", "") for o in cell.outputs)
+    return "".join(
+        o.get("text", "") or o.get("data", {}).get("text/plain", "") for o in cell.outputs
+    )
 
 
 def unsolved_problems(notebook):
-    """What is wrong with a notebook as it is committed: each check has to say that it is not solved yet."""
+    """What is wrong with a notebook as it is committed: each check has to say that it is not solved
+    yet.
+    """
     checks = [i for i, cell in enumerate(notebook.cells) if tagged(cell, "check")]
-    return [f"cell {i} does not say 'Not solved yet'" for i in checks if "Not solved yet" not in said(notebook.cells[i])]
+    return [
+        f"cell {i} does not say 'Not solved yet'"
+        for i in checks
+        if "Not solved yet" not in said(notebook.cells[i])
+    ]
 
 
 def solution_problems(notebook, name, folder):
@@ -189,7 +242,7 @@ def solution_problems(notebook, name, folder):
     return problems
 
 
-# The course -----------------------------------------------------------------------------------------------------------
+# The course ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -220,7 +273,7 @@ class TestTheOtherHalf:
         check_solutions(path, tmp_path)
 
 
-# The test itself, on a small notebook that stands in for the course's -------------------------------------------------
+# The test itself, on a small notebook that stands in for the course's -----------------------------
 
 SETUP = """
 %config InlineBackend.figure_format = 'png'
@@ -262,8 +315,13 @@ def exercise(number, solution):
     return [
         nbformat.v4.new_markdown_cell(f"### Exercise {number}"),
         code(f"def answer_{number}():\n    return None", "exercise"),
-        code(f"exercises.check(answer_{number}, reference=build(), budget=limit, device='cpu')", "check"),
-        nbformat.v4.new_markdown_cell(f"<details><summary>Hint</summary>\n\nLess.\n\n</details>\n\n{text}"),
+        code(
+            f"exercises.check(answer_{number}, reference=build(), budget=limit, device='cpu')",
+            "check",
+        ),
+        nbformat.v4.new_markdown_cell(
+            f"<details><summary>Hint</summary>\n\nLess.\n\n</details>\n\n{text}"
+        ),
     ]
 
 
@@ -298,10 +356,16 @@ def test_wrong_solutions_are_found(tmp_path):
         RIGHT.format(6),
     )
     notebook.cells[-2].source = "print('well done')"  # a check that checks nothing
-    over, different, idle, missing, silent = solution_problems(notebook, "00_stand_in.ipynb", tmp_path)
+    over, different, idle, missing, silent = solution_problems(
+        notebook, "00_stand_in.ipynb", tmp_path
+    )
     assert over.startswith("Over the budget of ")
-    assert different.startswith("It fits, but it does not train the same model\nThe largest gradient difference is ")
-    assert idle.startswith("It fits, but it does not train the same model\nNo parameter has a gradient")
+    assert different.startswith(
+        "It fits, but it does not train the same model\nThe largest gradient difference is "
+    )
+    assert idle.startswith(
+        "It fits, but it does not train the same model\nNo parameter has a gradient"
+    )
     assert missing.startswith("Not solved yet: ")
     assert silent == "6 checks gave 5 results"
 
@@ -359,8 +423,15 @@ def test_names(source, bound, changed, used):
 
 
 def test_a_name_is_that_of_the_last_cell_that_binds_it():
-    cells = [code("x = 1"), code("x = 2"), code("def f():\n    return y"), code("for x in z:\n    pass"), code("y = 3"),
-             code("answer = x, f()", "exercise"), code("check(answer)", "check")]  # fmt: skip
+    cells = [
+        code("x = 1"),
+        code("x = 2"),
+        code("def f():\n    return y"),
+        code("for x in z:\n    pass"),
+        code("y = 3"),
+        code("answer = x, f()", "exercise"),
+        code("check(answer)", "check"),
+    ]
     assert needed(cells) == [2, 3, 4, 5, 6]  # z is bound nowhere: the run would say so
 
 
@@ -370,7 +441,10 @@ def test_committed_outputs_that_do_not_say_unsolved_are_found():
     assert len(unsolved_problems(notebook)) == 2  # not even executed
     output = nbformat.v4.new_output
     checks[0].outputs = [output("stream", text="Not solved yet: 2.00 MiB has to become 1.00 MiB\n")]
-    checks[1].outputs = [output("stream", text="Solved: 2.00 MiB → 1.00 MiB\n"), output("display_data", {"text/plain": "x"})]
+    checks[1].outputs = [
+        output("stream", text="Solved: 2.00 MiB → 1.00 MiB\n"),
+        output("display_data", {"text/plain": "x"}),
+    ]
     (problem,) = unsolved_problems(notebook)
     assert problem == f"cell {len(notebook.cells) - 2} does not say 'Not solved yet'"
 
@@ -380,12 +454,23 @@ def test_committed_outputs_that_do_not_say_unsolved_are_found():
     [
         (lambda cells: cells[:-1], "no folded solution follows"),
         (lambda cells: [*cells[:-2], cells[-1]], "no check follows"),
-        (lambda cells: [*cells[:-1], edited(cells[-1], "<details><summary>Solution", "<details open><summary>Solution")],
-         "no folded solution"),
-        (lambda cells: [*cells[:-1], edited(cells[-1], "```python", "```")], "is not one block of Python"),
-        (lambda cells: [*cells[:-1], edited(cells[-1], "```\n", "```\n```python\nx\n```\n")], "is not one block of Python"),
+        (
+            lambda cells: [
+                *cells[:-1],
+                edited(cells[-1], "<details><summary>Solution", "<details open><summary>Solution"),
+            ],
+            "no folded solution",
+        ),
+        (
+            lambda cells: [*cells[:-1], edited(cells[-1], "```python", "```")],
+            "is not one block of Python",
+        ),
+        (
+            lambda cells: [*cells[:-1], edited(cells[-1], "```\n", "```\n```python\nx\n```\n")],
+            "is not one block of Python",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_missing_solution_is_found(cells, words):
     with pytest.raises(AssertionError, match=words):
         solutions(cells(exercise(1, "pass")))

@@ -30,7 +30,23 @@ def test_a_size_is_read_to_the_byte(text, size):
     assert isinstance(parse_bytes(text), int)
 
 
-@pytest.mark.parametrize("text", ["", "GiB", "2 gigs", "two GiB", "1e3 MiB", "1_000", "-3 MiB", "inf", "nan", "1.", "2 GiB 3", "٣ MiB"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "GiB",
+        "2 gigs",
+        "two GiB",
+        "1e3 MiB",
+        "1_000",
+        "-3 MiB",
+        "inf",
+        "nan",
+        "1.",
+        "2 GiB 3",
+        "٣ MiB",
+    ],
+)
 def test_a_text_that_is_no_size_is_refused(text):
     with pytest.raises(ValueError, match="is not a size. Write it as"):
         parse_bytes(text)

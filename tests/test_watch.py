@@ -22,7 +22,9 @@ INPUTS = BATCH * WIDTH * FLOAT
 
 @pytest.fixture(autouse=True, scope="module")
 def _quick():
-    """Small tensors gain nothing from threads; and of Python's live objects, only those made here need be asked."""
+    """Small tensors gain nothing from threads; and of Python's live objects, only those made here
+    need be asked.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     gc.collect()
@@ -51,7 +53,9 @@ class Training:
 
     def __init__(self):
         torch.manual_seed(0)
-        self.model = nn.Sequential(*[part for _ in range(3) for part in (nn.Linear(WIDTH, WIDTH), nn.Tanh())])
+        self.model = nn.Sequential(
+            *[part for _ in range(3) for part in (nn.Linear(WIDTH, WIDTH), nn.Tanh())]
+        )
         self.optimizer = torch.optim.AdamW(self.model.parameters(), foreach=False)
         self.inputs = torch.randn(BATCH, WIDTH)
 
@@ -72,7 +76,7 @@ def training():
 STATE = 2 * 3 * LAYER + 6 * FLOAT
 
 
-# In mid-life ----------------------------------------------------------------------------------------------------------
+# In mid-life --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("named", ["model and optimizer", "model", "optimizer", "nothing"])
@@ -99,9 +103,14 @@ def test_what_is_alive_at_the_start_is_counted_once_by_what_it_is(training):
     with watch(training.model, training.optimizer) as w:
         pass
     assert w.measurement.columns == {
-        "parameters": 3 * LAYER, "gradients": 3 * LAYER, "optimizer_state": STATE, "activations": 0, "batch": INPUTS,
-        "temporaries": 0, "unattributed": 0,
-    }  # fmt: skip
+        "parameters": 3 * LAYER,
+        "gradients": 3 * LAYER,
+        "optimizer_state": STATE,
+        "activations": 0,
+        "batch": INPUTS,
+        "temporaries": 0,
+        "unattributed": 0,
+    }
     assert w.measurement.peak_bytes == 3 * LAYER + 3 * LAYER + STATE + INPUTS
     assert w.measurement.phase == "other"
 
@@ -128,9 +137,11 @@ def test_blocks_from_before_that_die_make_room(training):
 
 
 def test_a_graph_from_before_is_activations(training):
-    """Watching only the backward: what the forward left is there, by what it is, and goes while backward runs.
+    """Watching only the backward: what the forward left is there, by what it is, and goes while
+    backward runs.
 
-    Not all of it, though: the last Tanh's output is held by autograd alone, where Python cannot find it.
+    Not all of it, though: the last Tanh's output is held by autograd alone, where Python cannot
+    find it.
     """
     loss = training.model(training.inputs).mean()
     with watch(training.model, training.optimizer) as w:
@@ -227,14 +238,25 @@ def test_a_loop_over_a_data_loader(training):
     with watch(training.model, training.optimizer) as w:
         epoch()
     assert w.measurement.columns["unattributed"] < 0.02 * w.measurement.peak_bytes
-    # The data set, the batch, the batch before it until it is replaced, and the inputs of `training`.
-    assert 8 * INPUTS + 2 * INPUTS + INPUTS <= w.measurement.columns["batch"] <= 8 * INPUTS + 4 * INPUTS + INPUTS
+    # The data set, the batch, the batch before it until it is replaced, and the inputs of
+    # `training`.
+    assert (
+        8 * INPUTS + 2 * INPUTS + INPUTS
+        <= w.measurement.columns["batch"]
+        <= 8 * INPUTS + 4 * INPUTS + INPUTS
+    )
 
 
 def test_a_hugging_face_model_in_an_ordinary_loop():
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(
-        vocab_size=500, n_positions=64, n_embd=64, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
+        vocab_size=500,
+        n_positions=64,
+        n_embd=64,
+        n_layer=2,
+        n_head=2,
+        bos_token_id=0,
+        eos_token_id=0,
     )
     model = transformers.GPT2LMHeadModel(config)
     optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
@@ -255,7 +277,10 @@ def test_a_hugging_face_model_in_an_ordinary_loop():
     with watch(model, optimizer) as w:
         epoch()
     columns = w.measurement.columns
-    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in (*model.parameters(), *model.buffers())}
+    storages = {
+        p.untyped_storage().data_ptr(): p.untyped_storage().nbytes()
+        for p in (*model.parameters(), *model.buffers())
+    }
     count = sum(p.numel() for p in model.parameters())
     assert columns["parameters"] == sum(storages.values())
     assert columns["optimizer_state"] == 2 * FLOAT * count + FLOAT * len(list(model.parameters()))
@@ -265,7 +290,7 @@ def test_a_hugging_face_model_in_an_ordinary_loop():
     assert sum(columns.values()) == w.measurement.peak_bytes
 
 
-# When things go wrong -------------------------------------------------------------------------------------------------
+# When things go wrong -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt])

@@ -1,7 +1,9 @@
-"""Write the repository's public address, as pyproject.toml has it, wherever it is named: `make address`.
+"""Write the repository's public address, as pyproject.toml has it, wherever it is named: `make
+address`.
 
 Badges, links and the notebooks' set-up cells name it, as github.com/…/memlab or, for Google Colab,
-github/…/memlab. A notebook whose outputs are up to date stays so: nothing but the address changes in it.
+github/…/memlab. A notebook whose outputs are up to date stays so: nothing but the address changes
+in it.
 """
 
 import json

@@ -1,1 +1,3 @@
-"""Where the ledger's bytes come from: one file a source (`cpu`, `cuda`), and one that sees what they are (`columns`)."""
+"""Where the ledger's bytes come from: one file a source (`cpu`, `cuda`), and one that sees what
+they are (`columns`).
+"""

@@ -1,8 +1,9 @@
 """Sees what each block of memory is for, with no help from the caller.
 
-PyTorch lets anyone register hooks for *all* modules and *all* optimizers. Through them this file sees parameters,
-buffers, inputs, gradients and optimizer state go by, and notes their addresses. It allocates nothing, keeps nothing
-alive, and knows nothing of allocators: `memlab.ledger` joins what it saw with what a meter counted.
+PyTorch lets anyone register hooks for *all* modules and *all* optimizers. Through them this file
+sees parameters, buffers, inputs, gradients and optimizer state go by, and notes their addresses. It
+allocates nothing, keeps nothing alive, and knows nothing of allocators: `memlab.ledger` joins what
+it saw with what a meter counted.
 """
 
 from __future__ import annotations
@@ -21,16 +22,22 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 from torch.profiler import profile
 
 from memlab.ledger import Observation, Span
 
 
 def storages(tensor: torch.Tensor) -> Iterator[torch.UntypedStorage]:
-    """The storages that a tensor's bytes really live in: a view's base, the parts of a tensor subclass, sparse parts."""
+    """The storages that a tensor's bytes really live in: a view's base, the parts of a tensor
+    subclass, sparse parts.
+    """
     if hasattr(type(tensor), "__tensor_flatten__"):
-        # A wrapper subclass (torchao's 8-bit state, DTensor) says by this protocol which tensors it is made of.
+        # A wrapper subclass (torchao's 8-bit state, DTensor) says by this protocol which tensors it
+        # is made of.
         for name in tensor.__tensor_flatten__()[0]:
             yield from storages(getattr(tensor, name))
     elif tensor.layout is torch.strided:
@@ -45,7 +52,9 @@ def storages(tensor: torch.Tensor) -> Iterator[torch.UntypedStorage]:
 
 
 def tensors_in(value: object) -> Iterator[torch.Tensor]:
-    """The tensors in nested tuples, lists, sets and dictionaries (model outputs too), also where they hold themselves."""
+    """The tensors in nested tuples, lists, sets and dictionaries (model outputs too), also where
+    they hold themselves.
+    """
     containers, seen = [value], set()
     while containers:
         value = containers.pop()
@@ -64,14 +73,17 @@ _set_aside: list[weakref.ref] | None = None
 
 @contextlib.contextmanager
 def objects_set_aside() -> Iterator[None]:
-    """Inside, the garbage collector and `live_objects` pass over what is there already: they need no time for it.
+    """Inside, the garbage collector and `live_objects` pass over what is there already: they need
+    no time for it.
 
-    A process that has imported a few libraries holds half a million objects, and to walk through them takes longer than
-    a small training step. What `live_objects` looks for is still found among them, by weak references. Garbage of
-    before is not collected inside; garbage that is made inside is.
+    A process that has imported a few libraries holds half a million objects, and to walk through
+    them takes longer than a small training step. What `live_objects` looks for is still found among
+    them, by weak references. Garbage of before is not collected inside; garbage that is made inside
+    is.
     """
     global _set_aside
-    # Objects that somebody else has frozen would not stay so. (Python 3.12 begins with a few hundred of its own.)
+    # Objects that somebody else has frozen would not stay so. (Python 3.12 begins with a few
+    # hundred of its own.)
     if _set_aside is not None or gc.get_freeze_count() > 1000:
         yield
         return
@@ -89,9 +101,12 @@ def objects_set_aside() -> Iterator[None]:
 
 
 def live_objects(*kinds: type) -> list:
-    """Every live object of some classes (subclasses of `_KINDS`) that Python's garbage collector knows."""
-    # The class is asked, not the object: asking some lazily imported objects would import whole packages. And each
-    # class is asked once, and no line of Python runs for each object: there are so many.
+    """Every live object of some classes (subclasses of `_KINDS`) that Python's garbage collector
+    knows.
+    """
+    # The class is asked, not the object: asking some lazily imported objects would import whole
+    # packages. And each class is asked once, and no line of Python runs for each object: there are
+    # so many.
     things = gc.get_objects()
     if _set_aside is not None:
         things += [thing for reference in _set_aside if (thing := reference()) is not None]
@@ -109,7 +124,8 @@ def live_storages(device: torch.device, *, maps: bool = False) -> dict[int, torc
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # asking some tensors for their gradient warns
         for tensor in live_objects(torch.Tensor):
-            # These are strangers: half-built, lazy, fake, of any class. What they raise means that they hold nothing.
+            # These are strangers: half-built, lazy, fake, of any class. What they raise means that
+            # they hold nothing.
             with contextlib.suppress(Exception):
                 if tensor.device != device:
                     continue
@@ -125,7 +141,9 @@ def live_storages(device: torch.device, *, maps: bool = False) -> dict[int, torc
 
 @dataclass(slots=True, eq=False)
 class Use:
-    """A storage that the run used: from when it was first seen until it was gone (nanoseconds; None: not yet)."""
+    """A storage that the run used: from when it was first seen until it was gone (nanoseconds;
+    None: not yet).
+    """
 
     address: int
     bytes: int
@@ -141,16 +159,18 @@ class Observer:
 
     Args:
         device: the device whose tensors are noted.
-        record: False for a budget, which may be in force for a long training. Then only `latest` is filled, with what
-            was seen last at each address, and `place()` knows the module also while backward runs.
+        record: False for a budget, which may be in force for a long training. Then only `latest` is
+            filled, with what was seen last at each address, and `place()` knows the module also
+            while backward runs.
     """
 
     def __init__(self, device: torch.device, *, record: bool = True):
         self.device = device
         self._record = record
         self.latest: dict[tuple[int, str], Observation] = {}
-        # Kept in four plain lists. A tuple for each would be an object that Python's garbage collector counts: it
-        # would then run more often than without the meter, and free reference cycles that the run itself keeps.
+        # Kept in four plain lists. A tuple for each would be an object that Python's garbage
+        # collector counts: it would then run more often than without the meter, and free reference
+        # cycles that the run itself keeps.
         self._seen_times: list[int] = []
         self._seen_addresses: list[int] = []
         self._seen_columns: list[str] = []
@@ -174,8 +194,9 @@ class Observer:
     def __enter__(self) -> Observer:
         self._handles = [
             register_module_forward_pre_hook(self._enter_module),
-            # `always_call`: a checkpoint's recomputation stops early by an exception, and the call has to be closed.
-            # (Not `with_kwargs`: PyTorch 2.13 does not take that back when the hook is removed.)
+            # `always_call`: a checkpoint's recomputation stops early by an exception, and the call
+            # has to be closed. (Not `with_kwargs`: PyTorch 2.13 does not take that back when the
+            # hook is removed.)
             register_module_forward_hook(self._leave_module, always_call=True),
             register_optimizer_step_pre_hook(self._enter_optimizer),
             register_optimizer_step_post_hook(self._leave_optimizer),
@@ -192,15 +213,23 @@ class Observer:
     @property
     def observations(self) -> list[Observation]:
         """What was seen so far."""
-        seen = zip(self._seen_times, self._seen_addresses, self._seen_columns, self._seen_names, strict=True)
+        seen = zip(
+            self._seen_times,
+            self._seen_addresses,
+            self._seen_columns,
+            self._seen_names,
+            strict=True,
+        )
         return [Observation(*one) for one in seen]
 
-    # What is seen ----------------------------------------------------------------------------------------------------
+    # What is seen ---------------------------------------------------------------------------------
 
     def see(
         self, tensors: Iterable[torch.Tensor], column: str, name: str = "", *, outside: bool = True
     ) -> None:
-        """Note that these tensors are of `column`, now. `outside=False`: the run may have nothing to do with them."""
+        """Note that these tensors are of `column`, now. `outside=False`: the run may have nothing
+        to do with them.
+        """
         now = time.time_ns()
         for tensor in tensors:
             with contextlib.suppress(Exception):  # no memory of its own (lazy, functional, fake)
@@ -240,8 +269,9 @@ class Observer:
         if parameter.device.type == "meta":
             which = f"parameter {name!r}" if name else "a parameter of the optimizer"
             raise ValueError(
-                f"{which} is on the meta device: it has a shape but no bytes, so there is nothing to "
-                f"measure. Build the model on {self.device}, or call .to_empty(device={str(self.device)!r}) first."
+                f"{which} is on the meta device: it has a shape but no bytes, so there is nothing"
+                f" to measure. Build the model on {self.device}, or call"
+                f" .to_empty(device={str(self.device)!r}) first."
             )
         self.see((parameter,), "parameters", name)
         self.devices.add(parameter.device)
@@ -250,8 +280,14 @@ class Observer:
             self.parameters[id(parameter)] = weakref.ref(parameter)
 
     def used_parameters(self) -> list[torch.Tensor]:
-        """The parameters that a module or an optimizer used while the observer was on, as far as they still live."""
-        return [parameter for reference in self.parameters.values() if (parameter := reference()) is not None]
+        """The parameters that a module or an optimizer used while the observer was on, as far as
+        they still live.
+        """
+        return [
+            parameter
+            for reference in self.parameters.values()
+            if (parameter := reference()) is not None
+        ]
 
     def see_gradients(self) -> None:
         """Note the gradients of every parameter seen so far."""
@@ -270,22 +306,32 @@ class Observer:
             self.see(tensors_in(state), "optimizer_state")
 
     def look_around(self, *, before: bool = False, after: bool = False) -> None:
-        """Note what every live model, optimizer and data set holds, whether or not it was used while we watched.
+        """Note what every live model, optimizer and data set holds, whether or not it was used
+        while we watched.
 
         Args:
-            before: the steps have not begun: any other tensor that Python holds is the batch (inputs, targets, a data
-                set kept on the device) if it needs no gradient, and an activation if autograd made it.
-            after: the steps are over: a tensor that was trained, and that no module was given, is a parameter.
+            before: the steps have not begun: any other tensor that Python holds is the batch
+                (inputs, targets, a data set kept on the device) if it needs no gradient, and an
+                activation if autograd made it.
+            after: the steps are over: a tensor that was trained, and that no module was given, is a
+                parameter.
 
         What was not there before the run counts as used by it.
         """
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # asking some tensors for their gradient warns
-            for thing in live_objects(nn.Module, torch.optim.Optimizer, torch.utils.data.Dataset, torch.Tensor):
-                with contextlib.suppress(Exception):  # strangers, as above: half-built, lazy, fake, of any class
+            for thing in live_objects(
+                nn.Module, torch.optim.Optimizer, torch.utils.data.Dataset, torch.Tensor
+            ):
+                with contextlib.suppress(
+                    Exception
+                ):  # strangers, as above: half-built, lazy, fake, of any class
                     if isinstance(thing, nn.Module):
                         name = self._names.get(thing, type(thing).__name__)
-                        own = [*thing.named_parameters(recurse=False), *thing.named_buffers(recurse=False)]
+                        own = [
+                            *thing.named_parameters(recurse=False),
+                            *thing.named_buffers(recurse=False),
+                        ]
                         for part, tensor in own:
                             self.see((tensor,), "parameters", f"{name}.{part}", outside=False)
                             if tensor.is_leaf and tensor.grad is not None:
@@ -296,7 +342,9 @@ class Observer:
                         for state in list(thing.state.values()):
                             self.see(tensors_in(state), "optimizer_state", outside=False)
                     elif isinstance(thing, torch.utils.data.Dataset):
-                        self.see(tensors_in(vars(thing)), "batch", type(thing).__name__, outside=False)
+                        self.see(
+                            tensors_in(vars(thing)), "batch", type(thing).__name__, outside=False
+                        )
                     elif isinstance(thing, nn.Parameter):
                         # A parameter whose module is still being built is known by its class.
                         self.see((thing,), "parameters", outside=False)
@@ -318,7 +366,7 @@ class Observer:
         if tensor.is_leaf and tensor.grad is not None:
             self.see((tensor.grad,), "gradients", outside=outside)
 
-    # Hooks -----------------------------------------------------------------------------------------------------------
+    # Hooks ----------------------------------------------------------------------------------------
 
     @property
     def stack(self) -> list[tuple[str, int, int]]:
@@ -349,17 +397,21 @@ class Observer:
         if torch.compiler.is_compiling() or id(module) not in (entry[2] for entry in self.stack):
             return
         while True:
-            # A call that ended by something other than an Exception was never closed. It lies above this one.
+            # A call that ended by something other than an Exception was never closed. It lies above
+            # this one.
             name, start, identity = self.stack.pop()
             if identity == id(module):
                 break
         if self._record:
             graph = 0 if torch.is_grad_enabled() else -1
-            self.spans.append(Span(start, time.time_ns(), "module", name, threading.get_ident(), graph))
+            self.spans.append(
+                Span(start, time.time_ns(), "module", name, threading.get_ident(), graph)
+            )
         elif output is not None:
             self._follow(output, name)
         elif not self._failed_in:
-            self._failed_in = name  # most likely an exception is on its way up; the innermost module is left first
+            # most likely an exception is on its way up; the innermost module is left first
+            self._failed_in = name
 
     def _follow(self, output: object, name: str) -> None:
         """Have autograd say when backward reaches the node that made a module's output."""
@@ -368,20 +420,25 @@ class Observer:
             self._backward_of = name
 
         for tensor in tensors_in(output):
-            # The innermost module is left first, and an outer one with the same output adds nothing.
+            # The innermost module is left first, and an outer one with the same output adds
+            # nothing.
             if tensor.grad_fn is not None and "memlab" not in tensor.grad_fn.metadata:
                 tensor.grad_fn.metadata["memlab"] = name
                 tensor.grad_fn.register_prehook(reached)
 
     def place(self, *, failed: bool = False) -> str:
-        """Where the run is now, for people. With `failed`: where it was when an exception ended it."""
+        """Where the run is now, for people. With `failed`: where it was when an
+        exception ended it.
+        """
         if self.stack:
             return f"in {self.stack[-1][0]}"
         if self._optimizer:
             return f"in {self._optimizer}.step()"
         if failed and self._failed_in:
             return f"in {self._failed_in}"
-        if self._backward_of and (failed or not torch.is_grad_enabled()):  # backward runs without gradients
+        if self._backward_of and (
+            failed or not torch.is_grad_enabled()
+        ):  # backward runs without gradients
             return f"in the backward of {self._backward_of}"
         return "outside any module"
 

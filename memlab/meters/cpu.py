@@ -1,10 +1,13 @@
-"""The CPU's bytes, exactly: PyTorch's profiler reports every event of the CPU allocator, with address and size.
+"""The CPU's bytes, exactly: PyTorch's profiler reports every event of the CPU allocator, with
+address and size.
 
-Its trace also says which operator ran when, and when autograd evaluated which node. The trace is read through the
-public `export_chrome_trace`. The profiler sees the thread that started it, and autograd's; not Python's other threads.
+Its trace also says which operator ran when, and when autograd evaluated which node. The trace is
+read through the public `export_chrome_trace`. The profiler sees the thread that started it, and
+autograd's; not Python's other threads.
 
-Private is only what PyTorch has no public word for: whether a profiler runs already (`_profiler_enabled`; a second one
-would end the first, or the process), and the level of its logger.
+Private is only what PyTorch has no public word for: whether a profiler runs already
+(`_profiler_enabled`; a second one would end the first, or the process), and the level of its
+logger.
 """
 
 from __future__ import annotations
@@ -26,9 +29,11 @@ _BACKWARD = "autograd::engine::evaluate_function: "
 
 
 class Trace:
-    """Records with PyTorch's profiler between `start()` and `stop()`; then `events`, `mapped` and `spans` are filled.
+    """Records with PyTorch's profiler between `start()` and `stop()`; then `events`, `mapped` and
+    `spans` are filled.
 
-    `mapped` are the events of memory maps: files and shared memory, which the allocator did not hand out.
+    `mapped` are the events of memory maps: files and shared memory, which the allocator did not
+    hand out.
 
     Args:
         memory: whether the CPU allocator's events are wanted (they are not when a GPU is measured).
@@ -39,7 +44,8 @@ class Trace:
         self.mapped: list[Event] = []
         self.complete = True  # nothing is ever left out here
         self.spans: list[Span] = []
-        # The profiler announces itself on standard error, which a notebook would show. 99 is silence.
+        # The profiler announces itself on standard error, which a notebook would show. 99 is
+        # silence.
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")
         self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=memory)
         self._log_level = _log_level()
@@ -50,17 +56,21 @@ class Trace:
         Raises:
             RuntimeError: a profiler records already, or is about to; there can be one at a time.
         """
-        if _profiler_enabled() or any(p.current_action is ProfilerAction.WARMUP for p in live_objects(profile)):
+        if _profiler_enabled() or any(
+            p.current_action is ProfilerAction.WARMUP for p in live_objects(profile)
+        ):
             raise RuntimeError(
-                "PyTorch's profiler is recording already, and there can be one at a time. Measure outside of "
-                "`torch.profiler.profile(...)`."
+                "PyTorch's profiler is recording already, and there can be one at a time. Measure"
+                " outside of `torch.profiler.profile(...)`."
             )
         with warnings.catch_warnings():
-            # PyTorch 2.11 warns that a second cycle (there is none) would clear the first. To ask it to keep both
-            # (`acc_events`) would let it make Python objects of all events, which nobody reads and takes seconds.
+            # PyTorch 2.11 warns that a second cycle (there is none) would clear the first. To ask
+            # it to keep both (`acc_events`) would let it make Python objects of all events, which
+            # nobody reads and takes seconds.
             warnings.filterwarnings("ignore", message="(?s).*acc_events")
             self._profile.start()
-        # A block from before the recording that is freed in it makes the allocator log a warning. It is expected here.
+        # A block from before the recording that is freed in it makes the allocator log a warning.
+        # It is expected here.
         if self._log_level is not None:
             self._level_before, self._log_level.value = self._log_level.value, 2
 
@@ -75,8 +85,8 @@ class Trace:
         if not _profiler_enabled():
             # Asking the profiler for a trace now would end the process.
             raise RuntimeError(
-                "the measurement was ended by another `torch.profiler.profile(...)` that ran inside it: there can be "
-                "one at a time. Measure without it."
+                "the measurement was ended by another `torch.profiler.profile(...)` that ran inside"
+                " it: there can be one at a time. Measure without it."
             )
         self._profile.stop()
         with tempfile.TemporaryDirectory(prefix="memlab-") as folder:
@@ -87,7 +97,8 @@ class Trace:
 
 
 def read_trace(trace: dict) -> tuple[list[Event], list[Event], list[Span]]:
-    """The events of the allocator, those of memory maps and the operators' spans in a Chrome trace of PyTorch's profiler.
+    """The events of the allocator, those of memory maps and the operators' spans in a Chrome trace
+    of PyTorch's profiler.
 
     Times are in nanoseconds.
     """
@@ -99,7 +110,9 @@ def read_trace(trace: dict) -> tuple[list[Event], list[Event], list[Span]]:
             if arguments["Device Type"] == 0:  # 0 is the CPU
                 time = base + round(entry["ts"] * 1000)
                 total = arguments["Total Allocated"]
-                reports.append((time, arguments["Ev Idx"], arguments["Addr"], arguments["Bytes"], total))
+                reports.append(
+                    (time, arguments["Ev Idx"], arguments["Addr"], arguments["Bytes"], total)
+                )
         elif entry.get("ph") == "X" and entry.get("cat") == "cpu_op":
             start = base + round(entry["ts"] * 1000)
             end = start + round(entry["dur"] * 1000)
@@ -112,7 +125,8 @@ def read_trace(trace: dict) -> tuple[list[Event], list[Event], list[Span]]:
     mapped: list[Event] = []
     maps: set[int] = set()
     for time, _, address, size, total in sorted(reports):
-        # A memory map is reported like an allocation, but the allocator's running total knows nothing of it.
+        # A memory map is reported like an allocation, but the allocator's running total knows
+        # nothing of it.
         if size > 0:
             (maps.add if total < size else maps.discard)(address)
         (mapped if address in maps else events).append(Event(time, address, size))
@@ -124,7 +138,9 @@ def _profiler_enabled() -> bool:
 
 
 def _log_level() -> ctypes.c_int | None:
-    """The level from which PyTorch's C++ logger prints (not part of any API; without it, one more warning is seen)."""
+    """The level from which PyTorch's C++ logger prints (not part of any API; without it, one more
+    warning is seen).
+    """
     try:
         library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
         return ctypes.c_int.in_dll(library, "FLAGS_caffe2_log_level")

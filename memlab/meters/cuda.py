@@ -1,11 +1,14 @@
-"""A CUDA device's bytes: the allocator's own counters for the peak, its recorded history for the timeline.
+"""A CUDA device's bytes: the allocator's own counters for the peak, its recorded history for the
+timeline.
 
-Three numbers, never mixed up: *allocated* (what tensors hold), *reserved* (what the allocator holds from the driver,
-free blocks included) and *device* (what the driver says is in use on the whole device, CUDA's context included).
+Three numbers, never mixed up: *allocated* (what tensors hold), *reserved* (what the allocator holds
+from the driver, free blocks included) and *device* (what the driver says is in use on the whole
+device, CUDA's context included).
 
-cuBLAS's workspaces are none of a run's bytes: PyTorch allocates one for each thread that multiplies matrices (32 MiB on
-Hopper, 8.1 MiB before; backward runs in a thread of its own) and keeps it as long as the process lives, whatever the
-model. They are told apart from the rest and reported by themselves.
+cuBLAS's workspaces are none of a run's bytes: PyTorch allocates one for each thread that multiplies
+matrices (32 MiB on Hopper, 8.1 MiB before; backward runs in a thread of its own) and keeps it as
+long as the process lives, whatever the model. They are told apart from the rest and reported by
+themselves.
 """
 
 from __future__ import annotations
@@ -19,7 +22,8 @@ import torch
 from memlab.ledger import Block, Event, Span
 from memlab.meters.cpu import Trace
 
-# More than a few hundred steps of a large model. Bounded, so that a forgotten recording cannot fill the host.
+# More than a few hundred steps of a large model. Bounded, so that a forgotten recording cannot fill
+# the host.
 _MAX_ENTRIES = 2_000_000
 
 # The allocator hands out multiples of this.
@@ -49,12 +53,14 @@ class CudaTrace:
         self.alive = _active_blocks(self.device)
         self._trace.start()
         torch.cuda.memory._record_memory_history(enabled=None)  # forget what someone else recorded
-        # Context None: addresses, sizes and times without stack traces, which would slow the run down.
+        # Context None: addresses, sizes and times without stack traces, which would slow the run
+        # down.
         torch.cuda.memory._record_memory_history("all", context=None, max_entries=_MAX_ENTRIES)
 
     def stop(self) -> None:
         """Stop recording, switch the history off again and read what was recorded."""
-        # Read before the workspaces go: the allocator keeps what it reserved until asked, so this is near the highest.
+        # Read before the workspaces go: the allocator keeps what it reserved until asked, so this
+        # is near the highest.
         torch.cuda.synchronize(self.device)
         free, total = torch.cuda.mem_get_info(self.device)
         self.device_bytes = total - free
@@ -78,14 +84,17 @@ class CudaTrace:
 
 
 def read_history(history: list[dict]) -> list[Event]:
-    """The allocator's events in a recorded history, sizes rounded up as the allocator does, times in nanoseconds."""
+    """The allocator's events in a recorded history, sizes rounded up as the allocator does, times
+    in nanoseconds.
+    """
     events = []
     for entry in history:
         size = -(-entry["size"] // _GRAIN) * _GRAIN
         if entry["action"] == "alloc":
             events.append(Event(entry["time_us"] * 1000, entry["addr"], size))
         elif entry["action"] == "free_requested":
-            # The counters go down when the free is asked for, not when the streams are done with the block.
+            # The counters go down when the free is asked for, not when the streams are done with
+            # the block.
             events.append(Event(entry["time_us"] * 1000, entry["addr"], -size))
     return events
 
@@ -105,13 +114,15 @@ def _active_blocks(device: torch.device) -> list[Block]:
 
 
 def split_workspaces(events: Iterable[Event], ended: int) -> tuple[list[Event], tuple[int, int]]:
-    """Part a run's events from those of cuBLAS's workspaces: the blocks that go when the workspaces are cleared.
+    """Part a run's events from those of cuBLAS's workspaces: the blocks that go when the workspaces
+    are cleared.
 
     Args:
         events: in order of time; those from `ended` (nanoseconds) on are what the clearing freed.
 
     Returns:
-        The run's events; the workspaces' bytes in all, and those of them that were alive when all together peaked.
+        The run's events; the workspaces' bytes in all, and those of them that were alive when all
+        together peaked.
     """
     events = list(events)
     born: dict[int, int] = {}  # address → index of the allocation that holds it
@@ -140,23 +151,34 @@ def split_workspaces(events: Iterable[Event], ended: int) -> tuple[list[Event], 
             held += event.bytes
         if alive > highest:
             highest, at_peak = alive, held
-    return [event for index, event in enumerate(events) if index not in dropped | workspaces], (total, at_peak)
+    return [event for index, event in enumerate(events) if index not in dropped | workspaces], (
+        total,
+        at_peak,
+    )
 
 
 def clear_workspaces() -> None:
-    """Give back cuBLAS's workspaces (32 MiB on Hopper), which else stay from run to run and belong to none of them."""
-    clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)  # no public way; without it they are counted
+    """Give back cuBLAS's workspaces (32 MiB on Hopper), which else stay from run to run and belong
+    to none of them.
+    """
+    clear = getattr(
+        torch._C, "_cuda_clearCublasWorkspaces", None
+    )  # no public way; without it they are counted
     if clear is not None and torch.cuda.is_initialized():
         clear()
 
 
 @functools.cache
 def workspace_bytes(device: torch.device) -> int:
-    """What cuBLAS's workspaces hold in a process that trains on one stream: allocated, looked at and given back."""
+    """What cuBLAS's workspaces hold in a process that trains on one stream: allocated, looked at
+    and given back.
+    """
     clear_workspaces()
     before = torch.cuda.memory_allocated(device)
     x = torch.ones(16, 16, device=device, requires_grad=True)
-    torch.addmm(x.detach()[0], x, x).sum().backward()  # backward has a thread and a workspace of its own
+    torch.addmm(
+        x.detach()[0], x, x
+    ).sum().backward()  # backward has a thread and a workspace of its own
     del x
     held = torch.cuda.memory_allocated(device) - before
     clear_workspaces()

@@ -1,1 +1,3 @@
-"""One file per technique, named as in the field; each imports torch and the standard library only."""
+"""One file per technique, named as in the field; each imports torch and the standard
+library only.
+"""

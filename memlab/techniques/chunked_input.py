@@ -1,13 +1,17 @@
-"""Chunked input: run a long text through a model piece by piece, and get what the whole would have given.
+"""Chunked input: run a long text through a model piece by piece, and get what the whole would have
+given.
 
-A causal language model may read a text in chunks if each sees the keys and values of those before it:
-`KVCache` keeps them, and `forward_in_chunks` does the rest. What a token computes alone, in a feed-forward
-layer or the loss, needs no cache: `in_chunks`. At inference both take temporaries away. In training they save
-little unless each chunk is computed again in backward, since autograd keeps what it saved.
+A causal language model may read a text in chunks if each sees the keys and values of those before
+it:
+`KVCache` keeps them, and `forward_in_chunks` does the rest. What a token computes alone, in a
+feed-forward layer or the loss, needs no cache: `in_chunks`. At inference both take temporaries
+away. In training they save little unless each chunk is computed again in backward, since autograd
+keeps what it saved.
 
-Sources: Agrawal et al., "SARATHI" (2023), arXiv:2308.16369, for prefill in chunks; Kitaev et al., "Reformer"
-(2020), arXiv:2001.04451, section 3, for chunked feed-forward layers and losses; Beltagy et al., "Longformer"
-(2020), arXiv:2004.05150, for windows; Sheng et al., "FlexGen" (2023), arXiv:2303.06865, for a compressed cache.
+Sources: Agrawal et al., "SARATHI" (2023), arXiv:2308.16369, for prefill in chunks; Kitaev et al.,
+"Reformer" (2020), arXiv:2001.04451, section 3, for chunked feed-forward layers and losses; Beltagy
+et al., "Longformer" (2020), arXiv:2004.05150, for windows; Sheng et al., "FlexGen" (2023),
+arXiv:2303.06865, for a compressed cache.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,22 +23,25 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-# --- What attention needs of the chunks before --------------------------------------------------------------
+# --- What attention needs of the chunks before ----------------------------------------------------
 
 
 class KVCache:
     """The keys and values of the tokens that a model has read, for each of its attentions.
 
     capacity: room for so many tokens, allocated at the first chunk and written in place: under
-        `torch.no_grad()` only. None keeps the chunks' own tensors and joins them at each use, which autograd
-        can follow.
-    window: a token sees itself and the `window - 1` before it. The cache then needs room for `window - 1`
-        tokens and a chunk, however long the text. Outputs differ from those of full attention.
-    dtype: what the numbers are kept in. None: what the model computes in. torch.int8: eight bits, and for
-        each token and head one FP32 scale, the largest magnitude / 127. A smaller dtype rounds.
+        `torch.no_grad()` only. None keeps the chunks' own tensors and joins them at each use, which
+        autograd can follow.
+    window: a token sees itself and the `window - 1` before it. The cache then needs room for
+        `window - 1` tokens and a chunk, however long the text. Outputs differ from those of full
+        attention.
+    dtype: what the numbers are kept in. None: what the model computes in. torch.int8: eight bits,
+        and for each token and head one FP32 scale, the largest magnitude / 127. A smaller dtype
+        rounds.
 
-    `length` is the number of tokens read, `nbytes` what the cache holds, full or not. Raises ValueError for a
-    capacity or window below 1, another dtype, and a window or dtype without a capacity.
+    `length` is the number of tokens read, `nbytes` what the cache holds, full or not. Raises
+    ValueError for a capacity or window below 1, another dtype, and a window or dtype without a
+    capacity.
     """
 
     def __init__(self, capacity: int | None = None, *, window: int | None = None, dtype=None):
@@ -42,22 +49,32 @@ class KVCache:
             if size is not None:
                 _check_count(name, size)
         if dtype not in (None, torch.int8) and not dtype.is_floating_point:
-            raise ValueError(f"dtype must be a floating-point type or torch.int8, but it is {dtype}.")
+            raise ValueError(
+                f"dtype must be a floating-point type or torch.int8, but it is {dtype}."
+            )
         if capacity is None and (window is not None or dtype is not None):
-            raise ValueError("A cache with a window or a dtype of its own needs a capacity, in tokens.")
+            raise ValueError(
+                "A cache with a window or a dtype of its own needs a capacity, in tokens."
+            )
         self.capacity, self.window, self.dtype = capacity, window, dtype
         self.clear()
 
     def clear(self) -> None:
         """Forget the text."""
         self.length = self._filled = self._dropped = 0
-        self._attentions: list[tuple] = []  # for each the keys and the values: (data, scales), or the pieces
+        self._attentions: list[
+            tuple
+        ] = []  # for each the keys and the values: (data, scales), or the pieces
         self._broken = False
 
     def copy(self) -> "KVCache":
-        """A cache that shares what was read, and goes its own way from here on (without a capacity only)."""
+        """A cache that shares what was read, and goes its own way from here on (without a capacity
+        only).
+        """
         if self.capacity is not None:
-            raise ValueError("A cache with a capacity is written in place: only KVCache() can be shared.")
+            raise ValueError(
+                "A cache with a capacity is written in place: only KVCache() can be shared."
+            )
         other = KVCache()
         vars(other).update(vars(self), _attentions=list(self._attentions))
         return other
@@ -69,30 +86,40 @@ class KVCache:
 
     def _begin(self, count: int) -> None:
         if self._broken:
-            raise RuntimeError("The model failed within an earlier chunk: clear() the cache, and begin anew.")
+            raise RuntimeError(
+                "The model failed within an earlier chunk: clear() the cache, and begin anew."
+            )
         self._dropped = 0
         if self.capacity is not None and self._filled + count > self.capacity:
             kept = self._filled if self.window is None else min(self._filled, self.window - 1)
             if kept + count > self.capacity:
                 raise ValueError(
-                    f"The cache has room for {self.capacity} tokens, but {kept} have to stay and {count} come in:"
-                    " raise capacity, take smaller chunks, or clear() it for a new text."
+                    f"The cache has room for {self.capacity} tokens, but {kept} have to stay and"
+                    f" {count} come in: raise capacity, take smaller chunks, or clear() it for a"
+                    " new text."
                 )
             self._dropped = self._filled - kept  # no query will see these any more
 
     def _extend(self, number: int, *new: Tensor) -> tuple[Tensor, ...]:
-        """Take up a chunk's keys and values, (batch, heads, chunk, width), of one attention; return all."""
+        """Take up a chunk's keys and values, (batch, heads, chunk, width), of one attention; return
+        all.
+        """
         known = self._attentions[number : number + 1]
         if self.length and not known:
-            raise ValueError(f"The model attends more often than in its first chunk, {number} times.")
+            raise ValueError(
+                f"The model attends more often than in its first chunk, {number} times."
+            )
         if self.capacity is None:
-            # Cloned: they may be views into one tensor with the queries, which would stay with them.
+            # Cloned: they may be views into one tensor with the queries, which would stay with
+            # them.
             pieces = zip(known[0] if known else ((), ()), new, strict=True)
             pair = tuple((*before, tensor.clone()) for before, tensor in pieces)
             self._attentions[number : number + 1] = [pair]
             return tuple(torch.cat(side, 2) if len(side) > 1 else side[0] for side in pair)
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in new):
-            raise RuntimeError("Autograd cannot follow a cache with a capacity: use no_grad(), or KVCache().")
+            raise RuntimeError(
+                "Autograd cannot follow a cache with a capacity: use no_grad(), or KVCache()."
+            )
         if not known:
             sizes = [(*tensor.shape[:2], self.capacity, tensor.shape[3]) for tensor in new]
             data = [t.new_empty(size, dtype=self.dtype) for t, size in zip(new, sizes, strict=True)]
@@ -108,12 +135,16 @@ class KVCache:
             raise ValueError(f"The cache was made for {shapes}: clear() it for another batch.")
         start = self._filled - self._dropped
         if self._dropped:
-            for tensor in (data,) if scales is None else buffer:  # cloned, since the two places may overlap
+            for tensor in (
+                (data,) if scales is None else buffer
+            ):  # cloned, since the two places may overlap
                 tensor[:, :, :start] = tensor[:, :, self._dropped : self._filled].clone()
         end = start + new.shape[2]
         if scales is None:
             data[:, :, start:end] = new
-            return data[:, :, :end].to(new.dtype)  # a view, where the cache keeps the model's own numbers
+            return data[:, :, :end].to(
+                new.dtype
+            )  # a view, where the cache keeps the model's own numbers
         scale = new.abs().amax(-1, keepdim=True).float().div_(127).clamp_(min=1e-30)
         scales[:, :, start:end] = scale
         data[:, :, start:end] = (new / scale).round_()
@@ -121,7 +152,9 @@ class KVCache:
 
 
 class _Attention(TorchFunctionMode):
-    """Gives each call of `scaled_dot_product_attention` the keys and values of the chunks before."""
+    """Gives each call of `scaled_dot_product_attention` the keys and values of the
+    chunks before.
+    """
 
     def __init__(self, cache: KVCache, count: int):
         super().__init__()
@@ -135,16 +168,20 @@ class _Attention(TorchFunctionMode):
         causal = is_causal or query.shape[-2] == 1  # one query that sees all keys
         if attn_mask is not None or not causal:
             raise ValueError(
-                "Only causal attention without a mask can go chunk by chunk. Let the model keep no keys and "
-                "values itself (use_cache=False), and pad nothing."
+                "Only causal attention without a mask can go chunk by chunk. Let the model keep no"
+                " keys and values itself (use_cache=False), and pad nothing."
             )
         if query.ndim != 4 or not query.shape[2] == key.shape[2] == value.shape[2] == self.count:
-            raise ValueError(f"Queries and keys must be of the chunk's {self.count} tokens: {query.shape}.")
+            raise ValueError(
+                f"Queries and keys must be of the chunk's {self.count} tokens: {query.shape}."
+            )
         key, value = self.cache._extend(self.calls, key, value)
         self.calls += 1
         past, window = key.shape[2] - self.count, self.cache.window
         causal = not past and (window is None or self.count <= window)
-        if not causal and self.mask is None:  # for all layers: 0 where a query (row) sees a key, else -inf
+        if (
+            not causal and self.mask is None
+        ):  # for all layers: 0 where a query (row) sees a key, else -inf
             unseen = query.new_full((self.count, key.shape[2]), float("-inf"))
             self.mask = unseen.triu_(past + 1) if window is None else unseen.triu(past + 1)
             if window is not None:
@@ -154,32 +191,42 @@ class _Attention(TorchFunctionMode):
 
 
 def forward_chunk(model: Callable, tokens: Tensor, cache: KVCache, *, positions, **kwargs):
-    """Return `model(tokens, **kwargs)` for the chunk after what `cache` has read, and let the cache read it.
+    """Return `model(tokens, **kwargs)` for the chunk after what `cache` has read, and let the cache
+    read it.
 
-    tokens: (batch, chunk, ...), such as the indices of the tokens.
-    positions: how the model learns where the chunk stands. Its `nn.Embedding` of learned positions, which is
-        then asked for later ones; or the name of the argument that takes positions, int64 (1, chunk), such as
-        "position_ids"; or None, for a model that uses none.
+    tokens: (batch, chunk, ...), such as the indices of the tokens. positions: how the model learns
+    where the chunk stands. Its `nn.Embedding` of learned positions, which is
+        then asked for later ones; or the name of the argument that takes positions, int64 (1,
+        chunk), such as "position_ids"; or None, for a model that uses none.
 
-    The model must attend through `torch.nn.functional.scaled_dot_product_attention` with `is_causal=True`, and
-    not be compiled. Raises ValueError where it does otherwise, for more tokens than there is room for, and for
-    an embedding that is not that of the positions; TypeError for other `positions`; RuntimeError for a cache
-    that an error has left incomplete, and under autograd for one with a capacity.
+    The model must attend through `torch.nn.functional.scaled_dot_product_attention` with
+    `is_causal=True`, and not be compiled. Raises ValueError where it does otherwise, for more
+    tokens than there is room for, and for an embedding that is not that of the positions; TypeError
+    for other `positions`; RuntimeError for a cache that an error has left incomplete, and under
+    autograd for one with a capacity.
     """
     if not isinstance(tokens, Tensor) or tokens.ndim < 2 or not tokens.numel():
-        raise ValueError(f"tokens must be (batch, chunk, ...) and not empty, but they are {tokens!r:.60}.")
+        raise ValueError(
+            f"tokens must be (batch, chunk, ...) and not empty, but they are {tokens!r:.60}."
+        )
     start, count, learned = cache.length, tokens.shape[1], isinstance(positions, nn.Embedding)
     if not (learned or positions is None or isinstance(positions, str)):
-        raise TypeError(f"positions must be an nn.Embedding, a name or None, but it is {positions!r:.60}.")
+        raise TypeError(
+            f"positions must be an nn.Embedding, a name or None, but it is {positions!r:.60}."
+        )
     if learned and start + count > positions.num_embeddings:
-        raise ValueError(f"There are {start + count} tokens, but only {positions.num_embeddings} positions.")
+        raise ValueError(
+            f"There are {start + count} tokens, but only {positions.num_embeddings} positions."
+        )
     if isinstance(positions, str):
         kwargs[positions] = torch.arange(start, start + count, device=tokens.device)[None]
     shifted = []
 
     def shift(module, args):
         if args[0].shape[-1] != count or bool((args[0] != torch.arange(count).to(args[0])).any()):
-            raise ValueError("positions must be the embedding of positions, but it got other numbers.")
+            raise ValueError(
+                "positions must be the embedding of positions, but it got other numbers."
+            )
         shifted.append(True)
         return (args[0] + start,)
 
@@ -192,7 +239,9 @@ def forward_chunk(model: Callable, tokens: Tensor, cache: KVCache, *, positions,
             raise ValueError("The model does not use the embedding given as positions.")
         if attention.calls == 0 or attention.calls != len(cache._attentions):
             calls = f"{attention.calls} times instead of {len(cache._attentions) or 'once a layer'}"
-            raise ValueError(f"scaled_dot_product_attention ran {calls}: is it written out, or compiled?")
+            raise ValueError(
+                f"scaled_dot_product_attention ran {calls}: is it written out, or compiled?"
+            )
     except BaseException:
         cache._broken = True
         raise
@@ -204,47 +253,65 @@ def forward_chunk(model: Callable, tokens: Tensor, cache: KVCache, *, positions,
     return output
 
 
-def forward_in_chunks(model, tokens: Tensor, cache: KVCache, chunk_size: int, **options) -> Iterator:
-    """Yield the output of `forward_chunk` for each chunk of tokens, (batch, sequence, ...): keep what you need."""
+def forward_in_chunks(
+    model, tokens: Tensor, cache: KVCache, chunk_size: int, **options
+) -> Iterator:
+    """Yield the output of `forward_chunk` for each chunk of tokens, (batch, sequence, ...): keep
+    what you need.
+    """
     _check_count("chunk_size", chunk_size)
-    return (forward_chunk(model, piece, cache, **options) for piece in tokens.split(chunk_size, dim=1))
+    return (
+        forward_chunk(model, piece, cache, **options) for piece in tokens.split(chunk_size, dim=1)
+    )
 
 
 def kv_cache_bytes(tokens, *, layers, heads, width, batch_size=1, dtype=torch.float32) -> int:
-    """Return the bytes of a `KVCache` of this capacity: for each layer two of (batch, heads, tokens, width).
+    """Return the bytes of a `KVCache` of this capacity: for each layer two of (batch, heads,
+    tokens, width).
 
-    heads: those of the keys and values, of which grouped-query attention has fewer than of the queries.
+    heads: those of the keys and values, of which grouped-query attention has fewer than of the
+    queries.
     """
     scale = 4 if dtype is torch.int8 else 0
     return 2 * layers * batch_size * heads * tokens * (width * dtype.itemsize + scale)
 
 
-# --- What a token computes alone ----------------------------------------------------------------------------
+# --- What a token computes alone ------------------------------------------------------------------
 
 
-def in_chunks(function: Callable, *tensors: Tensor, chunk_size: int, combine="cat", recompute=False):
-    """Call `function`, which must treat each token apart, on chunks of the tensors, and join the results.
+def in_chunks(
+    function: Callable, *tensors: Tensor, chunk_size: int, combine="cat", recompute=False
+):
+    """Call `function`, which must treat each token apart, on chunks of the tensors, and join the
+    results.
 
-    tensors: (tokens, ...), cut alike.
-    combine: "cat" joins results of (tokens, ...); "sum" adds them up, as for a loss with reduction="sum".
-    recompute: keep only a chunk's inputs for backward; the function runs a second time there.
+    tensors: (tokens, ...), cut alike. combine: "cat" joins results of (tokens, ...); "sum" adds
+    them up, as for a loss with reduction="sum". recompute: keep only a chunk's inputs for backward;
+    the function runs a second time there.
 
-    Results that need no gradient are written into one tensor; others are there twice while they are joined.
-    Raises ValueError for tensors of no or different lengths, a wrong option, and a result of another length.
+    Results that need no gradient are written into one tensor; others are there twice while they are
+    joined. Raises ValueError for tensors of no or different lengths, a wrong option, and a result
+    of another length.
     """
     _check_count("chunk_size", chunk_size)
     lengths = {len(tensor) for tensor in tensors}
     if len(lengths) != 1 or 0 in lengths:
-        raise ValueError(f"The tensors need one number of tokens, at least 1, not {sorted(lengths)}.")
+        raise ValueError(
+            f"The tensors need one number of tokens, at least 1, not {sorted(lengths)}."
+        )
     if combine not in ("cat", "sum"):
         raise ValueError(f'combine must be "cat" or "sum", but it is {combine!r}.')
     results, joined, start = [], None, 0
     for pieces in zip(*(tensor.split(chunk_size) for tensor in tensors), strict=True):
-        result = checkpoint(function, *pieces, use_reentrant=False) if recompute else function(*pieces)
+        result = (
+            checkpoint(function, *pieces, use_reentrant=False) if recompute else function(*pieces)
+        )
         if combine == "sum":
             joined = result if joined is None else joined + result
         elif not result.ndim or len(result) != len(pieces[0]):
-            raise ValueError(f"{len(pieces[0])} tokens gave a result of shape {tuple(result.shape)}.")
+            raise ValueError(
+                f"{len(pieces[0])} tokens gave a result of shape {tuple(result.shape)}."
+            )
         elif result.requires_grad:
             results.append(result)
         else:
@@ -255,20 +322,30 @@ def in_chunks(function: Callable, *tensors: Tensor, chunk_size: int, combine="ca
     return torch.cat(results) if results else joined
 
 
-def apply_chunked_feed_forward(model: nn.Module, name: str, chunk_size: int, *, recompute: bool = False):
-    """Let the modules called `name` ("mlp" means every "blocks.0.mlp") take `chunk_size` tokens at a time.
+def apply_chunked_feed_forward(
+    model: nn.Module, name: str, chunk_size: int, *, recompute: bool = False
+):
+    """Let the modules called `name` ("mlp" means every "blocks.0.mlp") take `chunk_size` tokens at
+    a time.
 
-    They must map one tensor (..., hidden) and treat each token apart. recompute: see `in_chunks`. `remove()`
-    on the result undoes it. Raises ValueError if there is none, or its forward was replaced or holds a batch
-    norm; and when it runs first, if of two tokens one changes the other's output.
+    They must map one tensor (..., hidden) and treat each token apart. recompute: see `in_chunks`.
+    `remove()` on the result undoes it. Raises ValueError if there is none, or its forward was
+    replaced or holds a batch norm; and when it runs first, if of two tokens one changes the other's
+    output.
     """
     _check_count("chunk_size", chunk_size)
-    found = [module for path, module in model.named_modules() if path and f".{path}".endswith(f".{name}")]
+    found = [
+        module for path, module in model.named_modules() if path and f".{path}".endswith(f".{name}")
+    ]
     if not found:
         raise ValueError(f"No module of this {type(model).__name__} is called {name!r}.")
     parts = [type(part) for module in found for part in module.modules()]
-    if any("forward" in vars(module) for module in found) or {nn.BatchNorm1d, nn.SyncBatchNorm} & {*parts}:
-        raise ValueError(f"{name!r} has another forward already, which remove() undoes, or a batch norm.")
+    if any("forward" in vars(module) for module in found) or {nn.BatchNorm1d, nn.SyncBatchNorm} & {
+        *parts
+    }:
+        raise ValueError(
+            f"{name!r} has another forward already, which remove() undoes, or a batch norm."
+        )
     for module in found:
         module._chunks = {"chunk_size": chunk_size, "recompute": recompute}
         module.forward = MethodType(_chunked_forward, module)
@@ -289,12 +366,18 @@ def _chunked_forward(module: nn.Module, x: Tensor) -> Tensor:
             together, apart = whole(two), torch.cat([whole(two[:1]), whole(two[1:])])
         for part, mode in modes:
             part.training = mode
-        if (together - apart).abs().max() > torch.finfo(together.dtype).eps ** 0.5 * together.abs().max():
-            raise ValueError(f"{type(module).__name__} mixes tokens: in chunks it would give another output.")
+        if (together - apart).abs().max() > torch.finfo(
+            together.dtype
+        ).eps ** 0.5 * together.abs().max():
+            raise ValueError(
+                f"{type(module).__name__} mixes tokens: in chunks it would give another output."
+            )
         module._chunks_tried = True
     return in_chunks(whole, rows, **module._chunks).reshape(*x.shape[:-1], -1)
 
 
 def _check_count(name: str, size) -> None:
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-        raise ValueError(f"{name} must be a whole number of tokens, at least 1, but it is {size!r}.")
+        raise ValueError(
+            f"{name} must be a whole number of tokens, at least 1, but it is {size!r}."
+        )

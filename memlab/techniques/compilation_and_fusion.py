@@ -1,14 +1,16 @@
 """Fused linear and cross-entropy: the loss of a large vocabulary without its logits.
 
-A language model's last layer turns every token into one number a word, and the plain loss holds three such
-tensors at once: the log-softmax, its gradient and the logits' gradient. `linear_cross_entropy` walks over the
-tokens in chunks, and takes each chunk's gradient at once, in forward, while its logits are there. So only one
-chunk of logits exists at a time. What is kept for backward is the gradient of the weight and that of the
-hidden states. The matrix products are the same, and as many. `apply_fused_loss` puts it into a model.
+A language model's last layer turns every token into one number a word, and the plain loss holds
+three such tensors at once: the log-softmax, its gradient and the logits' gradient.
+`linear_cross_entropy` walks over the tokens in chunks, and takes each chunk's gradient at once, in
+forward, while its logits are there. So only one chunk of logits exists at a time. What is kept for
+backward is the gradient of the weight and that of the hidden states. The matrix products are the
+same, and as many. `apply_fused_loss` puts it into a model.
 
-Sources: Hsu et al., "Liger Kernel" (2024), arXiv:2410.10989, which takes the gradient in forward, chunk by
-chunk; Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models" (2024), arXiv:2411.09009, which
-goes further, in one kernel. `torch.nn.functional.linear_cross_entropy` is PyTorch's own, from 2.13 on.
+Sources: Hsu et al., "Liger Kernel" (2024), arXiv:2410.10989, which takes the gradient in forward,
+chunk by chunk; Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models" (2024),
+arXiv:2411.09009, which goes further, in one kernel. `torch.nn.functional.linear_cross_entropy` is
+PyTorch's own, from 2.13 on.
 """
 
 import functools
@@ -21,44 +23,65 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# --- The function -------------------------------------------------------------------------------------------
+# --- The function ---------------------------------------------------------------------------------
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, *,
-    ignore_index: int = -100, reduction: str = "mean", chunk_tokens: int | None = None,
-) -> Tensor:  # fmt: skip
-    """Return `cross_entropy(linear(hidden, weight, bias), targets)`, a scalar, without the logits of all tokens.
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    chunk_tokens: int | None = None,
+) -> Tensor:
+    """Return `cross_entropy(linear(hidden, weight, bias), targets)`, a scalar, without the logits
+    of all tokens.
 
-    hidden: (tokens, hidden). weight: (vocabulary, hidden). bias: (vocabulary,). targets: int64 (tokens,).
-    ignore_index: tokens with this target count for nothing, in the mean neither.
-    reduction: "mean" over the tokens that count (NaN if none does, as in `cross_entropy`), or "sum".
-    chunk_tokens: so many tokens have logits at once; None takes as many as the hidden size, so that a chunk's
+    hidden: (tokens, hidden). weight: (vocabulary, hidden). bias: (vocabulary,). targets: int64
+    (tokens,). ignore_index: tokens with this target count for nothing, in the mean neither.
+    reduction: "mean" over the tokens that count (NaN if none does, as in `cross_entropy`), or
+    "sum". chunk_tokens: so many tokens have logits at once; None takes as many as the hidden size,
+    so that a chunk's
         logits are as large as the weight. Fewer need less memory and more passes over the weight.
 
-    The softmax and the sum of the weight's gradient are FP32 at least; the matrix products run in autocast's
-    type, or that of the inputs. The loss is FP32 at least. What needs no gradient gets none, and under
-    `torch.no_grad()` nothing is kept. The first backward pass uses the gradients up: a second one is a
-    RuntimeError, and so is `create_graph=True`.
+    The softmax and the sum of the weight's gradient are FP32 at least; the matrix products run in
+    autocast's type, or that of the inputs. The loss is FP32 at least. What needs no gradient gets
+    none, and under `torch.no_grad()` nothing is kept. The first backward pass uses the gradients
+    up: a second one is a RuntimeError, and so is `create_graph=True`.
 
-    Raises TypeError or ValueError for other types, shapes, devices or options. A target that is no word is a
-    ValueError on the CPU; on a GPU, where looking would stop the queue, CUDA's own assertion.
+    Raises TypeError or ValueError for other types, shapes, devices or options. A target that is no
+    word is a ValueError on the CPU; on a GPU, where looking would stop the queue, CUDA's own
+    assertion.
     """
     _check(hidden, weight, targets, bias, ignore_index, reduction, chunk_tokens)
     kind, dtype = hidden.device.type, hidden.dtype
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
-    options = (ignore_index, reduction, chunk_tokens or hidden.shape[1], dtype, torch.is_grad_enabled())
+    options = (
+        ignore_index,
+        reduction,
+        chunk_tokens or hidden.shape[1],
+        dtype,
+        torch.is_grad_enabled(),
+    )
     return _LinearCrossEntropy.apply(hidden, weight, bias, targets, *options)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, ignore_index, reduction, chunk_tokens, dtype, learns):
+    def forward(
+        ctx, hidden, weight, bias, targets, ignore_index, reduction, chunk_tokens, dtype, learns
+    ):
         exact = torch.promote_types(dtype, torch.float32)
         wanted = [learns and needed for needed in ctx.needs_input_grad[:3]]
         gradients = [
-            torch.zeros_like(tensor, dtype=hidden.dtype if tensor is hidden else exact) if needed else None
+            (
+                torch.zeros_like(tensor, dtype=hidden.dtype if tensor is hidden else exact)
+                if needed
+                else None
+            )
             for tensor, needed in zip((hidden, weight, bias), wanted, strict=True)
         ]
         of_hidden, of_weight, of_bias = gradients
@@ -67,10 +90,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):  # the types are chosen here
             matrix = weight.to(dtype)
             for start in range(0, len(hidden), chunk_tokens):
-                rows, logits = slice(start, start + chunk_tokens), None  # the last chunk's logits go first
-                inputs, ignored = hidden[rows].to(dtype), (targets[rows] == ignore_index).unsqueeze(1)
+                rows, logits = (
+                    slice(start, start + chunk_tokens),
+                    None,
+                )  # the last chunk's logits go first
+                inputs, ignored = (
+                    hidden[rows].to(dtype),
+                    (targets[rows] == ignore_index).unsqueeze(1),
+                )
                 words = targets[rows].unsqueeze(1).masked_fill(ignored, 0)
-                logits = F.linear(inputs, matrix, None if bias is None else bias.to(dtype)).to(exact)
+                logits = F.linear(inputs, matrix, None if bias is None else bias.to(dtype)).to(
+                    exact
+                )
 
                 # The softmax, in the place of the logits: nothing else of their size is made.
                 logits.sub_(logits.amax(1, keepdim=True))
@@ -91,7 +122,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if of_weight is not None:
                     _add_product(of_weight, logits.T, inputs)
 
-        # Divided by the count in backward, with the gradient that comes in there: FP16 could not hold p / count.
+        # Divided by the count in backward, with the gradient that comes in there: FP16 could not
+        # hold p / count.
         ctx.gradients, ctx.scale = gradients, 1 / count.clamp(min=1).to(exact)
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
         return loss / count
@@ -102,22 +134,30 @@ class _LinearCrossEntropy(torch.autograd.Function):
             raise RuntimeError(
                 "linear_cross_entropy has no second derivative: do not pass create_graph=True."
             )
-        # Changed in place and given away: autograd makes the same tensor `weight.grad`, without a copy.
+        # Changed in place and given away: autograd makes the same tensor `weight.grad`, without a
+        # copy.
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError(
-                "linear_cross_entropy gave its gradients away in the first backward pass. Compute the loss "
-                "again, or add up losses and call backward once."
+                "linear_cross_entropy gave its gradients away in the first backward pass. Compute"
+                " the loss again, or add up losses and call backward once."
             )
         factor = gradient * ctx.scale
         pairs = zip(gradients, ctx.dtypes, strict=True)
-        return *(one if one is None else one.mul_(factor).to(dtype) for one, dtype in pairs), *[None] * 6
+        return (
+            *(one if one is None else one.mul_(factor).to(dtype) for one, dtype in pairs),
+            *[None] * 6,
+        )
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b. A 16-bit product cannot be added to it in one go: it is made in pieces as large as `a`."""
+    """total += a @ b. A 16-bit product cannot be added to it in one go: it is made in pieces as
+    large as `a`.
+    """
     if a.dtype == total.dtype:
-        torch.addmm(total, a, b, out=total)  # `addmm_` does the same, but no FlopCounterMode counts it
+        torch.addmm(
+            total, a, b, out=total
+        )  # `addmm_` does the same, but no FlopCounterMode counts it
     else:
         size = max(1, a.numel() // b.shape[1])
         for part, rows in zip(total.split(size), a.split(size), strict=True):
@@ -125,7 +165,9 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _check(hidden, weight, targets, bias, ignore_index, reduction, chunk_tokens) -> None:
-    given = dict(hidden=hidden, weight=weight, targets=targets) | ({} if bias is None else dict(bias=bias))
+    given = dict(hidden=hidden, weight=weight, targets=targets) | (
+        {} if bias is None else dict(bias=bias)
+    )
     for name, tensor in given.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, but it is {tensor!r:.60}.")
@@ -135,15 +177,23 @@ def _check(hidden, weight, targets, bias, ignore_index, reduction, chunk_tokens)
         raise TypeError(f"targets must be int64 indices, but they are {targets.dtype}.")
     shapes = [tuple(tensor.shape) for tensor in given.values()]
     tokens, vocabulary, width = targets.shape[:1], weight.shape[:1], weight.shape[1:2]
-    if shapes != [tokens + width, vocabulary + width, tokens, vocabulary][: len(shapes)] or weight.ndim != 2:
+    if (
+        shapes != [tokens + width, vocabulary + width, tokens, vocabulary][: len(shapes)]
+        or weight.ndim != 2
+    ):
         raise ValueError(
-            "The shapes must be hidden (tokens, hidden), weight (vocabulary, hidden), targets (tokens,), bias "
-            f"(vocabulary,), but they are {', '.join(f'{n} {s}' for n, s in zip(given, shapes, strict=True))}."
+            "The shapes must be hidden (tokens, hidden), weight (vocabulary, hidden), targets"
+            " (tokens,), bias (vocabulary,), but they are"
+            f" {', '.join(f'{n} {s}' for n, s in zip(given, shapes, strict=True))}."
         )
     if len(devices := {str(tensor.device) for tensor in given.values()}) > 1:
-        raise ValueError(f"All must be on one device, but they are on {' and '.join(sorted(devices))}.")
+        raise ValueError(
+            f"All must be on one device, but they are on {' and '.join(sorted(devices))}."
+        )
     if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
-        raise TypeError(f"hidden is {hidden.dtype} and weight {weight.dtype}: convert one, or use autocast.")
+        raise TypeError(
+            f"hidden is {hidden.dtype} and weight {weight.dtype}: convert one, or use autocast."
+        )
     if reduction not in ("mean", "sum"):
         raise ValueError(f'reduction must be "mean" or "sum", but it is {reduction!r}.')
     _check_chunk(chunk_tokens)
@@ -159,51 +209,70 @@ def _check_chunk(tokens) -> None:
         raise ValueError(f"chunk_tokens must be a positive int or None, but it is {tokens!r}.")
 
 
-# --- Applying it from outside -------------------------------------------------------------------------------
+# --- Applying it from outside ---------------------------------------------------------------------
 
 
 def apply_fused_loss(
-    model: nn.Module, head: nn.Linear | None = None, *,
-    chunk_tokens: int | None = None, loss: Callable = linear_cross_entropy,
-) -> SimpleNamespace:  # fmt: skip
-    """Let a model's output layer return `UncomputedLogits` in training; `remove()` on the result undoes it.
+    model: nn.Module,
+    head: nn.Linear | None = None,
+    *,
+    chunk_tokens: int | None = None,
+    loss: Callable = linear_cross_entropy,
+) -> SimpleNamespace:
+    """Let a model's output layer return `UncomputedLogits` in training; `remove()` on the result
+    undoes it.
 
-    The model's own code goes on as it is: when it gives them to `torch.nn.functional.cross_entropy`, they go
-    through `linear_cross_entropy`. Under `torch.no_grad()` or in `eval()` the layer returns logits as before.
+    The model's own code goes on as it is: when it gives them to
+    `torch.nn.functional.cross_entropy`, they go through `linear_cross_entropy`. Under
+    `torch.no_grad()` or in `eval()` the layer returns logits as before.
 
-    head: the output layer, an `nn.Linear`; None takes what `model.get_output_embeddings()` returns (as all
-        language models of Hugging Face have it), else `model.head` or `model.lm_head`.
+    head: the output layer, an `nn.Linear`; None takes what `model.get_output_embeddings()` returns
+        (as all language models of Hugging Face have it), else `model.head` or `model.lm_head`.
     chunk_tokens: as for `linear_cross_entropy`.
     loss: another function to take its place, called as it is but for `chunk_tokens`.
 
-    Remove it before copying or pickling the model (TypeError otherwise). Raises TypeError for a head that is
-    no plain `nn.Linear`, ValueError for one that is not found or has it already; in training, TypeError for a
-    model that does anything else with its logits, as soft-capping or scaling them.
+    Remove it before copying or pickling the model (TypeError otherwise). Raises TypeError for a
+    head that is no plain `nn.Linear`, ValueError for one that is not found or has it already; in
+    training, TypeError for a model that does anything else with its logits, as soft-capping or
+    scaling them.
     """
     if head is None:
         find = getattr(model, "get_output_embeddings", lambda: None)
         head = find() or getattr(model, "head", None) or getattr(model, "lm_head", None)
         if head is None:
-            raise ValueError(f"No output layer found in {type(model).__name__}: pass head=, its nn.Linear.")
+            raise ValueError(
+                f"No output layer found in {type(model).__name__}: pass head=, its nn.Linear."
+            )
     if type(head) is not nn.Linear:
-        raise TypeError(f"The output layer must be a plain nn.Linear, but it is {type(head).__name__}.")
+        raise TypeError(
+            f"The output layer must be a plain nn.Linear, but it is {type(head).__name__}."
+        )
     if not any(module is head for module in model.modules()):
         raise ValueError(f"The head given is no part of this {type(model).__name__}.")
     if isinstance(head.forward, _HeadForward):
-        raise ValueError(f"The loss of this {type(model).__name__} is fused already: remove() it first.")
+        raise ValueError(
+            f"The loss of this {type(model).__name__} is fused already: remove() it first."
+        )
     _check_chunk(chunk_tokens)
     if not callable(loss):
-        raise TypeError(f"loss must be a function like linear_cross_entropy, but it is {loss!r:.80}.")
+        raise TypeError(
+            f"loss must be a function like linear_cross_entropy, but it is {loss!r:.80}."
+        )
     if loss is linear_cross_entropy:
         loss = functools.partial(loss, chunk_tokens=chunk_tokens)
     elif chunk_tokens is not None:
-        raise ValueError("chunk_tokens is linear_cross_entropy's: give another loss its sizes with functools.partial.")
+        raise ValueError(
+            "chunk_tokens is linear_cross_entropy's: give another loss its sizes with"
+            " functools.partial."
+        )
     forward = head.forward = _HeadForward(head, loss)
 
     def remove() -> None:
         if (head := forward.head()) is not None:
             if vars(head).get("forward") is not forward:
-                raise RuntimeError("Something replaced the output layer's forward since: undo that first.")
+                raise RuntimeError(
+                    "Something replaced the output layer's forward since: undo that first."
+                )
             del head.forward
             if forward.previous is not None:
                 head.forward = forward.previous
@@ -213,8 +282,8 @@ def apply_fused_loss(
 
 
 class _HeadForward:
-    """The `forward` of the output layer. It holds the layer weakly: otherwise a deleted model would be a cycle
-    and stay in memory until the garbage collector came."""
+    """The `forward` of the output layer. It holds the layer weakly: otherwise a deleted model would
+    be a cycle and stay in memory until the garbage collector came."""
 
     def __init__(self, head: nn.Linear, loss: Callable):
         self.head, self.loss = weakref.ref(head), loss
@@ -236,11 +305,14 @@ class _HeadForward:
 class UncomputedLogits:
     """The place of the logits (..., vocabulary): what they would be computed from.
 
-    It can be flattened, viewed, sliced along its first axes and given to `cross_entropy`, with class indices
-    as targets, without `weight` or label smoothing. `compute()` returns the logits; all else is a TypeError.
+    It can be flattened, viewed, sliced along its first axes and given to `cross_entropy`, with
+    class indices as targets, without `weight` or label smoothing. `compute()` returns the logits;
+    all else is a TypeError.
     """
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, loss: Callable, autocast):
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, loss: Callable, autocast
+    ):
         self.hidden, self.weight, self.bias, self.loss = hidden, weight, bias, loss
         self.autocast = autocast  # as it was where the logits would have been computed
 
@@ -279,8 +351,16 @@ class UncomputedLogits:
     def _with(self, hidden: Tensor) -> "UncomputedLogits":
         return UncomputedLogits(hidden, self.weight, self.bias, self.loss, self.autocast)
 
-    def _cross_entropy(self, target, weight=None, size_average=None, ignore_index=-100, reduce=None,
-                       reduction="mean", label_smoothing=0.0):  # fmt: skip
+    def _cross_entropy(
+        self,
+        target,
+        weight=None,
+        size_average=None,
+        ignore_index=-100,
+        reduce=None,
+        reduction="mean",
+        label_smoothing=0.0,
+    ):
         if any(option is not None for option in (weight, size_average, reduce)) or label_smoothing:
             raise _refusal("cross_entropy with weight=, label_smoothing=, size_average= or reduce=")
         options = {"ignore_index": ignore_index, "reduction": reduction}
@@ -306,6 +386,6 @@ class UncomputedLogits:
 
 def _refusal(what: str) -> TypeError:
     return TypeError(
-        f"The loss of this model is fused, so in training its logits are not computed, and {what} needs them. "
-        "Call compute() on them, use eval() or no_grad(), or remove() the fused loss."
+        f"The loss of this model is fused, so in training its logits are not computed, and {what}"
+        " needs them. Call compute() on them, use eval() or no_grad(), or remove() the fused loss."
     )

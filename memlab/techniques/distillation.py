@@ -1,17 +1,20 @@
-"""Distillation: a small model learns from a large one, and the large one has to be somewhere meanwhile.
+"""Distillation: a small model learns from a large one, and the large one has to be somewhere
+meanwhile.
 
-The student's loss is a mix of the usual cross-entropy and of the divergence between the teacher's distribution
-over the vocabulary and its own (`distillation_loss`). That adds to the memory of training: the teacher's
-weights, its activations if autograd is left on, and its logits. All of it can go. The teacher runs once,
-beforehand, and what it says of each token is kept in a file, cut down to its k most likely words
-(`top_k_targets`, `write_top_k`, `TopKFile`). Training reads the file (`top_k_distillation_loss`). The student's
-own logits go with `chunked_distillation_loss`, which walks over the tokens in chunks.
+The student's loss is a mix of the usual cross-entropy and of the divergence between the teacher's
+distribution over the vocabulary and its own (`distillation_loss`). That adds to the memory of
+training: the teacher's weights, its activations if autograd is left on, and its logits. All of it
+can go. The teacher runs once, beforehand, and what it says of each token is kept in a file, cut
+down to its k most likely words (`top_k_targets`, `write_top_k`, `TopKFile`). Training reads the
+file (`top_k_distillation_loss`). The student's own logits go with `chunked_distillation_loss`,
+which walks over the tokens in chunks.
 
-What is cut off makes the renormalised targets biased. An extra bucket for the rest, or words drawn at random
-instead of the likeliest (`sampled_targets`), mend that in two different ways.
+What is cut off makes the renormalised targets biased. An extra bucket for the rest, or words drawn
+at random instead of the likeliest (`sampled_targets`), mend that in two different ways.
 
-Sources: Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network" (2015), arXiv:1503.02531;
-Anshumann et al., "Sparse Logit Sampling: Accelerating Knowledge Distillation in LLMs" (2025), arXiv:2503.16870.
+Sources: Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network" (2015),
+arXiv:1503.02531; Anshumann et al., "Sparse Logit Sampling: Accelerating Knowledge Distillation in
+LLMs" (2025), arXiv:2503.16870.
 """
 
 import json
@@ -25,37 +28,51 @@ from torch.nn import functional as F
 
 TAILS = ("bucket", "renormalize")
 
-# --- The loss -----------------------------------------------------------------------------------------------
+# --- The loss -------------------------------------------------------------------------------------
 
 
 def distillation_loss(
-    student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, *,
-    temperature: float = 1.0, weight: float = 0.5, ignore_index: int = -100, reduction: str = "mean",
-) -> Tensor:  # fmt: skip
-    """Return weight x T^2 x KL(teacher || student) + (1 - weight) x cross-entropy, a scalar in FP32 or more.
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    weight: float = 0.5,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:
+    """Return weight x T^2 x KL(teacher || student) + (1 - weight) x cross-entropy, a scalar in FP32
+    or more.
 
     student_logits, teacher_logits: (..., vocabulary), of one shape. targets: int64 (...).
-    temperature: both logits are divided by it before the KL's softmax. The KL's gradient falls as 1 / T^2, which
+    temperature: both logits are divided by it before the KL's softmax. The KL's gradient falls as 1
+    / T^2, which
         the factor T^2 makes up for (Hinton et al.). The cross-entropy is taken at temperature 1.
     ignore_index: tokens with this target count for nothing, in the KL and in the mean neither.
     reduction: "mean" over the tokens that count, or "sum".
 
-    Raises ValueError for teacher's logits that carry a graph (call the teacher under `torch.no_grad()`), another
-    vocabulary, shape or option, TypeError for another dtype.
+    Raises ValueError for teacher's logits that carry a graph (call the teacher under
+    `torch.no_grad()`), another vocabulary, shape or option, TypeError for another dtype.
     """
     _check(student_logits, targets, weight, reduction)
     _check_temperature(temperature)
     if teacher_logits.requires_grad:
-        raise ValueError("The teacher's logits carry a graph: call the teacher under torch.no_grad().")
+        raise ValueError(
+            "The teacher's logits carry a graph: call the teacher under torch.no_grad()."
+        )
     _check_vocabulary(student_logits, teacher_logits.shape[-1])
     if teacher_logits.shape != student_logits.shape:
         shapes = f"{tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}"
-        raise ValueError(f"Student's and teacher's logits must have one shape, but they are {shapes}.")
+        raise ValueError(
+            f"Student's and teacher's logits must have one shape, but they are {shapes}."
+        )
     log_q = _log_softmax(student_logits, temperature)
     log_p = _log_softmax(teacher_logits, temperature)
     of_words = F.kl_div(log_q, log_p, reduction="none", log_target=True)
     del log_p
-    return _mix(of_words.sum(-1), student_logits, targets, temperature, weight, ignore_index, reduction)
+    return _mix(
+        of_words.sum(-1), student_logits, targets, temperature, weight, ignore_index, reduction
+    )
 
 
 def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
@@ -69,20 +86,22 @@ def _mix(divergence, logits, targets, temperature, weight, ignore_index, reducti
     total = weight * temperature**2 * divergence.masked_fill(ignored, 0).sum()
     if weight < 1:  # with an autocast or 16-bit model the logits are 16-bit
         logits = logits.to(divergence.dtype).flatten(0, -2)
-        entropy = F.cross_entropy(logits, targets.flatten(), ignore_index=ignore_index, reduction="sum")
+        entropy = F.cross_entropy(
+            logits, targets.flatten(), ignore_index=ignore_index, reduction="sum"
+        )
         total = total + (1 - weight) * entropy
     return total if reduction == "sum" else total / (~ignored).sum()
 
 
-# --- Targets that take little room --------------------------------------------------------------------------
+# --- Targets that take little room ----------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class TopK:
     """What a teacher says of some tokens, cut down to a few words for each.
 
-    log_probabilities: (tokens, k), of the teacher at `temperature`, normalised over the whole vocabulary.
-    indices: (tokens, k), the words, int32. vocabulary_size: of the teacher.
+    log_probabilities: (tokens, k), of the teacher at `temperature`, normalised over the whole
+    vocabulary. indices: (tokens, k), the words, int32. vocabulary_size: of the teacher.
     """
 
     log_probabilities: Tensor
@@ -95,7 +114,9 @@ class TopK:
 
     def rows(self, which) -> "TopK":
         """The same for some tokens: a slice, or a tensor of their numbers."""
-        return replace(self, log_probabilities=self.log_probabilities[which], indices=self.indices[which])
+        return replace(
+            self, log_probabilities=self.log_probabilities[which], indices=self.indices[which]
+        )
 
     def to(self, device) -> "TopK":
         """The same on another device."""
@@ -105,15 +126,20 @@ class TopK:
 
 @torch.no_grad()
 def top_k_targets(teacher_logits: Tensor, k: int, *, temperature: float = 1.0) -> TopK:
-    """Keep the k likeliest words of each token: logits (..., vocabulary) to a `TopK` of (tokens, k).
+    """Keep the k likeliest words of each token: logits (..., vocabulary) to a `TopK` of (tokens,
+    k).
 
-    The temperature is fixed from here on: from k probabilities at one temperature those at another do not
-    follow. Raises ValueError for a k that is not from 1 to the vocabulary's size, or a temperature not above 0.
+    The temperature is fixed from here on: from k probabilities at one temperature those at another
+    do not follow. Raises ValueError for a k that is not from 1 to the vocabulary's size, or a
+    temperature not above 0.
     """
     rows = _rows(teacher_logits, k, temperature)
     if k > rows.shape[-1]:
-        raise ValueError(f"The teacher has {rows.shape[-1]:,} words, and k must be no more, but it is {k}.")
-    # The largest logits are the largest probabilities, so no softmax of the vocabulary's size is made.
+        raise ValueError(
+            f"The teacher has {rows.shape[-1]:,} words, and k must be no more, but it is {k}."
+        )
+    # The largest logits are the largest probabilities, so no softmax of the vocabulary's size is
+    # made.
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32)) / temperature
     values, indices = rows.topk(k, dim=-1)
     values -= rows.logsumexp(-1, keepdim=True)
@@ -122,13 +148,18 @@ def top_k_targets(teacher_logits: Tensor, k: int, *, temperature: float = 1.0) -
 
 @torch.no_grad()
 def sampled_targets(
-    teacher_logits: Tensor, draws: int, *, temperature: float = 1.0, generator: torch.Generator | None = None
+    teacher_logits: Tensor,
+    draws: int,
+    *,
+    temperature: float = 1.0,
+    generator: torch.Generator | None = None,
 ) -> TopK:
-    """Draw words of each token by their probability, with replacement: each draw counts as 1 / draws.
+    """Draw words of each token by their probability, with replacement: each draw counts as 1 /
+    draws.
 
-    The gradient of the loss from them, with `tail="renormalize"`, is that of the full KL on average over the
-    draws, and noisy. The loss itself differs from the KL by a number that does not depend on the student. Raises
-    ValueError for less than one draw or a temperature not above 0.
+    The gradient of the loss from them, with `tail="renormalize"`, is that of the full KL on average
+    over the draws, and noisy. The loss itself differs from the KL by a number that does not depend
+    on the student. Raises ValueError for less than one draw or a temperature not above 0.
     """
     rows = _rows(teacher_logits, draws, temperature)
     probabilities = _log_softmax(rows, temperature).exp_()
@@ -140,20 +171,32 @@ def sampled_targets(
 def _rows(logits: Tensor, count: int, temperature: float) -> Tensor:
     _check_temperature(temperature)
     if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-        raise ValueError(f"The words to keep of each token must be 1 or more, but they are {count!r}.")
+        raise ValueError(
+            f"The words to keep of each token must be 1 or more, but they are {count!r}."
+        )
     return logits.detach().flatten(0, -2)
 
 
 def top_k_distillation_loss(
-    student_logits: Tensor, teacher: TopK, targets: Tensor, *,
-    tail: str = "bucket", weight: float = 0.5, ignore_index: int = -100, reduction: str = "mean",
-) -> Tensor:  # fmt: skip
-    """Return `distillation_loss`, as far as k words for each token can tell; the temperature is the teacher's.
+    student_logits: Tensor,
+    teacher: TopK,
+    targets: Tensor,
+    *,
+    tail: str = "bucket",
+    weight: float = 0.5,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:
+    """Return `distillation_loss`, as far as k words for each token can tell; the temperature is the
+    teacher's.
 
-    student_logits: (..., vocabulary). teacher: as many tokens, in the same order. targets: int64 (...).
-    tail: what becomes of the words that were cut off. "renormalize" takes the k probabilities as if they were
-        all, which teaches the student that the others have none. "bucket" adds one more word, the sum of all
-        others, on both sides: the student learns how much they have together, and not how it is divided.
+    student_logits: (..., vocabulary). teacher: as many tokens, in the same order. targets: int64
+    (...). tail: what becomes of the words that were cut off. "renormalize" takes the k
+    probabilities as if they were
+        all, which teaches the student that the others have none. "bucket" adds one more word, the
+        sum of all
+        others, on both sides: the student learns how much they have together, and not how it is
+            divided.
 
     Raises as `distillation_loss`, and ValueError for another tail or another number of tokens.
     """
@@ -162,18 +205,23 @@ def top_k_distillation_loss(
     if tail not in TAILS:
         raise ValueError(f"tail must be one of {', '.join(TAILS)}, but it is {tail!r}.")
     if len(teacher) != targets.numel():
-        raise ValueError(f"The student has {targets.numel()} tokens, and the teacher says {len(teacher)}.")
+        raise ValueError(
+            f"The student has {targets.numel()} tokens, and the teacher says {len(teacher)}."
+        )
     temperature, indices = teacher.temperature, teacher.indices.long()
     rows = student_logits.flatten(0, -2)
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     rows = rows if temperature == 1 else rows / temperature
-    log_q = rows.gather(-1, indices) - rows.logsumexp(-1, keepdim=True)  # only k words of it are needed
+    log_q = rows.gather(-1, indices) - rows.logsumexp(
+        -1, keepdim=True
+    )  # only k words of it are needed
     log_p = teacher.log_probabilities.to(log_q.dtype)
     if tail == "renormalize":
         log_p = log_p - log_p.logsumexp(-1, keepdim=True)
         divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
     else:
-        # The rest to 1. Rounding can leave less than nothing; a bucket below 1e-6 is as good as empty.
+        # The rest to 1. Rounding can leave less than nothing; a bucket below 1e-6 is as good as
+        # empty.
         rest_p = (1 - log_p.exp().sum(-1)).clamp(min=0)
         rest_q = (1 - log_q.exp().sum(-1)).clamp(min=1e-6)
         divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
@@ -182,17 +230,19 @@ def top_k_distillation_loss(
     return _mix(divergence, student_logits, targets, temperature, weight, ignore_index, reduction)
 
 
-# --- On disk ------------------------------------------------------------------------------------------------
+# --- On disk --------------------------------------------------------------------------------------
 
 _HEADER = 128  # bytes: what the numbers are, as JSON, padded with blanks
 
 
 def write_top_k(path: str | os.PathLike, parts: Iterable[TopK]) -> int:
-    """Write what a teacher says, part by part, and return the bytes of the file: 6 x k for each token.
+    """Write what a teacher says, part by part, and return the bytes of the file: 6 x k for each
+    token.
 
-    A token's k log-probabilities (FP16) and its k words (INT32) lie side by side. The parts may come from a
-    generator that runs the teacher, so that no more than one is alive. Raises ValueError for no part at all,
-    and for parts of another k, temperature or vocabulary than the first.
+    A token's k log-probabilities (FP16) and its k words (INT32) lie side by side. The parts may
+    come from a generator that runs the teacher, so that no more than one is alive. Raises
+    ValueError for no part at all, and for parts of another k, temperature or vocabulary than the
+    first.
     """
     kind, tokens = None, 0
     with open(path, "wb") as file:
@@ -201,26 +251,33 @@ def write_top_k(path: str | os.PathLike, parts: Iterable[TopK]) -> int:
             own = (part.indices.shape[1], part.temperature, part.vocabulary_size)
             kind = kind or own
             if own != kind:
-                raise ValueError(f"All parts must be of k, temperature, vocabulary {kind}, but one is {own}.")
+                raise ValueError(
+                    f"All parts must be of k, temperature, vocabulary {kind}, but one is {own}."
+                )
             halves = part.log_probabilities.half(), part.indices.int()
             row = torch.cat([half.cpu().contiguous().view(torch.uint8) for half in halves], dim=1)
             file.write(bytes(row.untyped_storage()))
             tokens += len(part)
         if kind is None:
             raise ValueError("There is nothing to write: the teacher said nothing of any token.")
-        header = dict(zip(("k", "temperature", "vocabulary_size"), kind, strict=True), tokens=tokens)
+        header = dict(
+            zip(("k", "temperature", "vocabulary_size"), kind, strict=True), tokens=tokens
+        )
         file.seek(0)
         file.write(json.dumps(header).encode().ljust(_HEADER))
     return _HEADER + tokens * 6 * kind[0]
 
 
 class TopKFile:
-    """A file of `write_top_k`, mapped into memory and not read: `file[rows]` is a `TopK` of these tokens.
+    """A file of `write_top_k`, mapped into memory and not read: `file[rows]` is a `TopK` of these
+    tokens.
 
-    `rows` is a slice or an int64 tensor of token numbers, and what comes back is a copy, on the CPU. The
-    attributes `k`, `temperature` and `vocabulary_size` say what is in it. A DataLoader's workers share its pages.
+    `rows` is a slice or an int64 tensor of token numbers, and what comes back is a copy, on the
+    CPU. The attributes `k`, `temperature` and `vocabulary_size` say what is in it. A DataLoader's
+    workers share its pages.
 
-    Raises FileNotFoundError if there is no such file, ValueError if it is another one or was cut off.
+    Raises FileNotFoundError if there is no such file, ValueError if it is another one or was cut
+    off.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -232,10 +289,14 @@ class TopKFile:
             self.k, self.temperature = header["k"], header["temperature"]
             self.vocabulary_size, self._tokens = header["vocabulary_size"], header["tokens"]
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} was not written by write_top_k, or not to its end.") from error
+            raise ValueError(
+                f"{path} was not written by write_top_k, or not to its end."
+            ) from error
         size, expected = os.path.getsize(self.path), _HEADER + self._tokens * 6 * self.k
         if size != expected:
-            raise ValueError(f"{path} must have {expected:,} bytes, but it has {size:,}: was it cut off?")
+            raise ValueError(
+                f"{path} must have {expected:,} bytes, but it has {size:,}: was it cut off?"
+            )
         mapped = torch.from_file(self.path, shared=False, size=size, dtype=torch.uint8)
         self._rows = mapped[_HEADER:].view(self._tokens, 6 * self.k)
 
@@ -253,50 +314,73 @@ class TopKFile:
         return TopKFile, (self.path,)
 
 
-# --- Without the logits of all tokens -----------------------------------------------------------------------
+# --- Without the logits of all tokens -------------------------------------------------------------
 
 
 def chunked_distillation_loss(
-    hidden: Tensor, head: nn.Linear, teacher: TopK | Callable[[slice], Tensor], targets: Tensor, *,
-    temperature: float = 1.0, weight: float = 0.5, tail: str = "bucket", ignore_index: int = -100,
+    hidden: Tensor,
+    head: nn.Linear,
+    teacher: TopK | Callable[[slice], Tensor],
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    weight: float = 0.5,
+    tail: str = "bucket",
+    ignore_index: int = -100,
     chunk_tokens: int | None = None,
-) -> Tensor:  # fmt: skip
-    """Return the mean distillation loss of `head(hidden)` without the logits of more than a chunk of tokens.
+) -> Tensor:
+    """Return the mean distillation loss of `head(hidden)` without the logits of more than a chunk
+    of tokens.
 
-    hidden: (tokens, hidden), what goes into the student's output layer `head`. targets: int64 (tokens,).
-    teacher: a `TopK` of as many tokens; or a function that returns the teacher's logits (chunk, vocabulary) of the
+    hidden: (tokens, hidden), what goes into the student's output layer `head`. targets: int64
+    (tokens,). teacher: a `TopK` of as many tokens; or a function that returns the teacher's logits
+    (chunk, vocabulary) of the
         tokens in a slice, called without grad, so that these too exist for a chunk only.
-    temperature: for a function; a `TopK` has its own. tail: for a `TopK`.
-    chunk_tokens: None takes as many as the hidden size: a chunk's logits are then as large as the head.
+    temperature: for a function; a `TopK` has its own. tail: for a `TopK`. chunk_tokens: None takes
+    as many as the hidden size: a chunk's logits are then as large as the head.
 
-    Each chunk's gradient is taken at once, in forward. The gradients are those of the plain loss up to the
-    order of additions; backward gives them away, once. Raises as the plain losses, TypeError for a head that is
-    no plain nn.Linear, ValueError for other shapes, RuntimeError for a second backward.
+    Each chunk's gradient is taken at once, in forward. The gradients are those of the plain loss up
+    to the order of additions; backward gives them away, once. Raises as the plain losses, TypeError
+    for a head that is no plain nn.Linear, ValueError for other shapes, RuntimeError for a second
+    backward.
     """
     if type(head) is not nn.Linear:
         raise TypeError(f"head must be a plain nn.Linear, but it is {type(head).__name__}.")
     if hidden.ndim != 2 or hidden.shape[1] != head.in_features or targets.shape != hidden.shape[:1]:
         shapes = f"{tuple(hidden.shape)} and targets {tuple(targets.shape)}"
-        raise ValueError(f"hidden must be (tokens, {head.in_features}) and targets (tokens,), not {shapes}.")
+        raise ValueError(
+            f"hidden must be (tokens, {head.in_features}) and targets (tokens,), not {shapes}."
+        )
     if chunk_tokens is not None and (type(chunk_tokens) is not int or chunk_tokens < 1):
-        raise ValueError(f"chunk_tokens must be a positive int or None, but it is {chunk_tokens!r}.")
+        raise ValueError(
+            f"chunk_tokens must be a positive int or None, but it is {chunk_tokens!r}."
+        )
     if isinstance(teacher, TopK) and len(teacher) != len(targets):
-        raise ValueError(f"The student has {len(targets)} tokens, and the teacher says {len(teacher)}.")
+        raise ValueError(
+            f"The student has {len(targets)} tokens, and the teacher says {len(teacher)}."
+        )
     common = {"weight": weight, "ignore_index": ignore_index, "reduction": "sum"}
 
     def loss_of(logits: Tensor, rows: slice) -> Tensor:
         if isinstance(teacher, TopK):
-            return top_k_distillation_loss(logits, teacher.rows(rows), targets[rows], tail=tail, **common)
+            return top_k_distillation_loss(
+                logits, teacher.rows(rows), targets[rows], tail=tail, **common
+            )
         with torch.no_grad():
             said = teacher(rows)
         return distillation_loss(logits, said, targets[rows], temperature=temperature, **common)
 
     count = (targets != ignore_index).sum()
-    return _Chunked.apply(hidden, head.weight, head.bias, loss_of, chunk_tokens or hidden.shape[1]) / count
+    return (
+        _Chunked.apply(hidden, head.weight, head.bias, loss_of, chunk_tokens or hidden.shape[1])
+        / count
+    )
 
 
 class _Chunked(torch.autograd.Function):
-    """The sum of a loss over chunks of tokens, and with it the gradients of hidden states, weight and bias."""
+    """The sum of a loss over chunks of tokens, and with it the gradients of hidden states, weight
+    and bias.
+    """
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, loss_of, chunk_tokens):
@@ -309,7 +393,9 @@ class _Chunked(torch.autograd.Function):
         for start in range(0, len(hidden), chunk_tokens):
             rows = slice(start, start + chunk_tokens)
             logits = F.linear(hidden[rows], weight, bias).requires_grad_()
-            with torch.enable_grad():  # a small graph, from the loss to the chunk's logits and no further
+            with (
+                torch.enable_grad()
+            ):  # a small graph, from the loss to the chunk's logits and no further
                 part = loss_of(logits, rows)
             total += part.detach()
             if not any(wanted):
@@ -333,14 +419,16 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         if ctx.gradients is None:
-            raise RuntimeError("chunked_distillation_loss gave its gradients away in the first backward pass.")
+            raise RuntimeError(
+                "chunked_distillation_loss gave its gradients away in the first backward pass."
+            )
         (of_hidden, *of_head), ctx.gradients = ctx.gradients, None
         given = [None if of_hidden is None else of_hidden.mul_(gradient)]
         given += [None if one is None else one.mul_(gradient).to(ctx.dtypes[1]) for one in of_head]
         return *given, None, None
 
 
-# --- What is refused ----------------------------------------------------------------------------------------
+# --- What is refused ------------------------------------------------------------------------------
 
 
 def _check(logits: Tensor, targets: Tensor, weight: float, reduction: str) -> None:
@@ -349,9 +437,13 @@ def _check(logits: Tensor, targets: Tensor, weight: float, reduction: str) -> No
         raise TypeError(f"Logits must be floating point and targets int64, but they are {kinds}.")
     if logits.ndim < 2 or logits.shape[:-1] != targets.shape:
         shapes = f"{tuple(logits.shape)} and {tuple(targets.shape)}"
-        raise ValueError(f"Logits must be (..., vocabulary) and targets (...), but they are {shapes}.")
+        raise ValueError(
+            f"Logits must be (..., vocabulary) and targets (...), but they are {shapes}."
+        )
     if not 0 <= weight <= 1:
-        raise ValueError(f"weight, the teacher's share of the loss, must be from 0 to 1, but it is {weight}.")
+        raise ValueError(
+            f"weight, the teacher's share of the loss, must be from 0 to 1, but it is {weight}."
+        )
     if reduction not in ("mean", "sum"):
         raise ValueError(f'reduction must be "mean" or "sum", but it is {reduction!r}.')
 

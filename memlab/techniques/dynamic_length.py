@@ -1,14 +1,16 @@
 """Dynamic length: spend memory on the tokens of documents, not on the padding between them.
 
-A batch of documents of different lengths is padded to a rectangle, and activations are paid for every place in
-it. `pad` makes the rectangle no longer than its longest document. `batches_of` puts documents of similar length
-together, `batches_within` bounds the places of a batch instead of the documents in it. `pack` leaves no
-padding: the documents follow each other in one row, and under `documents_apart` a model reads each as if it
-were alone. The loss stays the same if it is summed over the targets and divided by how many there are.
+A batch of documents of different lengths is padded to a rectangle, and activations are paid for
+every place in it. `pad` makes the rectangle no longer than its longest document. `batches_of` puts
+documents of similar length together, `batches_within` bounds the places of a batch instead of the
+documents in it. `pack` leaves no padding: the documents follow each other in one row, and under
+`documents_apart` a model reads each as if it were alone. The loss stays the same if it is summed
+over the targets and divided by how many there are.
 
-Sources: Krell et al., "Efficient Sequence Packing without Cross-contamination" (2021), arXiv:2107.02027;
-Ott et al., "fairseq" (2019), arXiv:1904.01038, for batches by tokens; Kundu et al., "Enhancing Training Efficiency
-Using Packing with Flash Attention" (2024), arXiv:2407.09105, for positions that restart. In production:
+Sources: Krell et al., "Efficient Sequence Packing without Cross-contamination" (2021),
+arXiv:2107.02027; Ott et al., "fairseq" (2019), arXiv:1904.01038, for batches by tokens; Kundu et
+al., "Enhancing Training Efficiency Using Packing with Flash Attention" (2024), arXiv:2407.09105,
+for positions that restart. In production:
 `DataCollatorWithFlattening` of transformers and FlashAttention's kernels for variable lengths.
 """
 
@@ -22,14 +24,15 @@ from torch.nn import functional as F
 
 IGNORED = -100  # a target that does not count, as in torch.nn.functional.cross_entropy
 
-# --- Which documents go together ----------------------------------------------------------------------------
+# --- Which documents go together ------------------------------------------------------------------
 
 
 def batches_of(lengths: Sequence[int], size: int, *, by_length: bool = False) -> list[list[int]]:
-    """Group documents into batches of `size` documents, the last with the rest; return their indices.
+    """Group documents into batches of `size` documents, the last with the rest; return their
+    indices.
 
-    lengths: the tokens of each document.
-    by_length: sort first, so that a batch's documents are of similar length, the longest batch first. This takes
+    lengths: the tokens of each document. by_length: sort first, so that a batch's documents are of
+    similar length, the longest batch first. This takes
         padding away, and not the peak: the longest documents then meet in one batch.
 
     Raises ValueError for a size below 1 and for lengths that are not whole numbers of at least 1.
@@ -41,12 +44,14 @@ def batches_of(lengths: Sequence[int], size: int, *, by_length: bool = False) ->
 
 
 def batches_within(lengths: Sequence[int], tokens: int, *, packed: bool = False) -> list[list[int]]:
-    """Group documents into batches of at most `tokens` places; return their indices, the longest first.
+    """Group documents into batches of at most `tokens` places; return their indices, the longest
+    first.
 
-    A padded batch takes (documents x longest) places: documents of similar length go together, few long or many
-    short ones. A packed batch takes the sum of the lengths: each document goes into the first row with room for
-    it (first-fit decreasing, which takes time in proportion to documents x rows: plan a part of a large data set
-    at a time). Shuffle the batches before training with one batch a step.
+    A padded batch takes (documents x longest) places: documents of similar length go together, few
+    long or many short ones. A packed batch takes the sum of the lengths: each document goes into
+    the first row with room for it (first-fit decreasing, which takes time in proportion to
+    documents x rows: plan a part of a large data set at a time). Shuffle the batches before
+    training with one batch a step.
 
     lengths: the tokens of each document.
 
@@ -80,29 +85,32 @@ def batches_within(lengths: Sequence[int], tokens: int, *, packed: bool = False)
 
 
 def places(lengths: Sequence[int], batch: Sequence[int], *, packed: bool = False) -> int:
-    """Return how many places a batch, given by its documents' indices, takes: with padding, or packed."""
+    """Return how many places a batch, given by its documents' indices, takes: with padding, or
+    packed.
+    """
     taken = [lengths[index] for index in batch]
     return sum(taken) if packed else len(taken) * max(taken, default=0)
 
 
-# --- A rectangle, or a row ----------------------------------------------------------------------------------
+# --- A rectangle, or a row ------------------------------------------------------------------------
 
 
 def pad(
     documents: Sequence[Tensor], length: int | None = None, *, fill: int = 0, device=None
 ) -> tuple[Tensor, Tensor]:
-    """Return tokens and targets, each int64 (documents, length), of documents, each int64 (tokens + 1,).
+    """Return tokens and targets, each int64 (documents, length), of documents, each int64 (tokens +
+    1,).
 
-    A document of n + 1 tokens gives n pairs of a token and its target, the token after it. Where it has ended,
-    the token is `fill` and the target -100, which `torch.nn.functional.cross_entropy` leaves out. The padding is
-    on the right: under causal attention no token sees it, so no mask is needed. Attention that looks both ways
-    needs one.
+    A document of n + 1 tokens gives n pairs of a token and its target, the token after it. Where it
+    has ended, the token is `fill` and the target -100, which `torch.nn.functional.cross_entropy`
+    leaves out. The padding is on the right: under causal attention no token sees it, so no mask is
+    needed. Attention that looks both ways needs one.
 
     length: None pads to the longest of these documents.
     device: where the two go; None leaves them where the documents are.
 
-    Raises TypeError for documents that are not int64, and ValueError for none, for one that is not one row of
-    at least two tokens, and for one that is longer than `length`.
+    Raises TypeError for documents that are not int64, and ValueError for none, for one that is not
+    one row of at least two tokens, and for one that is longer than `length`.
     """
     _check(documents)
     longest = max(len(document) for document in documents) - 1
@@ -121,7 +129,9 @@ def pad(
 
 
 class Row(NamedTuple):
-    """Documents one after the other: tokens, targets, positions, each int64 (1, tokens), and the lengths."""
+    """Documents one after the other: tokens, targets, positions, each int64 (1, tokens), and the
+    lengths.
+    """
 
     tokens: Tensor
     targets: Tensor
@@ -130,10 +140,12 @@ class Row(NamedTuple):
 
 
 def pack(documents: Sequence[Tensor], device=None) -> Row:
-    """Put documents, each int64 (tokens + 1,), into one row without padding, and count positions anew in each.
+    """Put documents, each int64 (tokens + 1,), into one row without padding, and count positions
+    anew in each.
 
-    Tokens and targets are paired within a document, so no document's last token has to predict the next one's
-    first. A model has to be kept from looking across: see `documents_apart`. Raises as `pad` does.
+    Tokens and targets are paired within a document, so no document's last token has to predict the
+    next one's first. A model has to be kept from looking across: see `documents_apart`. Raises as
+    `pad` does.
     """
     _check(documents)
     lengths = tuple(len(document) - 1 for document in documents)
@@ -143,7 +155,8 @@ def pack(documents: Sequence[Tensor], device=None) -> Row:
 
 
 def block_diagonal_mask(lengths: Sequence[int], device=None) -> Tensor:
-    """Return the boolean mask (1, 1, tokens, tokens) of causal attention within documents: True where seen.
+    """Return the boolean mask (1, 1, tokens, tokens) of causal attention within documents: True
+    where seen.
 
     This is what `documents_apart` does without: its bytes grow with the square of the row.
     """
@@ -152,74 +165,89 @@ def block_diagonal_mask(lengths: Sequence[int], device=None) -> Tensor:
     return torch.block_diag(*blocks).bool()[None, None]
 
 
-# --- A model that reads a row document by document ----------------------------------------------------------
+# --- A model that reads a row document by document ------------------------------------------------
 
 
 class _Attention:
-    """Takes the place of `scaled_dot_product_attention`: one call of it for every document of the row."""
+    """Takes the place of `scaled_dot_product_attention`: one call of it for every document of the
+    row.
+    """
 
     def __init__(self, lengths: tuple[int, ...]):
         self.lengths, self.grad = lengths, torch.is_grad_enabled()
         self.calls = self.without_grad = 0
         self.original = F.scaled_dot_product_attention
 
-    def __call__(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **options):
+    def __call__(
+        self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **options
+    ):
         if attn_mask is not None:
             raise ValueError(
-                "Attention got a mask beside the documents' lengths. Give the model no attention mask, and no "
-                "position_ids either, from which it may make one: documents_apart(positions=...) sets them."
+                "Attention got a mask beside the documents' lengths. Give the model no attention"
+                " mask, and no position_ids either, from which it may make one:"
+                " documents_apart(positions=...) sets them."
             )
         count = sum(self.lengths)
         if query.ndim != 4 or query.shape[0] != 1 or not query.shape[2] == key.shape[2] == count:
             raise ValueError(
-                f"The lengths add up to {count} tokens, so queries and keys must be (1, heads, {count}, width), "
-                f"but they are {tuple(query.shape)} and {tuple(key.shape)}."
+                f"The lengths add up to {count} tokens, so queries and keys must be (1, heads,"
+                f" {count}, width), but they are {tuple(query.shape)} and {tuple(key.shape)}."
             )
         self.calls += 1
         self.without_grad += self.grad and not torch.is_grad_enabled()
         options |= {"dropout_p": dropout_p, "is_causal": is_causal}
         parts = zip(*(tensor.split(self.lengths, 2) for tensor in (query, key, value)), strict=True)
         outputs = [self.original(*part, **options) for part in parts]
-        # Joined token by token, (1, tokens, heads, width), which is how a model reads it next: else it copies.
+        # Joined token by token, (1, tokens, heads, width), which is how a model reads it next: else
+        # it copies.
         return torch.cat([output.transpose(1, 2) for output in outputs], 1).transpose(1, 2)
 
 
 @contextmanager
 def documents_apart(lengths: Sequence[int], *, positions: nn.Module | None) -> Iterator[None]:
-    """Within this context a model reads a row (1, tokens) as documents that know nothing of each other.
+    """Within this context a model reads a row (1, tokens) as documents that know nothing of each
+    other.
 
-    Attention runs document by document, so nothing of (tokens x tokens) is made; all else runs on the row. The
-    model must attend through `torch.nn.functional.scaled_dot_product_attention`, causally or both ways, without
-    a mask, not be compiled, and treat each token apart elsewhere. Run backward within the context too where
-    the model is checkpointed, since it attends again there.
+    Attention runs document by document, so nothing of (tokens x tokens) is made; all else runs on
+    the row. The model must attend through `torch.nn.functional.scaled_dot_product_attention`,
+    causally or both ways, without a mask, not be compiled, and treat each token apart elsewhere.
+    Run backward within the context too where the model is checkpointed, since it attends again
+    there.
 
-    lengths: `pack(documents).lengths`, the tokens of each document.
-    positions: the module that is given the positions, int64 (..., tokens): an `nn.Embedding` of learned ones, or
-        the module of rotary ones. It gets positions that restart with each document. None for a model without.
+    lengths: `pack(documents).lengths`, the tokens of each document. positions: the module that is
+    given the positions, int64 (..., tokens): an `nn.Embedding` of learned ones, or
+        the module of rotary ones. It gets positions that restart with each document. None for a
+        model without.
 
     Autograd saves the attention's output twice, as it comes from each document and as it is joined.
 
-    Raises ValueError where the model does otherwise, TypeError for other `positions`, and RuntimeError when
-    a checkpoint's second pass did not happen within the context.
+    Raises ValueError where the model does otherwise, TypeError for other `positions`, and
+    RuntimeError when a checkpoint's second pass did not happen within the context.
     """
     lengths = tuple(_lengths(lengths))
     if not lengths:
         raise ValueError("lengths must name at least one document, but it is empty.")
     if positions is not None and not isinstance(positions, nn.Module):
-        raise TypeError(f"positions must be a module of the model or None, but it is {positions!r:.60}.")
+        raise TypeError(
+            f"positions must be a module of the model or None, but it is {positions!r:.60}."
+        )
     table = getattr(positions, "num_embeddings", None)
     if table is not None and max(lengths) > table:
-        raise ValueError(f"A document has {max(lengths)} tokens, but the model knows {table} positions.")
+        raise ValueError(
+            f"A document has {max(lengths)} tokens, but the model knows {table} positions."
+        )
     count, changed = sum(lengths), []
 
     def restart(module, args, kwargs):
         def change(value):
             if not isinstance(value, Tensor) or value.is_floating_point() or not value.ndim:
                 return value
-            if value.shape[-1] != count or bool((value != torch.arange(count, device=value.device)).any()):
+            if value.shape[-1] != count or bool(
+                (value != torch.arange(count, device=value.device)).any()
+            ):
                 raise ValueError(
-                    f"positions must be the module that gets the positions 0 to {count - 1}, but it got other "
-                    "numbers. Give the model the row alone, without position_ids."
+                    f"positions must be the module that gets the positions 0 to {count - 1}, but it"
+                    " got other numbers. Give the model the row alone, without position_ids."
                 )
             changed.append(True)
             return _positions(lengths, value.device).to(value.dtype).expand(value.shape)
@@ -229,8 +257,13 @@ def documents_apart(lengths: Sequence[int], *, positions: nn.Module | None) -> I
     attention = _Attention(lengths)
     if isinstance(attention.original, _Attention):
         raise RuntimeError("documents_apart is running already: one row at a time, in one thread.")
-    handle = None if positions is None else positions.register_forward_pre_hook(restart, with_kwargs=True)
-    # Replaced by name, since a checkpoint attends again in backward, where no TorchFunctionMode is on.
+    handle = (
+        None
+        if positions is None
+        else positions.register_forward_pre_hook(restart, with_kwargs=True)
+    )
+    # Replaced by name, since a checkpoint attends again in backward, where no TorchFunctionMode is
+    # on.
     F.scaled_dot_product_attention = attention
     try:
         yield
@@ -239,13 +272,18 @@ def documents_apart(lengths: Sequence[int], *, positions: nn.Module | None) -> I
         if handle is not None:
             handle.remove()
     if not attention.calls:
-        raise ValueError("scaled_dot_product_attention did not run: is attention written out, or compiled?")
+        raise ValueError(
+            "scaled_dot_product_attention did not run: is attention written out, or compiled?"
+        )
     if positions is not None and not changed:
-        raise ValueError("The model did not give its positions to the module that was named as positions.")
+        raise ValueError(
+            "The model did not give its positions to the module that was named as positions."
+        )
     if attention.without_grad > attention.calls - attention.without_grad:
         raise RuntimeError(
-            "Attention ran without gradients in a context that was entered with them. Is the model checkpointed? "
-            "Then run backward within documents_apart too. To evaluate, enter the context under no_grad()."
+            "Attention ran without gradients in a context that was entered with them. Is the model"
+            " checkpointed? Then run backward within documents_apart too. To evaluate, enter the"
+            " context under no_grad()."
         )
 
 
@@ -281,6 +319,6 @@ def _check(documents: Sequence[Tensor]) -> None:
             raise TypeError(f"Documents must be int64 tensors, but document {number} is {kind}.")
         if document.ndim != 1 or len(document) < 2:
             raise ValueError(
-                f"A document must be one row of at least 2 tokens, a token and its target, but document {number} "
-                f"has the shape {tuple(document.shape)}."
+                "A document must be one row of at least 2 tokens, a token and its target, but"
+                f" document {number} has the shape {tuple(document.shape)}."
             )

@@ -1,14 +1,16 @@
 """Gated activations: GeGLU, SwiGLU and their relatives, and a backward that keeps less of them.
 
-A gated MLP computes `down(activation(gate(x)) * up(x))`. Of the wide tensors inside, autograd keeps four: the
-gate, the gate after its activation, the other factor, and their product. Two of them follow from the others
-without a matrix product, so `gated_linear` keeps the gate and the factor, and computes the rest again in
-backward, to the same bits. `apply_gated_recomputation` brings this to the MLPs of a model; plain ones then
-keep one wide tensor instead of two. `apply_gated_mlp` puts gated MLPs in the place of plain ones.
+A gated MLP computes `down(activation(gate(x)) * up(x))`. Of the wide tensors inside, autograd keeps
+four: the gate, the gate after its activation, the other factor, and their product. Two of them
+follow from the others without a matrix product, so `gated_linear` keeps the gate and the factor,
+and computes the rest again in backward, to the same bits. `apply_gated_recomputation` brings this
+to the MLPs of a model; plain ones then keep one wide tensor instead of two. `apply_gated_mlp` puts
+gated MLPs in the place of plain ones.
 
-Sources: Dauphin et al., "Language Modeling with Gated Convolutional Networks" (2017), arXiv:1612.08083;
-Shazeer, "GLU Variants Improve Transformer" (2020), arXiv:2002.05202. In production: `torch.compile`, which
-finds the same by itself, or `torch.utils.checkpoint` around the activation and the last layer.
+Sources: Dauphin et al., "Language Modeling with Gated Convolutional Networks" (2017),
+arXiv:1612.08083; Shazeer, "GLU Variants Improve Transformer" (2020), arXiv:2002.05202. In
+production: `torch.compile`, which finds the same by itself, or `torch.utils.checkpoint` around the
+activation and the last layer.
 """
 
 import itertools
@@ -34,33 +36,46 @@ _ACTIVATIONS = {
 
 def _activation(name: str):
     if name not in _ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(_ACTIVATIONS)}, but it is {name!r}.")
+        raise ValueError(
+            f"activation must be one of {', '.join(_ACTIVATIONS)}, but it is {name!r}."
+        )
     return _ACTIVATIONS[name][0]
 
 
-# --- The idea: the last layer of an MLP, with the activation before it --------------------------------------
+# --- The idea: the last layer of an MLP, with the activation before it ----------------------------
 
 
-def gated_linear(gate: Tensor, up: Tensor | None, weight: Tensor, bias=None, activation="silu") -> Tensor:
-    """Return `linear(activation(gate) * up, weight, bias)`, keeping for backward only `gate` and `up`.
+def gated_linear(
+    gate: Tensor, up: Tensor | None, weight: Tensor, bias=None, activation="silu"
+) -> Tensor:
+    """Return `linear(activation(gate) * up, weight, bias)`, keeping for backward only `gate` and
+    `up`.
 
-    gate, up: (..., inner), of one shape and dtype. Without `up` (None) it is `linear(activation(gate), ...)`.
-    weight, bias: (hidden, inner) and (hidden,), as of `nn.Linear(inner, hidden)`. Returns (..., hidden).
-    activation: "silu" (SwiGLU), "gelu" or "gelu_tanh" (GeGLU), "sigmoid" (GLU), "relu" (ReGLU).
+    gate, up: (..., inner), of one shape and dtype. Without `up` (None) it is
+    `linear(activation(gate), ...)`. weight, bias: (hidden, inner) and (hidden,), as of
+    `nn.Linear(inner, hidden)`. Returns (..., hidden). activation: "silu" (SwiGLU), "gelu" or
+    "gelu_tanh" (GeGLU), "sigmoid" (GLU), "relu" (ReGLU).
 
     The gradients are those of the plain expression; they cost no matrix product more. Autocast and
-    `torch.compile` are supported, second derivatives in eager mode. Raises ValueError for an unknown
-    activation or shapes that do not fit, TypeError for gate and up not in one floating-point dtype.
+    `torch.compile` are supported, second derivatives in eager mode. Raises ValueError for an
+    unknown activation or shapes that do not fit, TypeError for gate and up not in one
+    floating-point dtype.
     """
     _activation(activation)
     if not gate.is_floating_point() or (up is not None and up.dtype != gate.dtype):
         dtypes = gate.dtype if up is None else f"{gate.dtype} and {up.dtype}"
-        raise TypeError(f"gate and up must be floating point and of one dtype, but they are {dtypes}.")
+        raise TypeError(
+            f"gate and up must be floating point and of one dtype, but they are {dtypes}."
+        )
     shape = tuple(gate.shape)
     if up is not None and up.shape != gate.shape:
-        raise ValueError(f"gate and up must have one shape, but they are {shape} and {tuple(up.shape)}.")
+        raise ValueError(
+            f"gate and up must have one shape, but they are {shape} and {tuple(up.shape)}."
+        )
     if weight.ndim != 2 or gate.shape[-1:] != weight.shape[1:]:
-        raise ValueError(f"weight must be (hidden, inner), but it is {tuple(weight.shape)} and gate {shape}.")
+        raise ValueError(
+            f"weight must be (hidden, inner), but it is {tuple(weight.shape)} and gate {shape}."
+        )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be ({len(weight)},), but its shape is {tuple(bias.shape)}.")
     return _GatedLinear.apply(gate, up, weight, bias, activation)
@@ -88,7 +103,8 @@ class _GatedLinear(torch.autograd.Function):
             found = iter(torch.autograd.grad(output, list(inputs), gradient, create_graph=True))
             return *(next(found) if need else None for need in needed), None
 
-        # Under autocast the product was cast for the linear layer, and so was the weight: cast them again.
+        # Under autocast the product was cast for the linear layer, and so was the weight: cast them
+        # again.
         rows, dtype = gradient.reshape(-1, gradient.shape[-1]), gradient.dtype
         activated = activate(gate)
         if needed[3]:
@@ -106,11 +122,13 @@ class _GatedLinear(torch.autograd.Function):
             if needed[0]:
                 of_activated = of_product if up is None else of_product.mul_(up)
                 known = torch.sigmoid(gate) if ctx.activation == "sigmoid" else gate
-                given[0] = differentiate.grad_input(of_activated, known, **options, grad_input=of_activated)
+                given[0] = differentiate.grad_input(
+                    of_activated, known, **options, grad_input=of_activated
+                )
         return *given, None
 
 
-# --- A gated MLP, and how wide it has to be -----------------------------------------------------------------
+# --- A gated MLP, and how wide it has to be -------------------------------------------------------
 
 
 class GatedMLP(nn.Module):
@@ -133,9 +151,11 @@ class GatedMLP(nn.Module):
 
 
 def gated_width(hidden: int, inner: int, bias: bool = False) -> int:
-    """The width at which a gated MLP has as many parameters as a plain one of these sizes: 2/3 of `inner`.
+    """The width at which a gated MLP has as many parameters as a plain one of these sizes: 2/3 of
+    `inner`.
 
-    Round it to a multiple of 8 or more for fast 16-bit products. Raises ValueError for a size below 1.
+    Round it to a multiple of 8 or more for fast 16-bit products. Raises ValueError for a size below
+    1.
     """
     _check_sizes(hidden=hidden, inner=inner)
     plain = 2 * hidden * inner + (inner if bias else 0)  # the last bias is the same in both
@@ -148,12 +168,12 @@ def _check_sizes(**sizes: int) -> None:
             raise ValueError(f"{name} must be a whole number of at least 1, but it is {size!r}.")
 
 
-# --- Applying it from outside -------------------------------------------------------------------------------
+# --- Applying it from outside ---------------------------------------------------------------------
 
 
 class _Layout(NamedTuple):
-    """An MLP's layers by name (`up` is None in a plain one), its activation and, where one layer makes both
-    the gate and the other factor, which half is the gate."""
+    """An MLP's layers by name (`up` is None in a plain one), its activation and, where one layer
+    makes both the gate and the other factor, which half is the gate."""
 
     gate: str
     up: str | None
@@ -163,7 +183,13 @@ class _Layout(NamedTuple):
 
     def compute(self, mlp: nn.Module, x: Tensor) -> Tensor:
         gate, down = mlp.get_submodule(self.gate)(x), mlp.get_submodule(self.down)
-        up = None if self.up is None else mlp.get_submodule(self.up)(x) if self.up != self.gate else gate
+        up = (
+            None
+            if self.up is None
+            else mlp.get_submodule(self.up)(x)
+            if self.up != self.gate
+            else gate
+        )
         if up is gate:
             halves = gate.chunk(2, dim=-1)
             gate, up = halves[self.half], halves[1 - self.half]
@@ -171,29 +197,32 @@ class _Layout(NamedTuple):
 
 
 class _Recomputing:
-    """The `forward` of a changed MLP, as a class before the MLP's own: a copy of the model is changed too,
-    and no cycle of references keeps a deleted model in memory."""
+    """The `forward` of a changed MLP, as a class before the MLP's own: a copy of the model is
+    changed too, and no cycle of references keeps a deleted model in memory."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self._layout.compute(self, x)
 
 
 def apply_gated_recomputation(model: nn.Module):
-    """Let a model's MLPs keep for backward no more than the activation's input and the factor beside it.
+    """Let a model's MLPs keep for backward no more than the activation's input and the factor
+    beside it.
 
     An MLP is a module of two or three `nn.Linear` and at most one activation that computes
-    `down(act(gate(x)) * up(x))`, the same with one layer for gate and up, or `down(act(up(x)))`. Its names do
-    not matter: each form is tried on a few random numbers, and one has to give the same bits, in train() and
-    eval(). Others, as an MLP with dropout inside, stay as they are. Hooks on the last layer are not called.
+    `down(act(gate(x)) * up(x))`, the same with one layer for gate and up, or `down(act(up(x)))`.
+    Its names do not matter: each form is tried on a few random numbers, and one has to give the
+    same bits, in train() and eval(). Others, as an MLP with dropout inside, stay as they are. Hooks
+    on the last layer are not called.
 
-    Returns a handle: `names`, of the changed MLPs, and `remove()`. Raises TypeError for a model that is no
-    module, ValueError when no MLP is found; `remove()` RuntimeError if an MLP's class was changed since.
+    Returns a handle: `names`, of the changed MLPs, and `remove()`. Raises TypeError for a model
+    that is no module, ValueError when no MLP is found; `remove()` RuntimeError if an MLP's class
+    was changed since.
     """
     found, changed = _find(model), []
     if not found:
         raise ValueError(
-            f"{type(model).__name__} holds no MLP that could be changed: two or three nn.Linear in a module, "
-            f"no dropout, weights other than zero, and one of {', '.join(_ACTIVATIONS)}."
+            f"{type(model).__name__} holds no MLP that could be changed: two or three nn.Linear in"
+            f" a module, no dropout, weights other than zero, and one of {', '.join(_ACTIVATIONS)}."
         )
     for mlp, (_, layout) in found.items():
         own = type(mlp)
@@ -211,13 +240,15 @@ def apply_gated_recomputation(model: nn.Module):
 
 
 def apply_gated_mlp(model: nn.Module, activation: str = "silu", inner: int | None = None):
-    """Put a new `GatedMLP` in the place of each plain MLP. It is another model then, to be trained anew.
+    """Put a new `GatedMLP` in the place of each plain MLP. It is another model then, to be trained
+    anew.
 
-    inner: the width inside; None takes `gated_width`. Weights are drawn with the standard deviation of those
-    that they replace, biases are zero. Call it before the optimizer is made.
+    inner: the width inside; None takes `gated_width`. Weights are drawn with the standard deviation
+    of those that they replace, biases are zero. Call it before the optimizer is made.
 
-    Returns a handle: `names`, of the new MLPs, and `remove()`, which puts the old ones back. Raises TypeError
-    for a model that is no module and ValueError for an unknown activation, a size below 1 or no plain MLP.
+    Returns a handle: `names`, of the new MLPs, and `remove()`, which puts the old ones back. Raises
+    TypeError for a model that is no module and ValueError for an unknown activation, a size below 1
+    or no plain MLP.
     """
     _activation(activation)
     _check_sizes(inner=1 if inner is None else inner)
@@ -239,7 +270,9 @@ def apply_gated_mlp(model: nn.Module, activation: str = "silu", inner: int | Non
     for name, mlp in old:
         model.set_submodule(name, new[mlp])
     if not old:
-        raise ValueError(f"{type(model).__name__} holds no plain MLP, down(act(up(x))), to be replaced.")
+        raise ValueError(
+            f"{type(model).__name__} holds no plain MLP, down(act(up(x))), to be replaced."
+        )
 
     def remove() -> None:
         for name, mlp in old:
@@ -260,14 +293,20 @@ def _recognise(module: nn.Module) -> _Layout | None:
     children = dict(module.named_children())
     linears = [name for name, child in children.items() if type(child) is nn.Linear]
     weights = {id(p) for name in linears for p in children[name].parameters()}
-    if len(linears) not in (2, 3) or len(children) > len(linears) + 1 or isinstance(module, _Recomputing):
+    if (
+        len(linears) not in (2, 3)
+        or len(children) > len(linears) + 1
+        or isinstance(module, _Recomputing)
+    ):
         return None
     # A forward on the instance, as checkpointing puts it there, would go before that of the class.
     if "forward" in vars(module) or any(id(p) not in weights for p in module.parameters()):
         return None
     like, generator = children[linears[0]].weight, torch.Generator().manual_seed(0)
     # Large numbers too, since some MLPs clamp what goes into their activation.
-    probe = torch.randn(3, like.shape[1], generator=generator) * torch.tensor([[1.0], [30.0], [1000.0]])
+    probe = torch.randn(3, like.shape[1], generator=generator) * torch.tensor(
+        [[1.0], [30.0], [1000.0]]
+    )
     probe, layouts = probe.to(like), list(_layouts(linears))
     modes = {m: m.training for m in module.modules()}
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
@@ -275,7 +314,9 @@ def _recognise(module: nn.Module) -> _Layout | None:
         with torch.no_grad(), torch.random.fork_rng(gpus, device_type="cuda"):
             for training in (True, False):
                 expected = module.train(training)(probe)
-                layouts = [layout for layout in layouts if _computes(layout, module, probe, expected)]
+                layouts = [
+                    layout for layout in layouts if _computes(layout, module, probe, expected)
+                ]
     except Exception:  # it takes something else than one tensor, or none of this size: no MLP
         return None
     finally:
@@ -285,7 +326,9 @@ def _recognise(module: nn.Module) -> _Layout | None:
 
 
 def _layouts(linears: list[str]) -> Iterator[_Layout]:
-    for (gate, *up, down), activation in itertools.product(itertools.permutations(linears), _ACTIVATIONS):
+    for (gate, *up, down), activation in itertools.product(
+        itertools.permutations(linears), _ACTIVATIONS
+    ):
         if up:
             yield _Layout(gate, *up, down, activation)
         else:
@@ -295,6 +338,8 @@ def _layouts(linears: list[str]) -> Iterator[_Layout]:
 
 def _computes(layout: _Layout, module: nn.Module, probe: Tensor, expected: Tensor) -> bool:
     try:
-        return torch.allclose(layout.compute(module, probe), expected, rtol=0, atol=0, equal_nan=True)
+        return torch.allclose(
+            layout.compute(module, probe), expected, rtol=0, atol=0, equal_nan=True
+        )
     except (IndexError, RuntimeError, ValueError):  # the shapes do not fit
         return False

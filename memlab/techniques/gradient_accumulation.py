@@ -2,14 +2,16 @@
 
 Activations fall to those of one micro-batch. The price: all gradients are alive during forward.
 - `accumulate_gradients` gives the gradients of the large batch, whatever the micro-batches' sizes.
-- `optimizer_in_backward` steps each parameter when its gradient is complete, and frees the gradient. That
-  excludes accumulation, where no gradient is complete before the last micro-batch.
-- `apply_layer_major_micro_batches` makes both possible: all micro-batches pass a layer before the next. It
-  keeps the layers' inputs for the whole batch and recomputes the rest: up to a third more operations.
+- `optimizer_in_backward` steps each parameter when its gradient is complete, and frees the
+  gradient. That excludes accumulation, where no gradient is complete before the last micro-batch.
+- `apply_layer_major_micro_batches` makes both possible: all micro-batches pass a layer before the
+  next. It keeps the layers' inputs for the whole batch and recomputes the rest: up to a third more
+  operations.
 
-Sources: the weighting, https://huggingface.co/blog/gradient_accumulation (2024); the optimizer in backward,
-https://docs.pytorch.org/tutorials/intermediate/optimizer_step_in_backward_tutorial.html and Lv et al., "Full
-Parameter Fine-tuning for Large Language Models with Limited Resources" (2023), arXiv:2306.09782.
+Sources: the weighting, https://huggingface.co/blog/gradient_accumulation (2024); the optimizer in
+backward, https://docs.pytorch.org/tutorials/intermediate/optimizer_step_in_backward_tutorial.html
+and Lv et al., "Full Parameter Fine-tuning for Large Language Models with Limited Resources" (2023),
+arXiv:2306.09782.
 """
 
 import functools
@@ -23,15 +25,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-# --- Micro-batches, and the gradients of the large batch ----------------------------------------------------
+# --- Micro-batches, and the gradients of the large batch ------------------------------------------
 
 
 def split_batch(batch: Iterable[Tensor], micro_batch_size: int) -> list[tuple[Tensor, ...]]:
-    """Cut a batch's tensors, each (batch, ...), into micro-batches, as views; the last one has the rest."""
+    """Cut a batch's tensors, each (batch, ...), into micro-batches, as views; the last one has the
+    rest.
+    """
     tensors = tuple(batch)
     _check_size(micro_batch_size)
     if not tensors or len({len(tensor) for tensor in tensors}) > 1:
-        raise ValueError(f"The tensors must be equally long, but they have {[len(t) for t in tensors]} rows.")
+        raise ValueError(
+            f"The tensors must be equally long, but they have {[len(t) for t in tensors]} rows."
+        )
     return list(zip(*(tensor.split(micro_batch_size) for tensor in tensors), strict=True))
 
 
@@ -44,33 +50,46 @@ def groups_of(batches: Iterable, size: int) -> Iterator[list]:
 
 
 def count_targets(*micro_batch: Tensor, **named) -> Tensor:
-    """Return how many targets count: those in a micro-batch's last tensor, int64, that are not -100."""
-    targets = named or micro_batch[-1]  # of a dict it is not known which targets the loss is a mean of
+    """Return how many targets count: those in a micro-batch's last tensor, int64, that are not
+    -100.
+    """
+    targets = (
+        named or micro_batch[-1]
+    )  # of a dict it is not known which targets the loss is a mean of
     if not isinstance(targets, Tensor) or targets.dtype != torch.int64:
-        raise TypeError(f"A micro-batch must end with int64 targets, not {targets!r:.60}: pass count=.")
+        raise TypeError(
+            f"A micro-batch must end with int64 targets, not {targets!r:.60}: pass count=."
+        )
     return (targets != -100).sum()
 
 
-_accumulating = False  # whether more than one backward pass is to be added up, for `optimizer_in_backward`
+_accumulating = (
+    False  # whether more than one backward pass is to be added up, for `optimizer_in_backward`
+)
 
 
-def accumulate_gradients(mean_loss: Callable, micro_batches: Iterable, count=count_targets) -> Tensor:
-    """Add the gradients of micro-batches to `.grad`, as if they were one large batch, and return its loss.
+def accumulate_gradients(
+    mean_loss: Callable, micro_batches: Iterable, count=count_targets
+) -> Tensor:
+    """Add the gradients of micro-batches to `.grad`, as if they were one large batch, and return
+    its loss.
 
-    Each mean is multiplied by how many targets it is over, and divided by how many there are in all. So the
-    gradients are those of the large batch, up to the order of additions, if no row depends on another (as in
-    batch norm) and no random numbers are drawn (as by dropout). The loss is a scalar and detached. With
-    several processes the counts would have to be summed over all of them.
+    Each mean is multiplied by how many targets it is over, and divided by how many there are in
+    all. So the gradients are those of the large batch, up to the order of additions, if no row
+    depends on another (as in batch norm) and no random numbers are drawn (as by dropout). The loss
+    is a scalar and detached. With several processes the counts would have to be summed over all of
+    them.
 
-    mean_loss: a model or a function, from a micro-batch to the mean loss over the targets that count: a
-        scalar, or an output with a `.loss`. A tuple or list becomes arguments, a dict keyword arguments.
-    micro_batches: all those of one optimizer step: their targets are counted before the first one runs. One
-        without any is left out, since its mean is 0 / 0.
-    count: from a micro-batch to how many targets its mean is over. Hugging Face's causal models shift the
-        labels: `lambda input_ids, labels: (labels[:, 1:] != -100).sum()`.
+    mean_loss: a model or a function, from a micro-batch to the mean loss over the targets that
+        count: a scalar, or an output with a `.loss`. A tuple or list becomes arguments, a dict
+        keyword arguments.
+    micro_batches: all those of one optimizer step: their targets are counted before the first one
+        runs. One without any is left out, since its mean is 0 / 0.
+    count: from a micro-batch to how many targets its mean is over. Hugging Face's causal models
+        shift the labels: `lambda input_ids, labels: (labels[:, 1:] != -100).sum()`.
 
-    Raises ValueError when no target counts or a loss is no scalar, TypeError for a dict without `count`, and
-    RuntimeError when `optimizer_in_backward` would step after each micro-batch.
+    Raises ValueError when no target counts or a loss is no scalar, TypeError for a dict without
+    `count`, and RuntimeError when `optimizer_in_backward` would step after each micro-batch.
     """
     global _accumulating
     micro_batches = list(micro_batches)
@@ -106,51 +125,67 @@ def _check_size(size: int) -> None:
         raise ValueError(f"The size must be an int of at least 1, but it is {size!r}.")
 
 
-# --- The optimizer in backward ------------------------------------------------------------------------------
+# --- The optimizer in backward --------------------------------------------------------------------
 
 
 def optimizer_in_backward(model: nn.Module, make_optimizer: Callable) -> "OptimizerInBackward":
     """Let backward step each parameter when its gradient is complete, and free the gradient.
 
-    A shared parameter is stepped once. Gradients cannot be accumulated, clipped by their common norm or
-    divided by a loss scaler: they are never all there. Keep the result, which holds the optimizers.
+    A shared parameter is stepped once. Gradients cannot be accumulated, clipped by their common
+    norm or divided by a loss scaler: they are never all there. Keep the result, which holds the
+    optimizers.
 
-    make_optimizer: from a list of one parameter to its optimizer: `lambda p: torch.optim.AdamW(p, lr=1e-3)`.
+    make_optimizer: from a list of one parameter to its optimizer: `lambda p: torch.optim.AdamW(p,
+    lr=1e-3)`.
 
     >>> optimizer = optimizer_in_backward(model, make_optimizer)
     >>> loss.backward()  # steps
     >>> optimizer.step()  # ends the training step
 
-    Raises ValueError for a model with nothing to train, with a gradient left or with an optimizer in backward
-    already, and TypeError when `make_optimizer` returns anything but an optimizer of that one parameter.
+    Raises ValueError for a model with nothing to train, with a gradient left or with an optimizer
+    in backward already, and TypeError when `make_optimizer` returns anything but an optimizer of
+    that one parameter.
     """
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    taken = {id(p) for other in _in_backward for group in other.param_groups for p in group["params"]}
+    taken = {
+        id(p) for other in _in_backward for group in other.param_groups for p in group["params"]
+    }
     if not named:
         raise ValueError(f"{type(model).__name__} has no parameter that requires a gradient.")
     if left := [name for name, p in named.items() if p.grad is not None]:
-        raise ValueError(f"{left[0]} has a gradient already: step with it, or set it to None, first.")
+        raise ValueError(
+            f"{left[0]} has a gradient already: step with it, or set it to None, first."
+        )
     if twice := [name for name, p in named.items() if id(p) in taken]:
         raise ValueError(f"{twice[0]} has an optimizer in backward already: remove() it first.")
     optimizers = {name: make_optimizer([parameter]) for name, parameter in named.items()}
     for name, one in optimizers.items():
-        if [p is named[name] for g in getattr(one, "param_groups", ()) for p in g["params"]] != [True]:
+        if [p is named[name] for g in getattr(one, "param_groups", ()) for p in g["params"]] != [
+            True
+        ]:
             raise TypeError(f"make_optimizer must return the optimizer of {name}, not {one!r:.80}.")
     return OptimizerInBackward(named, optimizers)
 
 
 class OptimizerInBackward:
-    """The optimizers that `optimizer_in_backward` made (`optimizers`, by the names of their parameters)."""
+    """The optimizers that `optimizer_in_backward` made (`optimizers`, by the names of their
+    parameters).
+    """
 
-    def __init__(self, named: dict[str, nn.Parameter], optimizers: dict[str, torch.optim.Optimizer]):
+    def __init__(
+        self, named: dict[str, nn.Parameter], optimizers: dict[str, torch.optim.Optimizer]
+    ):
         self.optimizers, self._stepped = optimizers, set()
-        # A parameter holds its hook where Python's garbage collector does not look. So the hook holds this
-        # object weakly: the cycle parameter, hook, optimizer, parameter would never be freed.
+        # A parameter holds its hook where Python's garbage collector does not look. So the hook
+        # holds this object weakly: the cycle parameter, hook, optimizer, parameter would never be
+        # freed.
         this = weakref.ref(self)
 
         def hook(name: str, parameter: Tensor) -> None:
             if this() is None:
-                raise RuntimeError("The result of optimizer_in_backward is gone: keep it while you train.")
+                raise RuntimeError(
+                    "The result of optimizer_in_backward is gone: keep it while you train."
+                )
             this()._step(name, parameter)
 
         hooks = [(parameter, functools.partial(hook, name)) for name, parameter in named.items()]
@@ -161,22 +196,29 @@ class OptimizerInBackward:
         if _accumulating or name in self._stepped:
             parameter.grad = None
             raise RuntimeError(
-                f"A second backward would step {name} again: an optimizer in backward excludes accumulation. "
-                "Use apply_layer_major_micro_batches. (Has the training step ended? Then call step() first.)"
+                f"A second backward would step {name} again: an optimizer in backward excludes"
+                " accumulation. Use apply_layer_major_micro_batches. (Has the training step ended?"
+                " Then call step() first.)"
             )
         self._stepped.add(name)
         self.optimizers[name].step()
         parameter.grad = None
 
     def step(self) -> None:
-        """End a training step; backward has stepped the parameters. Raises RuntimeError if it has not."""
+        """End a training step; backward has stepped the parameters. Raises RuntimeError if it has
+        not.
+        """
         if not self._stepped:
-            raise RuntimeError("Backward has stepped no parameter: call loss.backward() before step().")
+            raise RuntimeError(
+                "Backward has stepped no parameter: call loss.backward() before step()."
+            )
         self._stepped.clear()
 
     @property
     def param_groups(self) -> list[dict]:
-        """The groups of all optimizers, to set a learning rate: `for group in ...: group["lr"] = 1e-4`."""
+        """The groups of all optimizers, to set a learning rate: `for group in ...: group["lr"] =
+        1e-4`.
+        """
         return [group for optimizer in self.optimizers.values() for group in optimizer.param_groups]
 
     def state_dict(self) -> dict:
@@ -186,7 +228,9 @@ class OptimizerInBackward:
     def load_state_dict(self, state: dict) -> None:
         """Take over what `state_dict` returned. Raises ValueError for other parameters."""
         if other := sorted(state.keys() ^ self.optimizers.keys()):
-            raise ValueError(f"The state must be of this model's parameters, but differs in {other}.")
+            raise ValueError(
+                f"The state must be of this model's parameters, but differs in {other}."
+            )
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state[name])
 
@@ -200,26 +244,34 @@ class OptimizerInBackward:
 _in_backward: "weakref.WeakSet[OptimizerInBackward]" = weakref.WeakSet()  # whose hooks are in place
 
 
-# --- Layer by layer, which lets both work together ----------------------------------------------------------
+# --- Layer by layer, which lets both work together ------------------------------------------------
 
 
 def in_micro_batches(function: Callable, micro_batch_size: int, /, *args, **kwargs):
-    """Return `function(*args, **kwargs)`, computed slice of the batch by slice, each one checkpointed.
+    """Return `function(*args, **kwargs)`, computed slice of the batch by slice, each one
+    checkpointed.
 
-    Only the arguments are kept for backward, which runs a slice again and passes through it before the next.
+    Only the arguments are kept for backward, which runs a slice again and passes through it before
+    the next.
 
-    args, kwargs: the first is a tensor, (batch, ...). Further tensors (also in tuples and lists) are cut if
-        their first axis is the batch, and given whole to each slice if it is 1. So are numbers and None.
+    args, kwargs: the first is a tensor, (batch, ...). Further tensors (also in tuples and lists)
+        are cut if their first axis is the batch, and given whole to each slice if it is 1. So are
+        numbers and None.
     function: returns a tensor (batch, ...), or a tuple of them. Of a loss, return one number a row.
 
-    Raises ValueError for tensors that do not fit the batch, or fit it in two ways, and TypeError for what
-    cannot be cut, such as a cache, or put together.
+    Raises ValueError for tensors that do not fit the batch, or fit it in two ways, and TypeError
+    for what cannot be cut, such as a cache, or put together.
     """
     _check_size(micro_batch_size)
     if not args or not isinstance(args[0], Tensor) or args[0].ndim == 0 or len(args[0]) == 0:
         raise ValueError("The first argument must be a tensor (batch, ...) with at least one row.")
-    rows, firsts, values = len(args[0]), args[0].split(micro_batch_size), (*args[1:], *kwargs.values())
-    # With (8, 8, hidden) it is not clear whether the 8 of another tensor is the batch or the sequence.
+    rows, firsts, values = (
+        len(args[0]),
+        args[0].split(micro_batch_size),
+        (*args[1:], *kwargs.values()),
+    )
+    # With (8, 8, hidden) it is not clear whether the 8 of another tensor is the batch or the
+    # sequence.
     rest = [_cut(value, rows, micro_batch_size, args[0].shape[1:2] == (rows,)) for value in values]
     outputs, count = [], len(args)
     for one in zip(firsts, *rest, strict=True):
@@ -231,16 +283,22 @@ def in_micro_batches(function: Callable, micro_batch_size: int, /, *args, **kwar
 def _cut(value, rows: int, size: int, ambiguous: bool) -> list:
     if isinstance(value, Tensor) and value.ndim and len(value) != 1:
         if len(value) != rows:
-            raise ValueError(f"A tensor must be ({rows}, ...) or (1, ...), but it is {tuple(value.shape)}.")
+            raise ValueError(
+                f"A tensor must be ({rows}, ...) or (1, ...), but it is {tuple(value.shape)}."
+            )
         if ambiguous:
-            raise ValueError(f"Batch and sequence are both {rows}: change one, so that it is clear which.")
+            raise ValueError(
+                f"Batch and sequence are both {rows}: change one, so that it is clear which."
+            )
         return list(value.split(size))
     if type(value) in (tuple, list) and value:
         parts = [_cut(part, rows, size, ambiguous) for part in value]
         return [type(value)(one) for one in zip(*parts, strict=True)]
     if value is None or isinstance(value, Tensor | int | float | str | tuple | list):
         return [value] * len(range(0, rows, size))
-    raise TypeError(f"A {type(value).__name__} cannot be cut. If it is a cache, pass use_cache=False.")
+    raise TypeError(
+        f"A {type(value).__name__} cannot be cut. If it is a cache, pass use_cache=False."
+    )
 
 
 def _join(outputs: list, sizes: list[int]):
@@ -252,24 +310,32 @@ def _join(outputs: list, sizes: list[int]):
     if isinstance(first, Tensor) and [len(one) if one.ndim else 0 for one in outputs] == sizes:
         return torch.cat(outputs) if len(outputs) > 1 else first
     what = tuple(first.shape) if isinstance(first, Tensor) else type(first).__name__
-    raise TypeError(f"The result must be a tensor (batch, ...), here ({sizes[0]}, ...), but it is {what}.")
+    raise TypeError(
+        f"The result must be a tensor (batch, ...), here ({sizes[0]}, ...), but it is {what}."
+    )
 
 
-def apply_layer_major_micro_batches(blocks: Iterable[nn.Module], micro_batch_size: int) -> SimpleNamespace:
+def apply_layer_major_micro_batches(
+    blocks: Iterable[nn.Module], micro_batch_size: int
+) -> SimpleNamespace:
     """Give blocks a `forward` that runs `in_micro_batches`; `remove()` on the result undoes it.
 
-    Call the model and `backward` once, with the whole batch. What is outside the blocks stays whole: where
-    the vocabulary is large, call `in_micro_batches` for the output layer and its loss.
+    Call the model and `backward` once, with the whole batch. What is outside the blocks stays
+    whole: where the vocabulary is large, call `in_micro_batches` for the output layer and its loss.
 
-    Raises ValueError for no blocks, for blocks that have it already and for batch norm; `remove()` raises
-    RuntimeError if something else has replaced the `forward` of a block since.
+    Raises ValueError for no blocks, for blocks that have it already and for batch norm; `remove()`
+    raises RuntimeError if something else has replaced the `forward` of a block since.
     """
     _check_size(micro_batch_size)
     if not (blocks := list(blocks)) or any(isinstance(block.forward, _Forward) for block in blocks):
-        raise ValueError("There must be blocks, and none in micro-batches already: remove() it first.")
+        raise ValueError(
+            "There must be blocks, and none in micro-batches already: remove() it first."
+        )
     batch_norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
     if any(isinstance(module, batch_norms) for block in blocks for module in block.modules()):
-        raise ValueError("A block has batch norm, which depends on the whole batch: use another norm.")
+        raise ValueError(
+            "A block has batch norm, which depends on the whole batch: use another norm."
+        )
     forwards = weakref.WeakKeyDictionary()
     for block in blocks:
         forwards[block] = block.forward = _Forward(block, micro_batch_size)
@@ -277,7 +343,9 @@ def apply_layer_major_micro_batches(blocks: Iterable[nn.Module], micro_batch_siz
     def remove() -> None:
         for block, forward in list(forwards.items()):
             if vars(block).get("forward") is not forward:
-                raise RuntimeError("Something replaced the forward of a block since: undo that first.")
+                raise RuntimeError(
+                    "Something replaced the forward of a block since: undo that first."
+                )
             del block.forward, forwards[block]
             if forward.previous is not None:
                 block.forward = forward.previous
@@ -286,7 +354,9 @@ def apply_layer_major_micro_batches(blocks: Iterable[nn.Module], micro_batch_siz
 
 
 class _Forward:
-    """A block's `forward` in micro-batches. It holds the block weakly: a deleted model is freed at once."""
+    """A block's `forward` in micro-batches. It holds the block weakly: a deleted model is freed at
+    once.
+    """
 
     def __init__(self, block: nn.Module, size: int):
         self.block, self.previous, self.size = weakref.ref(block), vars(block).get("forward"), size

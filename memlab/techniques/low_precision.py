@@ -1,16 +1,17 @@
-"""Low precision: weights, gradients, optimizer state and activations in BF16, 2 bytes each instead of 4.
+"""Low precision: weights, gradients, optimizer state and activations in BF16, 2 bytes each instead
+of 4.
 
-`apply_low_precision` casts a model, and everything that training makes of it halves. The cost is precision: a
-BF16 number has 8 significant bits, so a weight does not move when its update is smaller than half the
-distance to its neighbour, which is 1/512 to 1/256 of the weight. Two optimizers cure that.
-`StochasticRoundingAdamW` rounds up or down at random, so that the mean is right, and needs no byte more.
-`MasterWeightAdamW` keeps an FP32 copy of the weights and FP32 moments, 12 bytes a parameter. `to_float8`
-stores numbers in one byte; it computes nothing.
+`apply_low_precision` casts a model, and everything that training makes of it halves. The cost is
+precision: a BF16 number has 8 significant bits, so a weight does not move when its update is
+smaller than half the distance to its neighbour, which is 1/512 to 1/256 of the weight. Two
+optimizers cure that. `StochasticRoundingAdamW` rounds up or down at random, so that the mean is
+right, and needs no byte more. `MasterWeightAdamW` keeps an FP32 copy of the weights and FP32
+moments, 12 bytes a parameter. `to_float8` stores numbers in one byte; it computes nothing.
 
-Sources: Kalamkar et al., "A Study of BFLOAT16 for Deep Learning Training" (2019), arXiv:1905.12322; Zamirai
-et al., "Revisiting BFloat16 Training" (2020), arXiv:2010.06192 (stochastic rounding); Micikevicius et al.,
-"Mixed Precision Training" (2018), arXiv:1710.03740 (master weights), and "FP8 Formats for Deep Learning"
-(2022), arXiv:2209.05433.
+Sources: Kalamkar et al., "A Study of BFLOAT16 for Deep Learning Training" (2019), arXiv:1905.12322;
+Zamirai et al., "Revisiting BFloat16 Training" (2020), arXiv:2010.06192 (stochastic rounding);
+Micikevicius et al., "Mixed Precision Training" (2018), arXiv:1710.03740 (master weights), and "FP8
+Formats for Deep Learning" (2022), arXiv:2209.05433.
 """
 
 from collections.abc import Iterable, Iterator
@@ -25,17 +26,19 @@ _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 def apply_low_precision(
     model: nn.Module, dtype: torch.dtype = torch.bfloat16, *, keep: Iterable[str] = ()
 ) -> None:
-    """Cast a model's floating-point parameters and buffers to 16 bits, in place, before the optimizer exists.
+    """Cast a model's floating-point parameters and buffers to 16 bits, in place, before the
+    optimizer exists.
 
-    Parameters stay the same objects, and shared ones stay shared. There is no way back: the bits are gone.
+    Parameters stay the same objects, and shared ones stay shared. There is no way back: the bits
+    are gone.
 
     keep: parameters and buffers to leave as they are, by their full name or its last part. A rotary
-    embedding's `inv_freq`, for one: a position in the thousands times a frequency of 8 significant bits is
-    radians off.
+    embedding's `inv_freq`, for one: a position in the thousands times a frequency of 8 significant
+    bits is radians off.
 
     Raises ValueError, before anything is changed, for another dtype, a model without floating-point
-    parameters or with complex ones, a name in `keep` that is nobody's, parameters that have gradients, and
-    numbers too large for the dtype; TypeError when `model` is no module.
+    parameters or with complex ones, a name in `keep` that is nobody's, parameters that have
+    gradients, and numbers too large for the dtype; TypeError when `model` is no module.
     """
     if dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(f"dtype must be torch.bfloat16 or torch.float16, but it is {dtype}.")
@@ -44,28 +47,38 @@ def apply_low_precision(
     keep = {keep} if isinstance(keep, str) else set(keep)
     name_of_model = type(model).__name__
     # With duplicates, so that a shared parameter can be kept by each of its names.
-    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    tensors = [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
     names_of = {name: {name, name.rpartition(".")[2]} for name, _ in tensors}
     kept = {id(tensor) for name, tensor in tensors if keep & names_of[name]}
     if unknown := keep.difference(*names_of.values()):
         raise ValueError(
-            f"keep names {', '.join(sorted(unknown))}, but {name_of_model} has no such parameter or buffer."
+            f"keep names {', '.join(sorted(unknown))}, but {name_of_model} has no such parameter or"
+            " buffer."
         )
     if not any(parameter.is_floating_point() for parameter in model.parameters()):
-        raise ValueError(f"{name_of_model} has no floating-point parameters, so there is nothing to cast.")
+        raise ValueError(
+            f"{name_of_model} has no floating-point parameters, so there is nothing to cast."
+        )
     chosen = []
     for name, tensor in tensors:
         if id(tensor) in kept:
             continue
         if tensor.is_complex():
-            raise ValueError(f"{name} is complex, and there are no complex numbers in {dtype}: keep it.")
+            raise ValueError(
+                f"{name} is complex, and there are no complex numbers in {dtype}: keep it."
+            )
         if not tensor.is_floating_point():
             continue
         if tensor.grad is not None:
             raise ValueError(
-                f"{name} has a gradient: call zero_grad() first, then cast, then make the optimizer."
+                f"{name} has a gradient: call zero_grad() first, then cast, then make the"
+                " optimizer."
             )
-        # In slices: looking at all of an embedding at once would need more memory than the cast itself.
+        # In slices: looking at all of an embedding at once would need more memory than the cast
+        # itself.
         parts = () if tensor.is_meta else tensor.detach().reshape(-1).split(2**16)
         if any((part.isfinite() & ~part.to(dtype).isfinite()).any() for part in parts):
             largest = torch.finfo(dtype).max
@@ -79,11 +92,12 @@ def apply_low_precision(
 
 @torch.no_grad()
 def stochastic_round(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Round FP32 to BF16, up or down at random, so that the mean of many roundings is the number itself.
+    """Round FP32 to BF16, up or down at random, so that the mean of many roundings is the number
+    itself.
 
-    A number that stands a quarter of the way to its upper neighbour goes up in one of four cases. Takes and
-    returns any shape. BF16 numbers, infinities and NaNs stay what they are; beyond BF16's largest number is
-    infinity.
+    A number that stands a quarter of the way to its upper neighbour goes up in one of four cases.
+    Takes and returns any shape. BF16 numbers, infinities and NaNs stay what they are; beyond BF16's
+    largest number is infinity.
 
     generator: where the random numbers are from, on the tensor's device; by default PyTorch's own.
 
@@ -91,9 +105,11 @@ def stochastic_round(x: Tensor, generator: torch.Generator | None = None) -> Ten
 
     """
     if not isinstance(x, Tensor) or x.dtype != torch.float32:
-        raise TypeError(f"x must be an FP32 tensor, but it is {getattr(x, 'dtype', type(x).__name__)}.")
-    # BF16 is the upper half of FP32's bits. A random lower half is added, and carries into the upper half as
-    # often as the old lower half was large; then the lower half is cut off.
+        raise TypeError(
+            f"x must be an FP32 tensor, but it is {getattr(x, 'dtype', type(x).__name__)}."
+        )
+    # BF16 is the upper half of FP32's bits. A random lower half is added, and carries into the
+    # upper half as often as the old lower half was large; then the lower half is cut off.
     bits = torch.empty_like(x, dtype=torch.int32).random_(0, 1 << 16, generator=generator)
     bits.add_(x.view(torch.int32)).bitwise_and_(-1 << 16)
     rounded = bits.view(torch.float32).to(torch.bfloat16)
@@ -101,26 +117,31 @@ def stochastic_round(x: Tensor, generator: torch.Generator | None = None) -> Ten
 
 
 def _add_param_group(self: torch.optim.Optimizer, param_group: dict) -> None:
-    """Add parameters with settings of their own, as in any optimizer; `__init__` comes here, too."""
+    """Add parameters with settings of their own, as in any optimizer; `__init__` comes
+    here, too.
+    """
     torch.optim.Optimizer.add_param_group(self, param_group)
     for parameter in self.param_groups[-1]["params"]:
         if parameter.dtype not in (torch.bfloat16, torch.float32):
             raise ValueError(
-                f"Parameters must be BF16 (or FP32, for those that were kept), but one is {parameter.dtype}. "
-                "For FP16, keep the weights in FP32 and train with autocast and a loss scaler."
+                "Parameters must be BF16 (or FP32, for those that were kept), but one is"
+                f" {parameter.dtype}. For FP16, keep the weights in FP32 and train with autocast"
+                " and a loss scaler."
             )
 
 
 class StochasticRoundingAdamW(torch.optim.Optimizer):
     """AdamW with BF16 weights and moments, 2 + 4 bytes a parameter, in which small updates count.
 
-    It computes in FP32 and rounds the weights and the second moment stochastically. (The second moment moves
-    by about 1/1000 of itself a step, less than BF16's spacing, so it needs this as much as the weights. The first
-    moves by a tenth.) For the computation it holds 20 bytes for each number of a slice of `slice_size`
-    numbers, and never of the whole model. FP32 parameters are stepped as by `torch.optim.AdamW`.
+    It computes in FP32 and rounds the weights and the second moment stochastically. (The second
+    moment moves by about 1/1000 of itself a step, less than BF16's spacing, so it needs this as
+    much as the weights. The first moves by a tenth.) For the computation it holds 20 bytes for each
+    number of a slice of `slice_size` numbers, and never of the whole model. FP32 parameters are
+    stepped as by `torch.optim.AdamW`.
 
-    generator: where the random numbers are from; by default PyTorch's own. Replicas of one model that have to
-    stay equal (data parallelism) need generators of equal seeds. It is not part of `state_dict()`.
+    generator: where the random numbers are from; by default PyTorch's own. Replicas of one model
+    that have to stay equal (data parallelism) need generators of equal seeds. It is not part of
+    `state_dict()`.
 
     Raises ValueError for a setting out of range and for parameters that are not BF16 or FP32, and
     RuntimeError at a step with a sparse gradient.
@@ -130,9 +151,16 @@ class StochasticRoundingAdamW(torch.optim.Optimizer):
     add_param_group = _add_param_group
 
     def __init__(
-        self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, *,
-        generator: torch.Generator | None = None, slice_size=2**20,
-    ):  # fmt: skip
+        self,
+        params,
+        lr=1e-3,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        weight_decay=1e-2,
+        *,
+        generator: torch.Generator | None = None,
+        slice_size=2**20,
+    ):
         super().__init__(params, _settings(lr, betas, eps, weight_decay, slice_size))
         self.generator = generator
 
@@ -155,18 +183,24 @@ class StochasticRoundingAdamW(torch.optim.Optimizer):
                     low[0].copy_(stochastic_round(weight, self.generator))
                     low[1].copy_(first)
                     low[2].copy_(stochastic_round(second, self.generator))
-                del weight, first, second  # or they would still be there when the next slice is made
+                del (
+                    weight,
+                    first,
+                    second,
+                )  # or they would still be there when the next slice is made
         return loss
 
 
 class MasterWeightAdamW(torch.optim.Optimizer):
-    """AdamW for BF16 weights that keeps an FP32 copy of them and FP32 moments: 12 bytes a parameter of state.
+    """AdamW for BF16 weights that keeps an FP32 copy of them and FP32 moments: 12 bytes a parameter
+    of state.
 
-    The copy, `state[parameter]["master"]`, is what is trained: bit for bit as `torch.optim.AdamW` would train
-    it on the same gradients. After each step it is rounded into the model. Whoever loads other weights into
-    the model has to load this optimizer's state too, or make it anew: the next step writes the copy over
-    them. For the computation it holds 8 bytes for each number of a slice of `slice_size` numbers. FP32
-    parameters need no copy and are stepped as by `torch.optim.AdamW`.
+    The copy, `state[parameter]["master"]`, is what is trained: bit for bit as `torch.optim.AdamW`
+    would train it on the same gradients. After each step it is rounded into the model. Whoever
+    loads other weights into the model has to load this optimizer's state too, or make it anew: the
+    next step writes the copy over them. For the computation it holds 8 bytes for each number of a
+    slice of `slice_size` numbers. FP32 parameters need no copy and are stepped as by
+    `torch.optim.AdamW`.
 
     Raises ValueError for a setting out of range and for parameters that are not BF16 or FP32, and
     RuntimeError at a step with a sparse gradient.
@@ -174,7 +208,9 @@ class MasterWeightAdamW(torch.optim.Optimizer):
 
     add_param_group = _add_param_group
 
-    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, *, slice_size=2**20):
+    def __init__(
+        self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, *, slice_size=2**20
+    ):
         super().__init__(params, _settings(lr, betas, eps, weight_decay, slice_size))
 
     @torch.no_grad()
@@ -204,8 +240,12 @@ class MasterWeightAdamW(torch.optim.Optimizer):
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         states = state_dict["state"]
         for number, parameter in zip(saved, parameters, strict=False):
-            if parameter.dtype == torch.bfloat16 and "master" not in states.get(number, {"master": None}):
-                raise ValueError("The state has no FP32 copy of the weights: it is another optimizer's.")
+            if parameter.dtype == torch.bfloat16 and "master" not in states.get(
+                number, {"master": None}
+            ):
+                raise ValueError(
+                    "The state has no FP32 copy of the weights: it is another optimizer's."
+                )
         super().load_state_dict(state_dict)  # refuses a state of other groups or sizes
         for number, parameter in zip(saved, parameters, strict=True):
             for name, value in states.get(number, {}).items():
@@ -214,18 +254,24 @@ class MasterWeightAdamW(torch.optim.Optimizer):
 
 
 def to_float8(x: Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> tuple[Tensor, Tensor]:
-    """Store x (..., row) in one byte a number: returns (values, scale), with an FP32 scale (..., 1) a row.
+    """Store x (..., row) in one byte a number: returns (values, scale), with an FP32 scale (..., 1)
+    a row.
 
-    The scale, a power of two so that it rounds nothing, lifts a row's largest number to the upper end of the
-    type's range. `torch.float8_e4m3fn` keeps 4 significant bits over a range of 2^17, `torch.float8_e5m2` 3
-    over 2^31; what is smaller becomes zero. A row with an infinity or a NaN comes back as NaNs.
+    The scale, a power of two so that it rounds nothing, lifts a row's largest number to the upper
+    end of the type's range. `torch.float8_e4m3fn` keeps 4 significant bits over a range of 2^17,
+    `torch.float8_e5m2` 3 over 2^31; what is smaller becomes zero. A row with an infinity or a NaN
+    comes back as NaNs.
 
-    Raises ValueError for another dtype, and TypeError for what is no FP32, BF16 or FP16 tensor with rows.
+    Raises ValueError for another dtype, and TypeError for what is no FP32, BF16 or FP16 tensor with
+    rows.
 
     """
     if dtype not in _FLOAT8:
         raise ValueError(f"dtype must be {' or '.join(map(str, _FLOAT8))}, but it is {dtype}.")
-    if getattr(x, "dtype", None) not in (torch.float32, torch.bfloat16, torch.float16) or not x.ndim:
+    if (
+        getattr(x, "dtype", None) not in (torch.float32, torch.bfloat16, torch.float16)
+        or not x.ndim
+    ):
         given = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"x must be FP32, BF16 or FP16 with an axis of rows, but it is {given}.")
     if not x.numel():
@@ -241,7 +287,8 @@ def to_float8(x: Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> tuple[Tens
 def from_float8(values: Tensor, scale: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """Return what `to_float8` stored, as numbers of a dtype to compute with.
 
-    Raises TypeError for values that are not FP8, and ValueError for another dtype than FP32 or BF16.
+    Raises TypeError for values that are not FP8, and ValueError for another dtype than FP32 or
+    BF16.
 
     """
     if values.dtype not in _FLOAT8:
@@ -251,8 +298,12 @@ def from_float8(values: Tensor, scale: Tensor, dtype: torch.dtype = torch.bfloat
     return values.to(dtype).mul_(scale.to(dtype))
 
 
-def _adamw(weight: Tensor, gradient: Tensor, first: Tensor, second: Tensor, group: dict, step: int) -> None:
-    """One step of AdamW (arXiv:1711.05101) on FP32 numbers, in place, by torch.optim.AdamW's operations."""
+def _adamw(
+    weight: Tensor, gradient: Tensor, first: Tensor, second: Tensor, group: dict, step: int
+) -> None:
+    """One step of AdamW (arXiv:1711.05101) on FP32 numbers, in place, by torch.optim.AdamW's
+    operations.
+    """
     beta1, beta2 = group["betas"]
     weight.mul_(1 - group["lr"] * group["weight_decay"])
     first.lerp_(gradient, 1 - beta1)
@@ -262,7 +313,9 @@ def _adamw(weight: Tensor, gradient: Tensor, first: Tensor, second: Tensor, grou
 
 
 def _slices(size: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Equal stretches of several tensors of one shape, as views; all at once where one is not contiguous."""
+    """Equal stretches of several tensors of one shape, as views; all at once where one is not
+    contiguous.
+    """
     if not all(tensor.is_contiguous() for tensor in tensors):
         return iter([tensors])
     return zip(*(tensor.view(-1).split(size) for tensor in tensors), strict=True)
@@ -278,7 +331,13 @@ def _settings(
         raise ValueError(f"betas must be two numbers from 0 to below 1, but they are {betas}.")
     if not isinstance(slice_size, int) or slice_size < 1:
         raise ValueError(f"slice_size must be a positive int, but it is {slice_size!r}.")
-    return {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "slice_size": slice_size}
+    return {
+        "lr": lr,
+        "betas": betas,
+        "eps": eps,
+        "weight_decay": weight_decay,
+        "slice_size": slice_size,
+    }
 
 
 def _call(closure):
@@ -289,7 +348,9 @@ def _call(closure):
 
 
 def _with_gradients(optimizer: torch.optim.Optimizer) -> list[tuple[dict, Tensor, Tensor]]:
-    pairs = [(group, parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    pairs = [
+        (group, parameter) for group in optimizer.param_groups for parameter in group["params"]
+    ]
     found = [(group, p, p.grad) for group, p in pairs if p.grad is not None]
     if any(gradient.is_sparse for _, _, gradient in found):
         raise RuntimeError("A gradient is sparse: use sparse=False in the embedding.")

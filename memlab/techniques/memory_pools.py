@@ -1,14 +1,15 @@
 """Memory pools: allocate one buffer once, and carve every tensor out of it.
 
-A pool lowers the number of allocations, and it can lower what is lost between blocks (fragmentation). It never
-lowers the bytes that are alive at once: no pool is smaller than that. `plan` chooses a place for every tensor of
-a step whose sizes and lives were recorded, so that the pool is hardly larger. `Pool` is such a buffer. It hands
-out tensors, at a planned place or at the first that is free, and it checks their lives: what is in use is never
-handed out a second time.
+A pool lowers the number of allocations, and it can lower what is lost between blocks
+(fragmentation). It never lowers the bytes that are alive at once: no pool is smaller than that.
+`plan` chooses a place for every tensor of a step whose sizes and lives were recorded, so that the
+pool is hardly larger. `Pool` is such a buffer. It hands out tensors, at a planned place or at the
+first that is free, and it checks their lives: what is in use is never handed out a second time.
 
-Sources: Pisarchyk and Lee, "Efficient Memory Management for Deep Neural Net Inference" (2020), arXiv:2001.03288,
-"Greedy by Size for Offset Calculation"; Wilson et al., "Dynamic Storage Allocation: A Survey and Critical Review"
-(1995), for first fit and fragmentation. In production: `torch.cuda.MemPool`, the pools of CUDA graphs, `expandable_segments`.
+Sources: Pisarchyk and Lee, "Efficient Memory Management for Deep Neural Net Inference" (2020),
+arXiv:2001.03288, "Greedy by Size for Offset Calculation"; Wilson et al., "Dynamic Storage
+Allocation: A Survey and Critical Review" (1995), for first fit and fragmentation. In production:
+`torch.cuda.MemPool`, the pools of CUDA graphs, `expandable_segments`.
 """
 
 import bisect
@@ -25,11 +26,12 @@ from torch import Tensor
 ORDERS = ("size", "birth")
 
 
-# --- A plan: where each tensor of a recorded step will lie --------------------------------------------------
+# --- A plan: where each tensor of a recorded step will lie ----------------------------------------
 
 
 class Request(NamedTuple):
-    """One tensor of a recorded step: its bytes, and its life from `born` up to, but without, `died`.
+    """One tensor of a recorded step: its bytes, and its life from `born` up to, but without,
+    `died`.
 
     The two moments are numbers of any clock. A tensor that outlives the step gets `died=math.inf`.
     """
@@ -42,10 +44,10 @@ class Request(NamedTuple):
 class Plan(NamedTuple):
     """Where each request lies, and what that takes.
 
-    offsets: bytes from the start of the pool, one for each request, in the order in which they were given.
-    pool_bytes: the size of the pool.
-    peak_bytes: the most bytes alive at once. No pool is smaller.
-    total_bytes: the bytes of all requests, which is what a buffer for each of them would take.
+    offsets: bytes from the start of the pool, one for each request, in the order in which they were
+    given. pool_bytes: the size of the pool. peak_bytes: the most bytes alive at once. No pool is
+    smaller. total_bytes: the bytes of all requests, which is what a buffer for each of them would
+    take.
     """
 
     offsets: tuple[int, ...]
@@ -62,15 +64,16 @@ class Plan(NamedTuple):
 def plan(requests: Iterable[Request], alignment: int = 64, order: str = "size") -> Plan:
     """Give every request an offset, so that no two that are alive at the same time share a byte.
 
-    requests: `Request`s, or triples (bytes, born, died).
-    alignment: each offset and each size is rounded up to a multiple of this many bytes, a power of two. PyTorch
+    requests: `Request`s, or triples (bytes, born, died). alignment: each offset and each size is
+    rounded up to a multiple of this many bytes, a power of two. PyTorch
         aligns to 64 bytes on a CPU and to 512 on CUDA.
-    order: "size" places the largest first, each into the smallest gap that takes it; the whole step has to be
-        known. "birth" places them as they come, each into the first gap: what an allocator can do that does not
-        know what follows.
+    order: "size" places the largest first, each into the smallest gap that takes it; the whole step
+        has to be known. "birth" places them as they come, each into the first gap: what an
+        allocator can do that does not know what follows.
 
-    The time is quadratic in the number of requests. Raises ValueError for an unknown order, an alignment that
-    is no power of two, bytes below 1, and a request that dies before it is born or at the same moment.
+    The time is quadratic in the number of requests. Raises ValueError for an unknown order, an
+    alignment that is no power of two, bytes below 1, and a request that dies before it is born or
+    at the same moment.
     """
     requests = [Request(*request) for request in requests]
     if order not in ORDERS:
@@ -122,18 +125,18 @@ def _most_alive(requests: Sequence[Request]) -> int:
     return most
 
 
-# --- A pool: the buffer, and who has which part of it -------------------------------------------------------
+# --- A pool: the buffer, and who has which part of it ---------------------------------------------
 
 
 class Pool:
     """One buffer, from which tensors are lent.
 
-    nbytes: the size of the buffer, which is all that is ever allocated.
-    alignment: each tensor begins at, and takes, a multiple of this many bytes, a power of two. Counted from the
+    nbytes: the size of the buffer, which is all that is ever allocated. alignment: each tensor
+    begins at, and takes, a multiple of this many bytes, a power of two. Counted from the
         start of the buffer, which the allocator aligns to 64 bytes on a CPU and to 512 on CUDA.
 
-    Any thread may take and give back. A pool knows nothing of CUDA streams: keep one for each. Raises ValueError
-    for bytes below 1, or an alignment that is no power of two.
+    Any thread may take and give back. A pool knows nothing of CUDA streams: keep one for each.
+    Raises ValueError for bytes below 1, or an alignment that is no power of two.
     """
 
     def __init__(self, nbytes: int, device: torch.device | str = "cpu", alignment: int = 64):
@@ -164,13 +167,16 @@ class Pool:
     def take(
         self, shape: Sequence[int], dtype: torch.dtype = torch.float32, at: int | None = None
     ) -> "Lease":
-        """Lend a tensor of this shape and dtype, with whatever was in its bytes before (as `torch.empty`).
+        """Lend a tensor of this shape and dtype, with whatever was in its bytes before (as
+        `torch.empty`).
 
-        at: the offset in bytes, from a `Plan`. Without it the first gap is taken that is large enough.
+        at: the offset in bytes, from a `Plan`. Without it the first gap is taken that is large
+            enough.
 
-        Raises torch.OutOfMemoryError when no gap is large enough, even if enough bytes are free in all;
-        RuntimeError when bytes at `at` are in use, so what runs is not what was planned; ValueError for an
-        empty shape or one with a size below 1, and an `at` outside of the pool or not aligned.
+        Raises torch.OutOfMemoryError when no gap is large enough, even if enough bytes are free in
+        all; RuntimeError when bytes at `at` are in use, so what runs is not what was planned;
+        ValueError for an empty shape or one with a size below 1, and an `at` outside of the pool or
+        not aligned.
         """
         shape = tuple(shape)
         if any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in shape):
@@ -185,21 +191,24 @@ class Pool:
                     free = sum(stop - start for start, stop in gaps)
                     largest = max((stop - start for start, stop in gaps), default=0)
                     raise torch.OutOfMemoryError(
-                        f"The pool has no gap of {bytes_:,} bytes: {free:,} of its {self.nbytes:,} bytes are "
-                        f"free, the largest gap is {largest:,}. Give tensors back, plan their places, or make "
-                        "a larger pool."
+                        f"The pool has no gap of {bytes_:,} bytes: {free:,} of its {self.nbytes:,}"
+                        f" bytes are free, the largest gap is {largest:,}. Give tensors back, plan"
+                        " their places, or make a larger pool."
                     )
             else:
                 start = self._check_place(at, bytes_, gaps)
             place = (start, min(start + size, self.nbytes))
-            # Through DLPack the tensor has a storage of its own over the pool's bytes. Views of the buffer would
-            # share one version counter, so that autograd takes a write to one for a write to all; and of a shared
-            # storage nobody could say whether this tensor is still in use.
+            # Through DLPack the tensor has a storage of its own over the pool's bytes. Views of the
+            # buffer would share one version counter, so that autograd takes a write to one for a
+            # write to all; and of a shared storage nobody could say whether this tensor is still in
+            # use.
             tensor = torch.from_dlpack(self._buffer[start : start + bytes_]).view(dtype).view(shape)
-            # The storage outlives the lease where a view or autograd's graph holds it, and so does its place.
+            # The storage outlives the lease where a view or autograd's graph holds it, and so does
+            # its place.
             ended, watches = self._ended, self._watches
 
-            # It only takes a note, for the garbage collector may call it anywhere, also where the lock is held.
+            # It only takes a note, for the garbage collector may call it anywhere, also where the
+            # lock is held.
             def note(_: object) -> None:
                 ended.append(place)
 
@@ -210,7 +219,8 @@ class Pool:
     def _check_place(self, at: int, bytes_: int, gaps: list[tuple[int, int]]) -> int:
         if isinstance(at, bool) or not isinstance(at, int) or at < 0 or at % self.alignment:
             raise ValueError(
-                f"at must be a multiple of the pool's alignment of {self.alignment} bytes, but it is {at!r}."
+                f"at must be a multiple of the pool's alignment of {self.alignment} bytes, but it"
+                f" is {at!r}."
             )
         if at + bytes_ > self.nbytes:
             raise ValueError(
@@ -218,8 +228,9 @@ class Pool:
             )
         if not any(start <= at and at + bytes_ <= stop for start, stop in gaps):
             raise RuntimeError(
-                f"Of the {bytes_:,} bytes at {at:,} some are still in use: a tensor lives longer than the plan "
-                "says. Give it back before, or record the step again and make a new plan."
+                f"Of the {bytes_:,} bytes at {at:,} some are still in use: a tensor lives longer"
+                " than the plan says. Give it back before, or record the step again and make a new"
+                " plan."
             )
         return at
 
@@ -248,7 +259,9 @@ class Lease:
 
     @property
     def tensor(self) -> Tensor:
-        """The tensor. Raises RuntimeError after `give_back`, when its bytes may be somebody else's."""
+        """The tensor. Raises RuntimeError after `give_back`, when its bytes may be
+        somebody else's.
+        """
         tensor = self._tensor
         if tensor is None:
             raise RuntimeError("This tensor was given back to its pool: take a new one.")
@@ -257,8 +270,9 @@ class Lease:
     def give_back(self) -> None:
         """Return the bytes to the pool.
 
-        Raises RuntimeError when it was given back before, and when another tensor (a name of yours, a view,
-        something that autograd saved) still looks at the bytes; then the lease stays as it is.
+        Raises RuntimeError when it was given back before, and when another tensor (a name of yours,
+        a view, something that autograd saved) still looks at the bytes; then the lease stays as it
+        is.
         """
         with self._lock:
             tensor, self._tensor = self.tensor, None
@@ -269,8 +283,9 @@ class Lease:
             if storage is not None:
                 self._tensor = torch.empty(0, dtype=dtype, device=device).set_(storage, 0, shape)
                 raise RuntimeError(
-                    f"A tensor still looks at these bytes (lent as {tuple(shape)}, {dtype}), and would see what "
-                    "the next one writes. Delete the names, views and graphs that hold it, then give it back."
+                    f"A tensor still looks at these bytes (lent as {tuple(shape)}, {dtype}), and"
+                    " would see what the next one writes. Delete the names, views and graphs that"
+                    " hold it, then give it back."
                 )
 
 

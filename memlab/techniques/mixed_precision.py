@@ -1,10 +1,11 @@
-"""Automatic mixed precision: weights stay in FP32, matrix products and what they save run in 16 bits.
+"""Automatic mixed precision: weights stay in FP32, matrix products and what they save run in 16
+bits.
 
-`apply_mixed_precision` puts a model's forward under `torch.autocast`. The activations it saves for backward
-shrink, most of them to half; weights, gradients and optimizer state do not. Each weight that autograd saves
-is saved as a 16-bit copy, 2 bytes a parameter on top of the 4, so with a small batch the peak can rise. FP16
-has 5 bits of exponent, and small gradients become zero in it: `LossScaler` cures that. BF16 has FP32's 8 bits
-and needs no scaler.
+`apply_mixed_precision` puts a model's forward under `torch.autocast`. The activations it saves for
+backward shrink, most of them to half; weights, gradients and optimizer state do not. Each weight
+that autograd saves is saved as a 16-bit copy, 2 bytes a parameter on top of the 4, so with a small
+batch the peak can rise. FP16 has 5 bits of exponent, and small gradients become zero in it:
+`LossScaler` cures that. BF16 has FP32's 8 bits and needs no scaler.
 
 Source: Micikevicius et al., "Mixed Precision Training" (2018), arXiv:1710.03740.
 """
@@ -15,7 +16,8 @@ import weakref
 import torch
 from torch import Tensor, nn
 
-# What `torch.cpu.get_capabilities` calls the instructions that compute in 16 bits, on x86 and on Arm.
+# What `torch.cpu.get_capabilities` calls the instructions that compute in 16 bits, on x86 and on
+# Arm.
 _CPU_INSTRUCTIONS = {
     torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"),
     torch.float16: ("avx512_fp16", "amx_fp16", "fp16_arith"),
@@ -23,16 +25,18 @@ _CPU_INSTRUCTIONS = {
 
 
 def precision_support(dtype: torch.dtype, device=None) -> str:
-    """Say how a device computes in `torch.bfloat16` or `torch.float16`: "native", "emulated" or "none".
+    """Say how a device computes in `torch.bfloat16` or `torch.float16`: "native", "emulated" or
+    "none".
 
-    "emulated" computes in FP32 and rounds: the bytes of 16 bits, the speed of 32 or less. A T4 does so for
-    BF16, and `torch.cuda.is_bf16_supported()` says True of it. "native" on a CPU means that the processor has
-    instructions for the type; not every operator uses them.
+    "emulated" computes in FP32 and rounds: the bytes of 16 bits, the speed of 32 or less. A T4 does
+    so for BF16, and `torch.cuda.is_bf16_supported()` says True of it. "native" on a CPU means that
+    the processor has instructions for the type; not every operator uses them.
 
-    device: a CPU or CUDA device, or its name; None asks about the accelerator in use, or the CPU without one.
+    device: a CPU or CUDA device, or its name; None asks about the accelerator in use, or the CPU
+    without one.
 
-    Raises ValueError for another dtype or kind of device, and RuntimeError for a CUDA device that is not
-    there.
+    Raises ValueError for another dtype or kind of device, and RuntimeError for a CUDA device that
+    is not there.
     """
     if dtype not in _CPU_INSTRUCTIONS:
         raise ValueError(f"dtype must be torch.bfloat16 or torch.float16, but it is {dtype}.")
@@ -41,9 +45,15 @@ def precision_support(dtype: torch.dtype, device=None) -> str:
     device = torch.device(device)
     if device.type == "cpu":
         has = torch.cpu.get_capabilities()
-        return "native" if any(has.get(name, False) for name in _CPU_INSTRUCTIONS[dtype]) else "emulated"
+        return (
+            "native"
+            if any(has.get(name, False) for name in _CPU_INSTRUCTIONS[dtype])
+            else "emulated"
+        )
     if device.type != "cuda":
-        raise ValueError(f"Nothing is known of {device.type} devices: ask about a CPU or a CUDA device.")
+        raise ValueError(
+            f"Nothing is known of {device.type} devices: ask about a CPU or a CUDA device."
+        )
     if not torch.cuda.is_available():
         raise RuntimeError("There is no CUDA device here.")
     with torch.cuda.device(device):
@@ -64,26 +74,31 @@ def apply_mixed_precision(
 ) -> "MixedPrecisionHandle":
     """Run the model's forward under autocast, from outside; `remove()` on the result undoes it.
 
-    Outputs stay as the model makes them, 16-bit ones too. Parameters, `state_dict` and classes do not change.
-    Compute the loss in the model, or convert its output with `.float()` first. With `torch.float16`, train
-    with `LossScaler`.
+    Outputs stay as the model makes them, 16-bit ones too. Parameters, `state_dict` and classes do
+    not change. Compute the loss in the model, or convert its output with `.float()` first. With
+    `torch.float16`, train with `LossScaler`.
 
-    cache_weights: keep the 16-bit copy of every weight until the forward pass ends, so that a weight used
-        twice is copied once. False copies at each use. Without gradient checkpointing autograd holds most
-        copies anyway; with it, the cache alone does, at 2 bytes a parameter: pass False then.
+    cache_weights: keep the 16-bit copy of every weight until the forward pass ends, so that a
+        weight used twice is copied once. False copies at each use. Without gradient checkpointing
+        autograd holds most copies anyway; with it, the cache alone does, at 2 bytes a parameter:
+        pass False then.
 
-    Remove it before copying or pickling the model (TypeError otherwise). Raises TypeError for a model that is
-    no module, and ValueError for a dtype that is not FP16 or BF16 or not supported on the model's device, a
-    model with no parameters or with floating-point parameters that are not FP32 (there is nothing left to
-    mix), parameters on several kinds of device (those that wait on the CPU beside another device, as in
-    offloading, do not count), or a second application.
+    Remove it before copying or pickling the model (TypeError otherwise). Raises TypeError for a
+    model that is no module, and ValueError for a dtype that is not FP16 or BF16 or not supported on
+    the model's device, a model with no parameters or with floating-point parameters that are not
+    FP32 (there is nothing left to mix), parameters on several kinds of device (those that wait on
+    the CPU beside another device, as in offloading, do not count), or a second application.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, but it is {model!r:.80}.")
     name, parameters = type(model).__name__, list(model.parameters())
     if not parameters:
-        raise ValueError(f"{name} has no parameters, so there is nothing to run in lower precision.")
-    if other := {p.dtype for p in parameters if p.is_floating_point() or p.is_complex()} - {torch.float32}:
+        raise ValueError(
+            f"{name} has no parameters, so there is nothing to run in lower precision."
+        )
+    if other := {p.dtype for p in parameters if p.is_floating_point() or p.is_complex()} - {
+        torch.float32
+    }:
         raise ValueError(
             f"All parameters must be FP32, but {name} has {', '.join(sorted(map(str, other)))}. "
             "Call model.float() first."
@@ -100,7 +115,9 @@ def apply_mixed_precision(
 
 
 def _computing_devices(parameters: list[nn.Parameter]) -> list[torch.device]:
-    """The devices that a model computes on. Beside another device, parameters on the CPU only wait to be moved."""
+    """The devices that a model computes on. Beside another device, parameters on the CPU only wait
+    to be moved.
+    """
     devices = [p.device for p in parameters]
     return [device for device in devices if device.type not in ("cpu", "meta")] or devices
 
@@ -128,8 +145,8 @@ class MixedPrecisionHandle:
 
 
 class _AutocastForward:
-    """The `forward` of a model under autocast. It holds the model weakly: otherwise a deleted model would be
-    a cycle and stay in memory until the garbage collector came."""
+    """The `forward` of a model under autocast. It holds the model weakly: otherwise a deleted model
+    would be a cycle and stay in memory until the garbage collector came."""
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, cache_weights: bool):
         self.model, self.dtype, self.cache_weights = weakref.ref(model), dtype, cache_weights
@@ -138,31 +155,35 @@ class _AutocastForward:
 
     def __call__(self, *args, **kwargs):
         model = self.model()
-        device = _computing_devices(list(model.parameters()))[0].type  # asked anew: the model may have moved
+        device = _computing_devices(list(model.parameters()))[
+            0
+        ].type  # asked anew: the model may have moved
         with torch.autocast(device, self.dtype, cache_enabled=self.cache_weights):
             if self.previous is not None:
                 return self.previous(*args, **kwargs)
             return type(model).forward(model, *args, **kwargs)
 
     def __reduce__(self):
-        raise TypeError("This model has mixed precision applied: remove() it before copying or pickling.")
+        raise TypeError(
+            "This model has mixed precision applied: remove() it before copying or pickling."
+        )
 
 
 class LossScaler:
-    """Dynamic loss scaling, for FP16: small gradients would become zero, so the loss is multiplied by a large
-    factor and the gradients are divided by it before the optimizer's step.
+    """Dynamic loss scaling, for FP16: small gradients would become zero, so the loss is multiplied
+    by a large factor and the gradients are divided by it before the optimizer's step.
 
-    When a gradient overflows, the step is skipped and `scale_factor` multiplied by `backoff_factor`; after
-    `growth_interval` steps in a row without, it is multiplied by `growth_factor`. The numbers are those of
-    `torch.amp.GradScaler`, whose `update()` is part of `step` here. For one process; a step reads one bit
-    from the device.
+    When a gradient overflows, the step is skipped and `scale_factor` multiplied by
+    `backoff_factor`; after `growth_interval` steps in a row without, it is multiplied by
+    `growth_factor`. The numbers are those of `torch.amp.GradScaler`, whose `update()` is part of
+    `step` here. For one process; a step reads one bit from the device.
 
     >>> scaler.scale(loss).backward()
     >>> scaler.unscale_(optimizer)  # only before clipping gradients
     >>> stepped = scaler.step(optimizer)
 
-    Raises ValueError for an `init_scale` or `growth_interval` that is not positive, a `growth_factor` not
-    above 1 or a `backoff_factor` not between 0 and 1.
+    Raises ValueError for an `init_scale` or `growth_interval` that is not positive, a
+    `growth_factor` not above 1 or a `backoff_factor` not between 0 and 1.
     """
 
     _RULES = {
@@ -181,7 +202,8 @@ class LossScaler:
         growth_interval: int = 2000,
     ):
         self._scaled = False  # whether there was a loss since the last step
-        self._extremes = {}  # id of an optimizer with divided gradients -> the least and greatest of each
+        # id of an optimizer with divided gradients -> the least and greatest of each
+        self._extremes = {}
         self.load_state_dict(
             {
                 "scale_factor": init_scale,
@@ -193,7 +215,9 @@ class LossScaler:
         )
 
     def scale(self, loss: Tensor) -> Tensor:
-        """Return the loss times `scale_factor`, in FP32 at least: in FP16 it would overflow here already."""
+        """Return the loss times `scale_factor`, in FP32 at least: in FP16 it would overflow here
+        already.
+        """
         self._scaled = True
         return loss.to(torch.promote_types(loss.dtype, torch.float32)) * self.scale_factor
 
@@ -201,11 +225,14 @@ class LossScaler:
     def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
         """Divide the gradients of an optimizer by `scale_factor`, to clip them before `step`.
 
-        Raises RuntimeError when there are no gradients or it was done already, and ValueError for FP16
-        gradients.
+        Raises RuntimeError when there are no gradients or it was done already, and ValueError for
+        FP16 gradients.
         """
         gradients = [
-            p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None
+            p.grad
+            for group in optimizer.param_groups
+            for p in group["params"]
+            if p.grad is not None
         ]
         if not gradients:
             raise RuntimeError("The optimizer has no gradients: call scale(loss).backward() first.")
@@ -214,20 +241,24 @@ class LossScaler:
                 "The gradients of this optimizer are divided already: unscale_ is for once a step."
             )
         if any(gradient.dtype == torch.float16 for gradient in gradients):
-            raise ValueError("The gradients are FP16, so the weights are: keep them FP32 and use autocast.")
+            raise ValueError(
+                "The gradients are FP16, so the weights are: keep them FP32 and use autocast."
+            )
         extremes = self._extremes[id(optimizer)] = []
         for gradient in gradients:
             values = gradient.coalesce().values() if gradient.is_sparse else gradient
-            # They are NaN if any value is; `isfinite` of all values would take more memory than the gradient.
+            # They are NaN if any value is; `isfinite` of all values would take more memory than the
+            # gradient.
             extremes += torch.aminmax(values) if values.numel() else ()
             gradient.mul_(1 / self.scale_factor)
 
     def step(self, *optimizers: torch.optim.Optimizer) -> bool:
-        """Step the optimizers of one backward pass, unless a gradient overflowed, and adapt the scale.
+        """Step the optimizers of one backward pass, unless a gradient overflowed, and adapt the
+        scale.
 
-        Returns True when they stepped and False when the step was skipped. Raises RuntimeError when no loss
-        was scaled since the last step, and FloatingPointError when gradients are not finite however small the
-        scale is.
+        Returns True when they stepped and False when the step was skipped. Raises RuntimeError when
+        no loss was scaled since the last step, and FloatingPointError when gradients are not finite
+        however small the scale is.
         """
         if not (self._scaled and optimizers):
             raise RuntimeError(
@@ -236,9 +267,13 @@ class LossScaler:
         for optimizer in optimizers:
             if id(optimizer) not in self._extremes:
                 self.unscale_(optimizer)
-        extremes = [extreme for optimizer in optimizers for extreme in self._extremes[id(optimizer)]]
+        extremes = [
+            extreme for optimizer in optimizers for extreme in self._extremes[id(optimizer)]
+        ]
         extremes = [extreme.to(extremes[0].device, torch.float32) for extreme in extremes]
-        overflow = not torch.stack(extremes).isfinite().all().item()  # here, once a step, the host waits
+        overflow = (
+            not torch.stack(extremes).isfinite().all().item()
+        )  # here, once a step, the host waits
         self._scaled, self._extremes = False, {}
         if overflow:
             self.scale_factor *= self.backoff_factor
@@ -262,10 +297,13 @@ class LossScaler:
         return {name: getattr(self, name) for name in self._RULES}
 
     def load_state_dict(self, state: dict) -> None:
-        """Take over what `state_dict` returned. Raises ValueError for other keys or values out of range."""
+        """Take over what `state_dict` returned. Raises ValueError for other keys or values out of
+        range.
+        """
         if state.keys() != self._RULES.keys():
             raise ValueError(
-                f"The state must have {', '.join(self._RULES)}, but it has {', '.join(map(str, state))}."
+                f"The state must have {', '.join(self._RULES)}, but it has"
+                f" {', '.join(map(str, state))}."
             )
         for name, (rule, valid) in self._RULES.items():
             if not valid(state[name]):

@@ -1,7 +1,8 @@
-"""Sharding: several processes train one model on different data, and none of them keeps all of its state.
+"""Sharding: several processes train one model on different data, and none of them keeps all of its
+state.
 
-Plain data parallel training holds everything N times: with Adam in FP32 16 bytes a parameter on each of N
-ranks. Each stage divides one thing more by N, and changes no result:
+Plain data parallel training holds everything N times: with Adam in FP32 16 bytes a parameter on
+each of N ranks. Each stage divides one thing more by N, and changes no result:
 
     stage  divided by N                      bytes a parameter, FP32 Adam     sent, beside stage 0
     0      nothing                           16                               1
@@ -9,11 +10,12 @@ ranks. Each stage divides one thing more by N, and changes no result:
     2      gradients too                     4 + 12/N                         1
     3      parameters too                    16/N, and one block whole        1.5
 
-Activations are divided by none of them. `apply_sharding` does it to a model from outside, parameter by
-parameter: few bytes, many small messages. `run_ranks` starts the processes, and ends them.
+Activations are divided by none of them. `apply_sharding` does it to a model from outside, parameter
+by parameter: few bytes, many small messages. `run_ranks` starts the processes, and ends them.
 
-Source: Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models" (2020),
-arXiv:1910.02054. In production use torch.distributed.fsdp.fully_shard, which also hides the messages.
+Source: Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models"
+(2020), arXiv:1910.02054. In production use torch.distributed.fsdp.fully_shard, which also hides the
+messages.
 """
 
 import contextlib
@@ -47,8 +49,8 @@ _pieces_of = weakref.WeakKeyDictionary()  # model -> its pieces
 class _Piece:
     """One parameter, of which this rank keeps the `rank`-th of N equal slices of its numbers.
 
-    Hooks on the parameter hold this object. So it holds the parameter weakly: else the two would be a cycle
-    through autograd that Python's garbage collector cannot see.
+    Hooks on the parameter hold this object. So it holds the parameter weakly: else the two would be
+    a cycle through autograd that Python's garbage collector cannot see.
     """
 
     def __init__(self, parameter: nn.Parameter, stage: int, group):
@@ -66,11 +68,14 @@ class _Piece:
         parameter.data = self._view()
         if stage == 3:
             self.shard = nn.Parameter(self.whole[self.own].clone())
-            # What a parameter is while its numbers are elsewhere: its shape, one number, and NaN to all who look.
+            # What a parameter is while its numbers are elsewhere: its shape, one number, and NaN to
+            # all who look.
             self.absent = parameter.new_full((), float("nan")).expand(self.shape)
             self.free()
         else:
-            self.shard = nn.Parameter(self.whole[self.own])  # a view: the step changes the whole parameter
+            self.shard = nn.Parameter(
+                self.whole[self.own]
+            )  # a view: the step changes the whole parameter
         if stage >= 2:
             parameter.register_post_accumulate_grad_hook(self.reduce)
 
@@ -93,7 +98,8 @@ class _Piece:
 
     @torch.no_grad()
     def reduce(self, parameter: nn.Parameter) -> None:
-        """Turn this rank's whole gradient into its slice of the mean over all ranks, and let the whole one go.
+        """Turn this rank's whole gradient into its slice of the mean over all ranks, and let the
+        whole one go.
 
         At stage 3 the weight goes first: once its gradient is there, nothing needs it any more.
         """
@@ -112,36 +118,46 @@ class _Piece:
         self.shard.grad = mean if self.shard.grad is None else self.shard.grad.add_(mean)
 
 
-def apply_sharding(model: nn.Module, make_optimizer: Callable, stage: int = 3, *, blocks=None, group=None):
-    """Shard the training of a model over the ranks of a process group, and return the optimizer to train with.
+def apply_sharding(
+    model: nn.Module, make_optimizer: Callable, stage: int = 3, *, blocks=None, group=None
+):
+    """Shard the training of a model over the ranks of a process group, and return the optimizer to
+    train with.
 
-    Call it on every rank, with the same model; rank 0's weights are taken. Then train as on one device, each
-    rank on data of its own: `loss.backward()`, `optimizer.step()`, `optimizer.zero_grad()`. The gradients are
-    the mean over the ranks. Every rank has to do the same calls on the same parameters, or they wait for each
-    other for ever. A norm of the gradients has to be added up over the ranks, in a hook on the step, since
-    `clip_grad_norm_` sees one rank's slices. Read the weights of stage 3 in `whole_parameters`.
+    Call it on every rank, with the same model; rank 0's weights are taken. Then train as on one
+    device, each rank on data of its own: `loss.backward()`, `optimizer.step()`,
+    `optimizer.zero_grad()`. The gradients are the mean over the ranks. Every rank has to do the
+    same calls on the same parameters, or they wait for each other for ever. A norm of the gradients
+    has to be added up over the ranks, in a hook on the step, since `clip_grad_norm_` sees one
+    rank's slices. Read the weights of stage 3 in `whole_parameters`.
 
-    make_optimizer: called with this rank's part of each parameter, in the order of `model.parameters()`: the
-        parameter itself at stage 0, else a flat slice `(numbers / ranks,)`. The optimizer has to treat each
-        number by itself, as SGD, Adam and AdamW do.
+    make_optimizer: called with this rank's part of each parameter, in the order of
+        `model.parameters()`: the parameter itself at stage 0, else a flat slice `(numbers /
+        ranks,)`. The optimizer has to treat each number by itself, as SGD, Adam and AdamW do.
     stage: 0 to 3, as in the table above.
     blocks: for stage 3, the modules that are made whole one at a time; None takes the longest list
-        (ModuleList, Sequential) of modules of one class. What is in no block stays whole from the model's
-        forward until backward is done with it.
+        (ModuleList, Sequential) of modules of one class. What is in no block stays whole from the
+        model's forward until backward is done with it.
     group: the process group; None takes the default one.
 
-    Frozen parameters and buffers stay whole on each rank, and buffers are not kept equal. Raises RuntimeError
-    without a process group; ValueError for another stage, a model with nothing to train, on the meta device
-    or sharded already, for blocks that cannot be found and an optimizer of other parameters than it was given;
-    TypeError for an optimizer that needs whole matrices.
+    Frozen parameters and buffers stay whole on each rank, and buffers are not kept equal. Raises
+    RuntimeError without a process group; ValueError for another stage, a model with nothing to
+    train, on the meta device or sharded already, for blocks that cannot be found and an optimizer
+    of other parameters than it was given; TypeError for an optimizer that needs whole matrices.
     """
     if not (dist.is_available() and dist.is_initialized()):
-        raise RuntimeError("There is no process group: start with torchrun, and call init_process_group.")
+        raise RuntimeError(
+            "There is no process group: start with torchrun, and call init_process_group."
+        )
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
         raise ValueError(f"stage must be 0, 1, 2 or 3, but it is {stage!r}.")
     name, parameters = type(model).__name__, [p for p in model.parameters() if p.requires_grad]
     if not parameters or model in _pieces_of or any(p.is_meta for p in parameters):
-        what = "is sharded already" if model in _pieces_of else "has no weights to train on a real device"
+        what = (
+            "is sharded already"
+            if model in _pieces_of
+            else "has no weights to train on a real device"
+        )
         raise ValueError(f"This {name} {what}, so it cannot be sharded.")
     blocks = _blocks(model, blocks) if stage == 3 else []
     for tensor in (*model.parameters(), *model.buffers()):
@@ -150,7 +166,9 @@ def apply_sharding(model: nn.Module, make_optimizer: Callable, stage: int = 3, *
     pieces = _pieces_of[model] = [_Piece(parameter, stage, group) for parameter in parameters]
     units = {module: [] for module in (model, *blocks)}
     for parameter, piece in zip(parameters, pieces, strict=True):
-        within = [block for block, members in zip(blocks, inside, strict=True) if parameter in members]
+        within = [
+            block for block, members in zip(blocks, inside, strict=True) if parameter in members
+        ]
         units[within[0] if len(within) == 1 else model].append(piece)
     if stage == 3:
         for module, members in units.items():
@@ -159,10 +177,14 @@ def apply_sharding(model: nn.Module, make_optimizer: Callable, stage: int = 3, *
     shards = [piece.shard for piece in pieces]
     optimizer = make_optimizer(shards)
     if type(optimizer).__name__ in _NOT_ELEMENTWISE:
-        raise TypeError(f"{type(optimizer).__name__} needs whole matrices, but a rank has slices: use AdamW.")
+        raise TypeError(
+            f"{type(optimizer).__name__} needs whole matrices, but a rank has slices: use AdamW."
+        )
     given = [p for g in getattr(optimizer, "param_groups", []) for p in g["params"]]
     if {id(p) for p in given} != {id(p) for p in shards}:
-        raise ValueError("make_optimizer must return an optimizer of exactly the parameters it is given.")
+        raise ValueError(
+            "make_optimizer must return an optimizer of exactly the parameters it is given."
+        )
 
     def before_step(*_) -> None:
         for piece in pieces:
@@ -183,7 +205,9 @@ def apply_sharding(model: nn.Module, make_optimizer: Callable, stage: int = 3, *
 
     optimizer.register_step_pre_hook(before_step)
     optimizer.register_step_post_hook(after_step)
-    model.zero_grad = optimizer.zero_grad = zero_grad  # either alone would miss a part of the gradients
+    model.zero_grad = optimizer.zero_grad = (
+        zero_grad  # either alone would miss a part of the gradients
+    )
     return optimizer
 
 
@@ -196,12 +220,16 @@ def _blocks(model: nn.Module, blocks) -> list[nn.Module]:
         blocks = max((module for module in lists if module not in inner), key=len, default=[])
     blocks = list(dict.fromkeys(blocks))
     if not blocks or not set(modules[1:]).issuperset(blocks):
-        raise ValueError(f"No blocks found in {type(model).__name__}: pass blocks=, a list of its modules.")
+        raise ValueError(
+            f"No blocks found in {type(model).__name__}: pass blocks=, a list of its modules."
+        )
     return blocks
 
 
 def _gather_around(module: nn.Module, pieces: list[_Piece], root: bool) -> None:
-    """Stage 3: the pieces are whole while `module` runs forward, and again from when backward reaches it."""
+    """Stage 3: the pieces are whole while `module` runs forward, and again from when backward
+    reaches it.
+    """
 
     def gather(*_) -> None:
         for piece in pieces:
@@ -224,11 +252,14 @@ def _gather_around(module: nn.Module, pieces: list[_Piece], root: bool) -> None:
 
 @contextlib.contextmanager
 def whole_parameters(model: nn.Module) -> Iterator[None]:
-    """Inside, every parameter of a sharded model is whole on every rank: to save or read it, not to change it.
+    """Inside, every parameter of a sharded model is whole on every rank: to save or read it, not to
+    change it.
 
     A model that is not sharded is whole as it is.
     """
-    absent = [piece for piece in _pieces_of.get(model, ()) if piece.stage == 3 and not piece.is_whole]
+    absent = [
+        piece for piece in _pieces_of.get(model, ()) if piece.stage == 3 and not piece.is_whole
+    ]
     for piece in absent:
         piece.gather()
     try:
@@ -239,30 +270,47 @@ def whole_parameters(model: nn.Module) -> Iterator[None]:
 
 
 class RankError(RuntimeError):
-    """A rank died (`rank` and `exit_code` say which, and how), or did not end in time (both are None)."""
+    """A rank died (`rank` and `exit_code` say which, and how), or did not end in time (both are
+    None).
+    """
 
     def __init__(self, message: str, rank: int | None = None, exit_code: int | None = None):
         super().__init__(message)
         self.rank, self.exit_code = rank, exit_code
 
 
-def run_ranks(script: str | os.PathLike, ranks: int, *arguments: object, seconds: float = 300) -> list[str]:
-    """Run a Python file in `ranks` processes on this machine under torchrun, and return what each one printed.
+def run_ranks(
+    script: str | os.PathLike, ranks: int, *arguments: object, seconds: float = 300
+) -> list[str]:
+    """Run a Python file in `ranks` processes on this machine under torchrun, and return what each
+    one printed.
 
-    What this process can import, the ranks can; each computes in one thread. After `seconds` they are ended,
-    wherever they hang. Raises RankError when a rank dies (the others are ended too) or time is up, with the
-    end of its log, and ValueError for a file that is not there or numbers that are not positive.
+    What this process can import, the ranks can; each computes in one thread. After `seconds` they
+    are ended, wherever they hang. Raises RankError when a rank dies (the others are ended too) or
+    time is up, with the end of its log, and ValueError for a file that is not there or numbers that
+    are not positive.
     """
     if not Path(script).is_file():
         raise ValueError(f"There is no file {str(script)!r} to run.")
     if isinstance(ranks, bool) or not isinstance(ranks, int) or ranks < 1 or not seconds > 0:
-        raise ValueError(f"ranks and seconds must be positive, but they are {ranks!r} and {seconds!r}.")
+        raise ValueError(
+            f"ranks and seconds must be positive, but they are {ranks!r} and {seconds!r}."
+        )
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    for _, name in socket.if_nameindex():  # else gloo asks what this machine is called, and may get no answer
+    for (
+        _,
+        name,
+    ) in socket.if_nameindex():  # else gloo asks what this machine is called, and may get no answer
         if name in ("lo", "lo0"):
             environment.setdefault("GLOO_SOCKET_IFNAME", name)
     with tempfile.TemporaryDirectory(prefix="ranks-") as logs:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--local-addr=127.0.0.1",
+        ]
         command += [f"--nproc-per-node={ranks}", f"--log-dir={logs}", "--redirects=3", str(script)]
         command += map(str, arguments)
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
@@ -275,15 +323,22 @@ def run_ranks(script: str | os.PathLike, ranks: int, *arguments: object, seconds
                 f"After {seconds:g} s {ranks} ranks were not done, so they were ended.{ends}"
             ) from None
         finally:
-            process.terminate()  # torchrun then ends its ranks: it asks them, and kills them 30 s later
+            # torchrun then ends its ranks: it asks them, and kills them 30 s later
+            process.terminate()
             process.communicate()
         if process.returncode:
-            first = re.search(r"Root Cause.*?rank\s*:\s*(\d+).*?exitcode\s*:\s*(-?\d+)", said, re.DOTALL)
+            first = re.search(
+                r"Root Cause.*?rank\s*:\s*(\d+).*?exitcode\s*:\s*(-?\d+)", said, re.DOTALL
+            )
             if first is None:
-                raise RankError(f"torchrun ended with exit code {process.returncode}: {said[-2000:]}")
+                raise RankError(
+                    f"torchrun ended with exit code {process.returncode}: {said[-2000:]}"
+                )
             rank, code = map(int, first.groups())
             how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-            message = f"Rank {rank} of {ranks} died ({how}), so all were ended.\n{_tail(logs, rank)}"
+            message = (
+                f"Rank {rank} of {ranks} died ({how}), so all were ended.\n{_tail(logs, rank)}"
+            )
             raise RankError(message, rank, code)
         return [_log(logs, rank, "stdout") for rank in range(ranks)]
 

@@ -1,18 +1,20 @@
-"""Sparse attention: a sliding window, computed in pieces, so that nothing of sequence x sequence exists.
+"""Sparse attention: a sliding window, computed in pieces, so that nothing of sequence x sequence
+exists.
 
-In a window a position sees itself and the `window - 1` positions before it. Given as a mask of sequence x
-sequence, that saves nothing: the mask is as large as what it leaves out, and the fused attention keeps it for
-backward. `sliding_window_attention` walks over the queries in pieces. Each piece meets only the keys that it can
-see, through one small mask that all pieces share. For backward it keeps query, key and value, as they were
-given, and computes each piece again when its turn comes. So it keeps what full fused attention keeps, takes
-time in proportion to sequence x window, and costs one more forward of itself.
+In a window a position sees itself and the `window - 1` positions before it. Given as a mask of
+sequence x sequence, that saves nothing: the mask is as large as what it leaves out, and the fused
+attention keeps it for backward. `sliding_window_attention` walks over the queries in pieces. Each
+piece meets only the keys that it can see, through one small mask that all pieces share. For
+backward it keeps query, key and value, as they were given, and computes each piece again when its
+turn comes. So it keeps what full fused attention keeps, takes time in proportion to sequence x
+window, and costs one more forward of itself.
 
-`apply_attention` puts it, or any other attention, into a model from outside. `hugging_face_attention` is the
-same for the attention interface of transformers.
+`apply_attention` puts it, or any other attention, into a model from outside.
+`hugging_face_attention` is the same for the attention interface of transformers.
 
-Sources: Child et al., "Generating Long Sequences with Sparse Transformers" (2019), arXiv:1904.10509; Beltagy et
-al., "Longformer" (2020), arXiv:2004.05150; Jiang et al., "Mistral 7B" (2023), arXiv:2310.06825. In production,
-on a GPU: `torch.nn.attention.flex_attention`.
+Sources: Child et al., "Generating Long Sequences with Sparse Transformers" (2019),
+arXiv:1904.10509; Beltagy et al., "Longformer" (2020), arXiv:2004.05150; Jiang et al., "Mistral 7B"
+(2023), arXiv:2310.06825. In production, on a GPU: `torch.nn.attention.flex_attention`.
 """
 
 import math
@@ -26,17 +28,20 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-#: A piece has as many queries as the window, at most this many: its mask is (piece, piece + window).
+#: A piece has as many queries as the window, at most this many: its mask is (piece, piece +
+#: window).
 LARGEST_PIECE = 256
 
-# --- The function -------------------------------------------------------------------------------------------
+# --- The function ---------------------------------------------------------------------------------
 
 
 def window_mask(queries: int, keys: int, window: int, *, after: int = 0, device=None) -> Tensor:
-    """Return which key each query sees, a bool tensor (queries, keys): the definition, and a reference.
+    """Return which key each query sees, a bool tensor (queries, keys): the definition, and a
+    reference.
 
-    The queries are the last positions of the keys. A position sees itself, `window - 1` positions before it
-    and `after` positions after it. Raises ValueError for a window below 1 or more queries than keys.
+    The queries are the last positions of the keys. A position sees itself, `window - 1` positions
+    before it and `after` positions after it. Raises ValueError for a window below 1 or more queries
+    than keys.
     """
     _check_sizes(queries, keys, window, after, None)
     query = torch.arange(keys - queries, keys, device=device)[:, None]
@@ -45,25 +50,37 @@ def window_mask(queries: int, keys: int, window: int, *, after: int = 0, device=
 
 
 def sliding_window_attention(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: None = None, dropout_p: float = 0.0,
-    is_causal: bool = True, scale: float | None = None, enable_gqa: bool = False, *,
-    window: int, after: int = 0, piece: int | None = None,
-) -> Tensor:  # fmt: skip
-    """Return `scaled_dot_product_attention(query, key, value, attn_mask=window_mask(...))`, without that mask.
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = True,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    window: int,
+    after: int = 0,
+    piece: int | None = None,
+) -> Tensor:
+    """Return `scaled_dot_product_attention(query, key, value, attn_mask=window_mask(...))`, without
+    that mask.
 
-    query: (batch, heads, queries, head), key: (batch, heads, keys, head), value: (batch, heads, keys, value
-        head). With fewer queries than keys, the queries are the last positions: so keys from a cache can stand
-        before them. With `enable_gqa`, key and value may have fewer heads, a divisor of the query's.
-    window: how many positions a position sees, itself and those before it.
-    after: how many it sees after itself; then `is_causal` must be False.
-    piece: so many queries are computed at once; None takes `window`, at most 256. With pieces of c queries
-        each meets c + window - 1 + after keys, so smaller ones compute less in vain and take more calls.
+    query: (batch, heads, queries, head), key: (batch, heads, keys, head), value: (batch, heads,
+        keys, value head). With fewer queries than keys, the queries are the last positions: so keys
+        from a cache can stand before them. With `enable_gqa`, key and value may have fewer heads, a
+        divisor of the query's.
+    window: how many positions a position sees, itself and those before it. after: how many it sees
+    after itself; then `is_causal` must be False. piece: so many queries are computed at once; None
+    takes `window`, at most 256. With pieces of c queries
+        each meets c + window - 1 + after keys, so smaller ones compute less in vain and take more
+        calls.
 
-    The other arguments are those of `scaled_dot_product_attention`, in its order, so that this can take its
-    place. Backward computes each piece again; a second derivative is a RuntimeError.
+    The other arguments are those of `scaled_dot_product_attention`, in its order, so that this can
+    take its place. Backward computes each piece again; a second derivative is a RuntimeError.
 
-    Raises TypeError for what is no floating-point tensor and ValueError for shapes that do not fit, a mask or
-    dropout (there are none), and `is_causal` that contradicts `after`.
+    Raises TypeError for what is no floating-point tensor and ValueError for shapes that do not fit,
+    a mask or dropout (there are none), and `is_causal` that contradicts `after`.
     """
     _check_tensors(query, key, value, enable_gqa)
     _check_sizes(query.shape[2], key.shape[2], window, after, piece)
@@ -72,14 +89,18 @@ def sliding_window_attention(
             "sliding_window_attention makes its own mask: attn_mask must be None. Cut padding off."
         )
     if dropout_p:
-        raise ValueError(f"sliding_window_attention has no dropout: dropout_p must be 0, not {dropout_p}.")
+        raise ValueError(
+            f"sliding_window_attention has no dropout: dropout_p must be 0, not {dropout_p}."
+        )
     if bool(is_causal) != (after == 0):
         raise ValueError(
-            f"is_causal={bool(is_causal)} and after={after} contradict each other: a causal window sees nothing "
-            "after itself, and one that is not causal has to say how much."
+            f"is_causal={bool(is_causal)} and after={after} contradict each other: a causal window"
+            " sees nothing after itself, and one that is not causal has to say how much."
         )
     if torch.is_autocast_enabled(kind := query.device.type):
-        query, key, value = (tensor.to(torch.get_autocast_dtype(kind)) for tensor in (query, key, value))
+        query, key, value = (
+            tensor.to(torch.get_autocast_dtype(kind)) for tensor in (query, key, value)
+        )
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     piece = min(piece or min(window, LARGEST_PIECE), query.shape[2])
     return _Window.apply(query, key, value, scale, window, after, piece)
@@ -103,7 +124,9 @@ class _Window(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        inputs = query, key, value = ctx.saved_tensors  # once: checkpointing does not give them twice
+        inputs = query, key, value = (
+            ctx.saved_tensors
+        )  # once: checkpointing does not give them twice
         gradients = [torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)]
         with torch.autocast(query.device.type, enabled=False):
             for rows, columns, mask in _pieces(query, key, *ctx.sizes):
@@ -114,7 +137,9 @@ class _Window(torch.autograd.Function):
                 of_query, *others = torch.autograd.grad(output, part, gradient[:, :, rows])
                 gradients[0][:, :, rows] = of_query
                 for total, one in zip(gradients[1:], others, strict=True):
-                    total[:, :, columns] += one  # a key is seen by the queries of more than one piece
+                    total[:, :, columns] += (
+                        one  # a key is seen by the queries of more than one piece
+                    )
         return *gradients, *[None] * 4
 
 
@@ -126,20 +151,30 @@ def _attend(query, key, value, mask, scale) -> Tensor:
 
 
 def _pieces(query, key, window, after, piece) -> Iterator[tuple[slice, slice, Tensor]]:
-    """For each piece of the queries: its rows, the columns of the keys that it can see, and the mask of both.
+    """For each piece of the queries: its rows, the columns of the keys that it can see, and the
+    mask of both.
 
-    Every mask is a part of one: seen from its first query, a piece looks like any other, but for the ends.
+    Every mask is a part of one: seen from its first query, a piece looks like any other, but for
+    the ends.
     """
     queries, keys = query.shape[2], key.shape[2]
     window, after = min(window, keys), min(after, keys)
-    wide = window - 1 + piece + after  # from what the first query sees first to what the last sees last
-    row, column = torch.arange(piece, device=query.device)[:, None], torch.arange(wide, device=query.device)
+    wide = (
+        window - 1 + piece + after
+    )  # from what the first query sees first to what the last sees last
+    row, column = (
+        torch.arange(piece, device=query.device)[:, None],
+        torch.arange(wide, device=query.device),
+    )
     hidden = (column < row) | (column > row + window - 1 + after)
-    # Kernels on a GPU want rows that begin at multiples of 16 numbers, and copy a mask that has others.
+    # Kernels on a GPU want rows that begin at multiples of 16 numbers, and copy a mask that has
+    # others.
     band = query.new_zeros(piece, -(-wide // 16) * 16)[:, :wide].masked_fill_(hidden, float("-inf"))
     for start in range(0, queries, piece):
         count = min(piece, queries - start)
-        first = start + keys - queries - (window - 1)  # negative at the beginning, where nothing is before
+        first = (
+            start + keys - queries - (window - 1)
+        )  # negative at the beginning, where nothing is before
         columns = slice(max(first, 0), min(first + window - 1 + count + after, keys))
         mask = band[:count, columns.start - first : columns.stop - first]
         yield slice(start, start + count), columns, mask.clone() if first < 0 else mask
@@ -156,17 +191,24 @@ def _check_tensors(query, key, value, enable_gqa) -> None:
     if fits:
         heads, key_heads = query.shape[1], key.shape[1]
         fits = (
-            query.shape[0] == key.shape[0] and query.shape[3] == key.shape[3] and key.shape[:3] == value.shape[:3]
+            query.shape[0] == key.shape[0]
+            and query.shape[3] == key.shape[3]
+            and key.shape[:3] == value.shape[:3]
             and (heads % key_heads == 0 if enable_gqa else heads == key_heads)
-        )  # fmt: skip
+        )
     if not fits:
         raise ValueError(
-            "The shapes must be query (batch, heads, queries, head), key (batch, heads, keys, head) and value (batch, "
-            f"heads, keys, value head), with fewer heads of keys only under enable_gqa, but they are {shapes}."
+            "The shapes must be query (batch, heads, queries, head), key (batch, heads, keys,"
+            " head) and value (batch, heads, keys, value head), with fewer heads of keys only"
+            f" under enable_gqa, but they are {shapes}."
         )
-    devices, types = ({getattr(tensor, what) for tensor in given.values()} for what in ("device", "dtype"))
+    devices, types = (
+        {getattr(tensor, what) for tensor in given.values()} for what in ("device", "dtype")
+    )
     if len(devices) > 1 or (len(types) > 1 and not torch.is_autocast_enabled(query.device.type)):
-        kinds = ", ".join(f"{name} {tensor.dtype} on {tensor.device}" for name, tensor in given.items())
+        kinds = ", ".join(
+            f"{name} {tensor.dtype} on {tensor.device}" for name, tensor in given.items()
+        )
         raise ValueError(f"All must be of one type and on one device, but they are {kinds}.")
 
 
@@ -175,35 +217,43 @@ def _check_sizes(queries, keys, window, after, piece) -> None:
         if name == "piece" and size is None:
             continue
         if type(size) is not int or size < least:
-            raise ValueError(f"{name} must be a whole number of at least {least}, but it is {size!r}.")
+            raise ValueError(
+                f"{name} must be a whole number of at least {least}, but it is {size!r}."
+            )
     if not 1 <= queries <= keys:
         raise ValueError(
-            f"The queries must be the last positions of the keys, but there are {queries} queries and {keys} keys."
+            f"The queries must be the last positions of the keys, but there are {queries} queries"
+            f" and {keys} keys."
         )
 
 
-# --- Applying it from outside -------------------------------------------------------------------------------
+# --- Applying it from outside ---------------------------------------------------------------------
 
 
 def apply_attention(module: nn.Module, attention: Callable[..., Tensor]) -> SimpleNamespace:
-    """Let `attention` take the place of `scaled_dot_product_attention` in a module; `remove()` undoes it.
+    """Let `attention` take the place of `scaled_dot_product_attention` in a module; `remove()`
+    undoes it.
 
         for block in model.blocks:
-            apply_attention(block.attention, functools.partial(sliding_window_attention, window=128))
+            apply_attention(block.attention, functools.partial(sliding_window_attention,
+            window=128))
 
-    module: the one whose own forward calls `torch.nn.functional.scaled_dot_product_attention`. Not the whole
-        model: a block that checkpointing runs again in backward would run without it.
+    module: the one whose own forward calls `torch.nn.functional.scaled_dot_product_attention`. Not
+        the whole model: a block that checkpointing runs again in backward would run without it.
     attention: gets what the module gives to `scaled_dot_product_attention`, as it is.
 
-    Raises TypeError for other arguments, ValueError for a module that has one already, and, when the module
-    runs, RuntimeError if it never calls `scaled_dot_product_attention`. Remove it before copying or pickling.
+    Raises TypeError for other arguments, ValueError for a module that has one already, and, when
+    the module runs, RuntimeError if it never calls `scaled_dot_product_attention`. Remove it before
+    copying or pickling.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, but it is {module!r:.80}.")
     if not callable(attention):
         raise TypeError(f"attention must be a function, but it is {attention!r:.80}.")
     if "forward" in vars(module):
-        raise ValueError(f"The forward of this {type(module).__name__} is replaced already: undo that first.")
+        raise ValueError(
+            f"The forward of this {type(module).__name__} is replaced already: undo that first."
+        )
     forward = module.forward = _Forward(module, attention)
 
     def remove() -> None:
@@ -214,8 +264,9 @@ def apply_attention(module: nn.Module, attention: Callable[..., Tensor]) -> Simp
 
 
 class _Forward:
-    """The `forward` of a module in which another attention runs. It holds the module weakly: otherwise a deleted
-    model would be a cycle and stay in memory until the garbage collector came."""
+    """The `forward` of a module in which another attention runs. It holds the module weakly:
+    otherwise a deleted model would be a cycle and stay in memory until the garbage collector
+    came."""
 
     def __init__(self, module: nn.Module, attention: Callable[..., Tensor]):
         self.module, self.attention = weakref.ref(module), attention
@@ -226,8 +277,9 @@ class _Forward:
             output = MethodType(type(module).forward, module)(*args, **kwargs)
         if not replaced.calls:
             raise RuntimeError(
-                f"{type(module).__name__} did not call scaled_dot_product_attention, so no attention was replaced "
-                'in it. Does it compute its scores by hand (in our models: attention="naive")?'
+                f"{type(module).__name__} did not call scaled_dot_product_attention, so no"
+                " attention was replaced in it. Does it compute its scores by hand (in our models:"
+                ' attention="naive")?'
             )
         return output
 
@@ -248,38 +300,51 @@ class _Replaced(TorchFunctionMode):
 
 
 def hugging_face_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, scaling: float | None = None,
-    dropout: float = 0.0, sliding_window: int | None = None, is_causal: bool | None = None,
-    position_ids: Tensor | None = None, **others,
-) -> tuple[Tensor, None]:  # fmt: skip
-    """`sliding_window_attention` for transformers: register it, and the model makes no sequence x sequence mask.
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
+    position_ids: Tensor | None = None,
+    **others,
+) -> tuple[Tensor, None]:
+    """`sliding_window_attention` for transformers: register it, and the model makes no sequence x
+    sequence mask.
 
         transformers.AttentionInterface.register("window", hugging_face_attention)
-        transformers.AttentionMaskInterface.register("window", flash_attention_mask)  # of its masking_utils
-        model.set_attn_implementation("window")
+        transformers.AttentionMaskInterface.register("window", flash_attention_mask)  # of its
+        masking_utils model.set_attn_implementation("window")
 
-    Without the second line padding would be attended to; with it, padding is refused. Shapes as above, with
-    fewer heads of keys; returns (batch, queries, heads, head) and None. The window is the layer's own
-    `sliding_window`; a layer without one attends to all that comes before.
+    Without the second line padding would be attended to; with it, padding is refused. Shapes as
+    above, with fewer heads of keys; returns (batch, queries, heads, head) and None. The window is
+    the layer's own `sliding_window`; a layer without one attends to all that comes before.
 
-    Raises ValueError for padded or packed batches, static caches, dropout, a module that is not causal, and
-    models that do more with their scores, as soft-capping them.
+    Raises ValueError for padded or packed batches, static caches, dropout, a module that is not
+    causal, and models that do more with their scores, as soft-capping them.
     """
     if position_ids is not None:
         if bool((position_ids.diff() != 1).any()):
             raise ValueError(
-                "hugging_face_attention knows no packed sequences: position_ids must be consecutive."
+                "hugging_face_attention knows no packed sequences: position_ids must be"
+                " consecutive."
             )
         if bool((position_ids[..., -1] + 1 < key.shape[2]).any()):
             raise ValueError(
-                f"There are {key.shape[2]} keys for fewer positions. A static cache, which has places for later "
-                "positions, does not work with hugging_face_attention: use the dynamic one."
+                f"There are {key.shape[2]} keys for fewer positions. A static cache, which has"
+                " places for later positions, does not work with hugging_face_attention: use the"
+                " dynamic one."
             )
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         raise ValueError(f"hugging_face_attention is causal, and {type(module).__name__} is not.")
     for name in ("softcap", "s_aux", "position_bias", "cache"):
         if others.get(name) is not None:
-            raise ValueError(f"hugging_face_attention has no {name}, and {type(module).__name__} needs it.")
+            raise ValueError(
+                f"hugging_face_attention has no {name}, and {type(module).__name__} needs it."
+            )
     options = {"scale": scaling, "enable_gqa": True, "window": sliding_window or key.shape[2]}
     output = sliding_window_attention(query, key, value, attention_mask, dropout, **options)
     return output.transpose(1, 2), None

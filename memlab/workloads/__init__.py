@@ -1,7 +1,7 @@
 """Real models on real data, sized to the device.
 
-`scale` here is the function; the module of the same name is reached by `from memlab.workloads.scale import
-…`.
+`scale` here is the function; the module of the same name is reached by `from memlab.workloads.scale
+import …`.
 """
 
 from . import gpt, images, text, vit

@@ -1,9 +1,9 @@
 """GPT-2, written to be read from top to bottom.
 
-The architecture of Radford et al., "Language Models are Unsupervised Multitask Learners" (2019): learned
-positions, layer norm before each sublayer, GELU in its tanh form, an MLP four times as wide as the model, and
-an output layer that shares its weight with the token embedding. The form follows Karpathy's nanoGPT
-(https://github.com/karpathy/nanoGPT).
+The architecture of Radford et al., "Language Models are Unsupervised Multitask Learners" (2019):
+learned positions, layer norm before each sublayer, GELU in its tanh form, an MLP four times as wide
+as the model, and an output layer that shares its weight with the token embedding. The form follows
+Karpathy's nanoGPT (https://github.com/karpathy/nanoGPT).
 """
 
 import math
@@ -20,13 +20,13 @@ ATTENTIONS = ("sdpa", "naive")
 class GPTConfig:
     """The sizes and options of a GPT.
 
-    `attention` is "sdpa" (`torch.nn.functional.scaled_dot_product_attention`, which need not hold the scores)
-    or "naive" (which holds them all). `dropout` is a probability; it applies to the embeddings, the attention
-    weights and the output of each sublayer. `bias` gives the linear layers and the layer norms a bias, as
-    GPT-2 has.
+    `attention` is "sdpa" (`torch.nn.functional.scaled_dot_product_attention`, which need not hold
+    the scores) or "naive" (which holds them all). `dropout` is a probability; it applies to the
+    embeddings, the attention weights and the output of each sublayer. `bias` gives the linear
+    layers and the layer norms a bias, as GPT-2 has.
 
-    Raises ValueError for a size below 1, a `hidden` that the heads cannot share evenly, a dropout below
-    0 or not below 1, or an unknown attention, and TypeError for a size that is not an int.
+    Raises ValueError for a size below 1, a `hidden` that the heads cannot share evenly, a dropout
+    below 0 or not below 1, or an unknown attention, and TypeError for a size that is not an int.
     """
 
     vocabulary_size: int
@@ -62,7 +62,8 @@ class GPTConfig:
     def parameter_count(self) -> int:
         """The model's parameters, shared ones once."""
         bias = int(self.bias)
-        # Query, key, value: 3 hidden^2; projection: 1; MLP: 4 + 4. Biases: 3 + 1 + 4 + 1; two norms: 2 + 2.
+        # Query, key, value: 3 hidden^2; projection: 1; MLP: 4 + 4. Biases: 3 + 1 + 4 + 1; two
+        # norms: 2 + 2.
         block = 12 * self.hidden**2 + (9 * bias + 2 + 2 * bias) * self.hidden
         embeddings = self.vocabulary_size * (1 if self.tied_embeddings else 2) + self.context_length
         return self.layers * block + (embeddings + 1 + bias) * self.hidden
@@ -155,13 +156,16 @@ class GPT(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-        # Each block adds to the residual stream twice: without this its variance would grow with the depth.
+        # Each block adds to the residual stream twice: without this its variance would grow with
+        # the depth.
         for block in self.blocks:
             for projection in (block.attention.projection, block.mlp.projection):
                 nn.init.normal_(projection.weight, std=0.02 / math.sqrt(2 * self.config.layers))
 
     def features(self, tokens: Tensor) -> Tensor:
-        """Everything but the output layer: tokens (batch, sequence) to (batch, sequence, hidden)."""
+        """Everything but the output layer: tokens (batch, sequence) to (batch,
+        sequence, hidden).
+        """
         self._check(tokens)
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         x = self.dropout(self.token_embedding(tokens) + self.position_embedding(positions))
@@ -170,19 +174,22 @@ class GPT(nn.Module):
         return self.final_norm(x)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Logits (batch, sequence, vocabulary) of tokens (batch, sequence), or the loss when given targets.
+        """Logits (batch, sequence, vocabulary) of tokens (batch, sequence), or the loss when given
+        targets.
 
-        The loss is the mean cross-entropy, a scalar, and it is returned alone: a caller who held on to the
-        logits would keep batch x sequence x vocabulary numbers alive through the backward pass, often the
-        largest tensor of all. Targets have the shape of the tokens; as in
+        The loss is the mean cross-entropy, a scalar, and it is returned alone: a caller who held on
+        to the logits would keep batch x sequence x vocabulary numbers alive through the backward
+        pass, often the largest tensor of all. Targets have the shape of the tokens; as in
         `torch.nn.functional.cross_entropy`, -100 is left out.
 
-        Raises TypeError for tokens that are not int64 or int32 or targets that are not int64, and ValueError
-        for a wrong shape, an empty batch or more tokens than `context_length`.
+        Raises TypeError for tokens that are not int64 or int32 or targets that are not int64, and
+        ValueError for a wrong shape, an empty batch or more tokens than `context_length`.
         """
         if targets is not None:
             if targets.dtype != torch.int64:
-                raise TypeError(f"targets must be int64, but they are {targets.dtype}: use targets.long().")
+                raise TypeError(
+                    f"targets must be int64, but they are {targets.dtype}: use targets.long()."
+                )
             if targets.shape != tokens.shape:
                 raise ValueError(
                     "targets must have the shape of tokens, (batch, sequence), but tokens are "
@@ -195,7 +202,9 @@ class GPT(nn.Module):
 
     def _check(self, tokens: Tensor) -> None:
         if tokens.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"tokens must be int64 or int32, but they are {tokens.dtype}: use tokens.long().")
+            raise TypeError(
+                f"tokens must be int64 or int32, but they are {tokens.dtype}: use tokens.long()."
+            )
         if tokens.ndim != 2 or tokens.numel() == 0:
             raise ValueError(
                 "tokens must be (batch, sequence) with at least one token, but the shape is "
@@ -203,8 +212,8 @@ class GPT(nn.Module):
             )
         if tokens.shape[1] > self.config.context_length:
             raise ValueError(
-                f"tokens hold {tokens.shape[1]} positions, but the model knows {self.config.context_length}: "
-                "shorten the sequence or raise context_length."
+                f"tokens hold {tokens.shape[1]} positions, but the model knows"
+                f" {self.config.context_length}: shorten the sequence or raise context_length."
             )
 
 
@@ -232,26 +241,33 @@ def gpt2_1558m(**changes) -> GPTConfig:
 
 
 def small(**changes) -> GPTConfig:
-    """A byte-level GPT of 1,255,424 parameters, for a CPU: tenths of a second for a step of 2,048 tokens."""
+    """A byte-level GPT of 1,255,424 parameters, for a CPU: tenths of a second for a step of 2,048
+    tokens.
+    """
     return replace(GPTConfig(256, 256, layers=6, heads=4, hidden=128), **changes)
 
 
 def tiny(**changes) -> GPTConfig:
-    """A byte-level GPT of 220,544 parameters, for a hundred steps in seconds on a CPU, and for tests."""
+    """A byte-level GPT of 220,544 parameters, for a hundred steps in seconds on a CPU, and for
+    tests.
+    """
     return replace(GPTConfig(256, 64, layers=4, heads=2, hidden=64), **changes)
 
 
 def activation_bytes(
     config: GPTConfig, batch_size: int, sequence_length: int, *, mixed_precision: bool = False
 ) -> int:
-    """What forward leaves for backward in a training step without dropout: the ledger's activations at the peak.
+    """What forward leaves for backward in a training step without dropout: the ledger's activations
+    at the peak.
 
-    Counted by hand from what each operator saves, in bytes, for the CPU's kernels; CUDA's differ a little. In FP32 a
-    token costs each layer 16 numbers of the hidden size: the inputs of two norms (2) and their outputs (2), query, key
-    and value (3), the heads' output (1), the MLP's two tensors (8). Under 16-bit autocast only the inputs of the norms
-    stay FP32, the other 14 halve, and autograd saves a 16-bit copy of every weight that a matrix product used.
+    Counted by hand from what each operator saves, in bytes, for the CPU's kernels; CUDA's differ a
+    little. In FP32 a token costs each layer 16 numbers of the hidden size: the inputs of two norms
+    (2) and their outputs (2), query, key and value (3), the heads' output (1), the MLP's two
+    tensors (8). Under 16-bit autocast only the inputs of the norms stay FP32, the other 14 halve,
+    and autograd saves a 16-bit copy of every weight that a matrix product used.
 
-    Raises ValueError for a config with dropout, whose masks are not counted, and for sizes that the model cannot take.
+    Raises ValueError for a config with dropout, whose masks are not counted, and for sizes that the
+    model cannot take.
     """
     if config.dropout:
         raise ValueError(
@@ -272,8 +288,11 @@ def activation_bytes(
         total += config.layers * tokens * 4 * config.heads  # the softmax's denominators
     else:
         scores = batch_size * config.heads * sequence_length**2
-        # The softmax's result, a mask of one byte a pair, and the number that the scores are divided by.
+        # The softmax's result, a mask of one byte a pair, and the number that the scores are
+        # divided by.
         total += config.layers * (number * scores + sequence_length**2 + 8)
     if mixed_precision:
-        total += 2 * (12 * config.layers * config.hidden**2 + config.vocabulary_size * config.hidden)
+        total += 2 * (
+            12 * config.layers * config.hidden**2 + config.vocabulary_size * config.hidden
+        )
     return total + 8 * sequence_length + 8  # the positions' indices; the loss and its weight

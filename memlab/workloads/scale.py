@@ -1,4 +1,6 @@
-"""The sizes of every experiment, chosen by the device: one notebook runs on a laptop and on an H200."""
+"""The sizes of every experiment, chosen by the device: one notebook runs on a laptop and on an
+H200.
+"""
 
 import os
 from dataclasses import dataclass, replace
@@ -14,11 +16,12 @@ NAMES = ("cpu", "t4", "gpu", "large")
 
 # A CUDA device below this runs as a T4. Cards sold as 24 GB report 22 to 24 GiB.
 GPU_MEMORY_BYTES = 20 * GIB
-# What a T4 reports, less what its driver keeps. The t4 scale plans for this on a larger device too, so that
-# MEMLAB_SCALE=t4 gives a T4's sizes anywhere.
+# What a T4 reports, less what its driver keeps. The t4 scale plans for this on a larger device too,
+# so that MEMLAB_SCALE=t4 gives a T4's sizes anywhere.
 T4_MEMORY_BYTES = int(14.5 * GIB)
-# The part of the device that a baseline may fill. The rest is for the CUDA context (about 0.5 GiB), the
-# libraries' workspaces, fragmentation, and the variants that the course shows to need more than a baseline.
+# The part of the device that a baseline may fill. The rest is for the CUDA context (about 0.5 GiB),
+# the libraries' workspaces, fragmentation, and the variants that the course shows to need more than
+# a baseline.
 USABLE = 0.8
 
 
@@ -26,12 +29,13 @@ USABLE = 0.8
 class Scale:
     """The device and the sizes that fit it.
 
-    `gpt` trains on batches of `batch_size` sequences of `sequence_length` tokens, `vit` on `image_batch_size`
-    images. A run of many steps uses the smaller `training_gpt`, for `training_steps` steps of
-    `training_batch_size` sequences of its own context length, once with each of the `seeds`. `repeats` is how
-    often a step is timed. `ladder_gpt` and `ladder_batch_size` are the capstone's, which runs its step dozens of
-    times. `optimizer_slices` is into how many pieces an optimizer cuts its step where it can: a
-    GPU needs larger ones to be busy. `memory_bytes` is the device's memory, None on the CPU.
+    `gpt` trains on batches of `batch_size` sequences of `sequence_length` tokens, `vit` on
+    `image_batch_size` images. A run of many steps uses the smaller `training_gpt`, for
+    `training_steps` steps of `training_batch_size` sequences of its own context length, once with
+    each of the `seeds`. `repeats` is how often a step is timed. `ladder_gpt` and
+    `ladder_batch_size` are the capstone's, which runs its step dozens of times. `optimizer_slices`
+    is into how many pieces an optimizer cuts its step where it can: a GPU needs larger ones to be
+    busy. `memory_bytes` is the device's memory, None on the CPU.
     """
 
     name: str
@@ -56,25 +60,28 @@ class Scale:
         memory = "" if self.memory_bytes is None else f", {self.memory_bytes / GIB:.1f} GiB"
         g, v = self.gpt, self.vit
         return (
-            f"Scale {self.name} on {self.device}: {self.device_name}{memory}\n"
-            f"GPT: {g.parameter_count:,} parameters ({g.layers} layers, {g.hidden} wide, {g.heads} heads, "
-            f"vocabulary {g.vocabulary_size:,}); batch {self.batch_size} x sequence {self.sequence_length}\n"
-            f"ViT: {v.parameter_count:,} parameters ({v.layers} layers, {v.hidden} wide, {v.heads} heads, "
-            f"patches of {v.patch_size} x {v.patch_size}); "
-            f"batch {self.image_batch_size} x {v.channels} x {v.image_size} x {v.image_size}"
+            f"Scale {self.name} on {self.device}: {self.device_name}{memory}\nGPT:"
+            f" {g.parameter_count:,} parameters ({g.layers} layers, {g.hidden} wide, {g.heads}"
+            f" heads, vocabulary {g.vocabulary_size:,}); batch {self.batch_size} x sequence"
+            f" {self.sequence_length}\nViT: {v.parameter_count:,} parameters ({v.layers} layers,"
+            f" {v.hidden} wide, {v.heads} heads, patches of {v.patch_size} x {v.patch_size}); batch"
+            f" {self.image_batch_size} x {v.channels} x {v.image_size} x {v.image_size}"
         )
 
 
 def scale(name: str | None = None) -> Scale:
-    """The scale called `name`, else the one that MEMLAB_SCALE names, else the one of this machine's device.
+    """The scale called `name`, else the one that MEMLAB_SCALE names, else the one of this machine's
+    device.
 
-    "cpu" where there is no CUDA device (Apple's mps is not supported and runs as cpu), "t4" for a CUDA device
-    with less than 20 GiB or without BF16 of its own, "gpu" for all others.
+    "cpu" where there is no CUDA device (Apple's mps is not supported and runs as cpu), "t4" for a
+    CUDA device with less than 20 GiB or without BF16 of its own, "gpu" for all others.
 
-    "large" is chosen by name only: GPT-2 124M, 8 sequences of 1,024 tokens, on whatever device there is, so that one
-    geometry can be compared everywhere. On a CPU it needs 16 GiB and takes about a minute for each step.
+    "large" is chosen by name only: GPT-2 124M, 8 sequences of 1,024 tokens, on whatever device
+    there is, so that one geometry can be compared everywhere. On a CPU it needs 16 GiB and takes
+    about a minute for each step.
 
-    Raises ValueError for an unknown name and RuntimeError for t4 or gpu where there is no CUDA device.
+    Raises ValueError for an unknown name and RuntimeError for t4 or gpu where there is no CUDA
+    device.
     """
     origin = "scale(name)"
     if name is None:
@@ -84,8 +91,16 @@ def scale(name: str | None = None) -> Scale:
     if name == "large":
         base = scale("gpu") if torch.cuda.is_available() else _cpu()
         config = gpt.gpt2_124m()
-        sizes = {"gpt": config, "batch_size": 8, "sequence_length": 1024, "ladder_gpt": config, "ladder_batch_size": 8}
-        return replace(base, name=name, **sizes, repeats=1 if base.device.type == "cpu" else base.repeats)
+        sizes = {
+            "gpt": config,
+            "batch_size": 8,
+            "sequence_length": 1024,
+            "ladder_gpt": config,
+            "ladder_batch_size": 8,
+        }
+        return replace(
+            base, name=name, **sizes, repeats=1 if base.device.type == "cpu" else base.repeats
+        )
     if name == "cpu" or (name is None and not torch.cuda.is_available()):
         return _cpu()
     if not torch.cuda.is_available():
@@ -97,7 +112,9 @@ def scale(name: str | None = None) -> Scale:
     properties = torch.cuda.get_device_properties(device)
     if name is None:
         # A T4 says yes to BF16 when it may emulate it.
-        name = name_for(properties.total_memory, torch.cuda.is_bf16_supported(including_emulation=False))
+        name = name_for(
+            properties.total_memory, torch.cuda.is_bf16_supported(including_emulation=False)
+        )
     return _cuda(name, properties.total_memory, device, properties.name)
 
 
@@ -106,18 +123,18 @@ def name_for(memory_bytes: int, native_bfloat16: bool) -> str:
     return "gpu" if memory_bytes >= GPU_MEMORY_BYTES and native_bfloat16 else "t4"
 
 
-# What fits. The baseline is the least economical run that the course makes: FP32, naive attention, AdamW. At
-# its peak, where the forward pass ends and the backward pass begins, live
-#   - the model: weights, gradients and two moments, 4 x 4 = 16 bytes a parameter. (The gradients are counted
-#     although few exist yet: in their place there may be what other variants add, such as half-precision
-#     copies of the weights);
-#   - for each layer and token, 16 x hidden numbers of 4 bytes that autograd saves: the input and output of
-#     two norms (4), query, key and value (3), the heads' output (1), and the MLP's two tensors of 4 (8);
-#   - for each layer, the attention weights: batch x heads x sequence x sequence numbers;
-#   - once, three such tensors more: the scores' gradients on their way through softmax and mask;
-#   - once, three tensors of the logits' size: the log-softmax, its gradient and the logits' gradient.
-# Or the optimizer step is the peak: 16 bytes a parameter, and 4 for the temporary copy that AdamW's foreach
-# form makes. On the CPU GPT-2 124M on 8 x 1024 tokens measured 15,413 MiB; this says 16,977, 10 % more.
+# What fits. The baseline is the least economical run that the course makes: FP32, naive attention,
+# AdamW. At its peak, where the forward pass ends and the backward pass begins, live - the model:
+# weights, gradients and two moments, 4 x 4 = 16 bytes a parameter. (The gradients are counted
+# although few exist yet: in their place there may be what other variants add, such as
+# half-precision copies of the weights); - for each layer and token, 16 x hidden numbers of 4 bytes
+# that autograd saves: the input and output of two norms (4), query, key and value (3), the heads'
+# output (1), and the MLP's two tensors of 4 (8); - for each layer, the attention weights: batch x
+# heads x sequence x sequence numbers; - once, three such tensors more: the scores' gradients on
+# their way through softmax and mask; - once, three tensors of the logits' size: the log-softmax,
+# its gradient and the logits' gradient. Or the optimizer step is the peak: 16 bytes a parameter,
+# and 4 for the temporary copy that AdamW's foreach form makes. On the CPU GPT-2 124M on 8 x 1024
+# tokens measured 15,413 MiB; this says 16,977, 10 % more.
 
 
 def gpt_baseline_bytes(config: GPTConfig, batch_size: int, sequence_length: int) -> int:
@@ -131,10 +148,14 @@ def vit_baseline_bytes(config: ViTConfig, batch_size: int) -> int:
     return _baseline_bytes(config, batch_size, config.sequence_length, batch_size * config.classes)
 
 
-def _baseline_bytes(config: GPTConfig | ViTConfig, batch_size: int, sequence_length: int, logits: int) -> int:
+def _baseline_bytes(
+    config: GPTConfig | ViTConfig, batch_size: int, sequence_length: int, logits: int
+) -> int:
     saved = 4 * 16 * batch_size * sequence_length * config.hidden
     scores = 4 * batch_size * config.heads * sequence_length**2
-    backward = 16 * config.parameter_count + config.layers * (saved + scores) + 3 * scores + 3 * 4 * logits
+    backward = (
+        16 * config.parameter_count + config.layers * (saved + scores) + 3 * scores + 3 * 4 * logits
+    )
     step = 20 * config.parameter_count
     return max(backward, step)
 
@@ -142,9 +163,9 @@ def _baseline_bytes(config: GPTConfig | ViTConfig, batch_size: int, sequence_len
 def gpt_for(memory_bytes: int) -> tuple[GPTConfig, int]:
     """The largest GPT for a device of this memory, and its batch size, a power of two up to 8.
 
-    The geometries of GPT-2 from large to small; one larger than the 124M must fit with a batch of 4 at least.
-    That is 124M at 24 GiB and on a T4, 350M from 40, 774M from 80, 1558M on an H200. Raises ValueError when
-    nothing fits.
+    The geometries of GPT-2 from large to small; one larger than the 124M must fit with a batch of 4
+    at least. That is 124M at 24 GiB and on a T4, 350M from 40, 774M from 80, 1558M on an H200.
+    Raises ValueError when nothing fits.
     """
     candidates = (
         (gpt.gpt2_1558m(), 4),
@@ -155,7 +176,10 @@ def gpt_for(memory_bytes: int) -> tuple[GPTConfig, int]:
     )
     for config, smallest in candidates:
         for batch_size in _powers_of_two(8, smallest):
-            if gpt_baseline_bytes(config, batch_size, config.context_length) <= USABLE * memory_bytes:
+            if (
+                gpt_baseline_bytes(config, batch_size, config.context_length)
+                <= USABLE * memory_bytes
+            ):
                 return config, batch_size
     raise ValueError(_too_small(memory_bytes))
 
@@ -163,11 +187,15 @@ def gpt_for(memory_bytes: int) -> tuple[GPTConfig, int]:
 def vit_for(memory_bytes: int) -> tuple[ViTConfig, int]:
     """The largest ViT for a device of this memory, and its batch size, a power of two up to 256.
 
-    ViT-L/16 when a batch of 32 fits, else ViT-B/16, else a small one; all for the ten digits, in one channel.
-    Raises ValueError when nothing fits.
+    ViT-L/16 when a batch of 32 fits, else ViT-B/16, else a small one; all for the ten digits, in
+    one channel. Raises ValueError when nothing fits.
     """
     digits = {"channels": 1, "classes": 10}
-    for config, smallest in ((vit.vit_l_16(**digits), 32), (vit.vit_b_16(**digits), 8), (vit.small(), 8)):
+    for config, smallest in (
+        (vit.vit_l_16(**digits), 32),
+        (vit.vit_b_16(**digits), 8),
+        (vit.small(), 8),
+    ):
         for batch_size in _powers_of_two(256, smallest):
             if vit_baseline_bytes(config, batch_size) <= USABLE * memory_bytes:
                 return config, batch_size
@@ -186,8 +214,9 @@ def _too_small(memory_bytes: int) -> str:
 
 
 def _cpu() -> Scale:
-    # Measured on two cores, FP32: a step of the GPT takes about 0.2 s, and of its peak of 119 MiB (167 with
-    # naive attention) the model's 16 bytes a parameter are 19. In a wider model they would be a larger part.
+    # Measured on two cores, FP32: a step of the GPT takes about 0.2 s, and of its peak of 119 MiB
+    # (167 with naive attention) the model's 16 bytes a parameter are 19. In a wider model they
+    # would be a larger part.
     config = gpt.small()
     threads = torch.get_num_threads()
     return Scale(

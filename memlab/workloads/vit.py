@@ -1,9 +1,10 @@
 """The Vision Transformer, written to be read from top to bottom.
 
 The architecture of Dosovitskiy et al., "An Image Is Worth 16x16 Words" (2021,
-https://arxiv.org/abs/2010.11929): the image is cut into patches, each patch becomes one vector, and a
-transformer like GPT's, but one in which every position sees every other, reads the class from an extra first
-vector. It repeats some lines of gpt.py, so that each file can be read, and taken, alone.
+https://arxiv.org/abs/2010.11929): the image is cut into patches, each patch becomes one vector, and
+a transformer like GPT's, but one in which every position sees every other, reads the class from an
+extra first vector. It repeats some lines of gpt.py, so that each file can be read, and taken,
+alone.
 """
 
 import math
@@ -20,14 +21,14 @@ ATTENTIONS = ("sdpa", "naive")
 class ViTConfig:
     """The sizes and options of a ViT.
 
-    Images are `channels` x `image_size` x `image_size`, patches `patch_size` x `patch_size`. `attention` is
-    "sdpa" (`torch.nn.functional.scaled_dot_product_attention`, which need not hold the scores) or "naive"
-    (which holds them all). `dropout` is a probability; it applies to the embeddings, the attention weights
-    and the output of each sublayer.
+    Images are `channels` x `image_size` x `image_size`, patches `patch_size` x `patch_size`.
+    `attention` is "sdpa" (`torch.nn.functional.scaled_dot_product_attention`, which need not hold
+    the scores) or "naive" (which holds them all). `dropout` is a probability; it applies to the
+    embeddings, the attention weights and the output of each sublayer.
 
-    Raises ValueError for a size below 1, an image that the patches do not fill, a `hidden` that the heads
-    cannot share evenly, a dropout outside [0, 1) or an unknown attention, and TypeError for a size that is
-    not an int.
+    Raises ValueError for a size below 1, an image that the patches do not fill, a `hidden` that the
+    heads cannot share evenly, a dropout outside [0, 1) or an unknown attention, and TypeError for a
+    size that is not an int.
     """
 
     image_size: int
@@ -41,7 +42,15 @@ class ViTConfig:
     attention: str = "sdpa"
 
     def __post_init__(self):
-        for name in ("image_size", "patch_size", "channels", "classes", "layers", "heads", "hidden"):
+        for name in (
+            "image_size",
+            "patch_size",
+            "channels",
+            "classes",
+            "layers",
+            "heads",
+            "hidden",
+        ):
             size = getattr(self, name)
             if not isinstance(size, int) or isinstance(size, bool):
                 raise TypeError(f"{name} must be an int, but it is {size!r}.")
@@ -72,12 +81,18 @@ class ViTConfig:
     @property
     def parameter_count(self) -> int:
         """The model's parameters."""
-        # Query, key, value: 3 hidden^2; projection: 1; MLP: 4 + 4. Biases: 3 + 1 + 4 + 1; two norms: 2 + 2.
+        # Query, key, value: 3 hidden^2; projection: 1; MLP: 4 + 4. Biases: 3 + 1 + 4 + 1; two
+        # norms: 2 + 2.
         block = 12 * self.hidden**2 + 13 * self.hidden
         patch_embedding = (self.channels * self.patch_size**2 + 1) * self.hidden
         head = (self.hidden + 1) * self.classes
         # The class token, the positions and the last norm's weight and bias are hidden wide.
-        return self.layers * block + patch_embedding + (1 + self.sequence_length + 2) * self.hidden + head
+        return (
+            self.layers * block
+            + patch_embedding
+            + (1 + self.sequence_length + 2) * self.hidden
+            + head
+        )
 
 
 class SelfAttention(nn.Module):
@@ -154,7 +169,9 @@ class ViT(nn.Module):
             config.channels, config.hidden, config.patch_size, stride=config.patch_size
         )
         self.class_token = nn.Parameter(torch.empty(1, 1, config.hidden))
-        self.position_embedding = nn.Parameter(torch.empty(1, config.sequence_length, config.hidden))
+        self.position_embedding = nn.Parameter(
+            torch.empty(1, config.sequence_length, config.hidden)
+        )
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.final_norm = nn.LayerNorm(config.hidden, eps=1e-6)
@@ -162,10 +179,12 @@ class ViT(nn.Module):
         self.initialize()
 
     def initialize(self) -> None:
-        """Draw new weights: Xavier for linear layers, 1 / sqrt(inputs) for the patches, 0.02 for the rest.
+        """Draw new weights: Xavier for linear layers, 1 / sqrt(inputs) for the patches, 0.02 for
+        the rest.
 
-        The paper starts the head at zero. Here it is drawn like the others, since a head of zeros sends no
-        gradient to the blocks in the first step, and a comparison of two such gradients would prove nothing.
+        The paper starts the head at zero. Here it is drawn like the others, since a head of zeros
+        sends no gradient to the blocks in the first step, and a comparison of two such gradients
+        would prove nothing.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -180,7 +199,9 @@ class ViT(nn.Module):
     def features(self, images: Tensor) -> Tensor:
         """Everything but the head: images to the class token's output, (batch, hidden)."""
         self._check(images)
-        patches = self.patch_embedding(images).flatten(2).transpose(1, 2)  # (batch, patches, hidden)
+        patches = (
+            self.patch_embedding(images).flatten(2).transpose(1, 2)
+        )  # (batch, patches, hidden)
         class_token = self.class_token.expand(images.shape[0], -1, -1)
         x = self.dropout(torch.cat((class_token, patches), dim=1) + self.position_embedding)
         for block in self.blocks:
@@ -188,17 +209,20 @@ class ViT(nn.Module):
         return self.final_norm(x)[:, 0]
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Logits (batch, classes) of images (batch, channel, height, width), or the loss when given labels.
+        """Logits (batch, classes) of images (batch, channel, height, width), or the loss when given
+        labels.
 
-        The loss is the mean cross-entropy, a scalar, and it is returned alone, as gpt.py does. Labels are
-        int64 (batch,).
+        The loss is the mean cross-entropy, a scalar, and it is returned alone, as gpt.py does.
+        Labels are int64 (batch,).
 
-        Raises TypeError for images that are not floating point or labels that are not int64, and ValueError
-        for a wrong shape or an empty batch.
+        Raises TypeError for images that are not floating point or labels that are not int64, and
+        ValueError for a wrong shape or an empty batch.
         """
         if labels is not None:
             if labels.dtype != torch.int64:
-                raise TypeError(f"labels must be int64, but they are {labels.dtype}: use labels.long().")
+                raise TypeError(
+                    f"labels must be int64, but they are {labels.dtype}: use labels.long()."
+                )
             if labels.shape != images.shape[:1]:
                 raise ValueError(
                     f"labels must be ({images.shape[0]},), one for each image, "
@@ -214,7 +238,8 @@ class ViT(nn.Module):
         expected = (config.channels, config.image_size, config.image_size)
         if not images.is_floating_point():
             raise TypeError(
-                f"images must be floating point, but they are {images.dtype}: use images.float() / 255."
+                f"images must be floating point, but they are {images.dtype}: use images.float() /"
+                " 255."
             )
         if images.ndim != 4 or images.shape[0] == 0 or images.shape[1:] != expected:
             raise ValueError(
@@ -228,14 +253,20 @@ class ViT(nn.Module):
 
 def vit_b_16(**changes) -> ViTConfig:
     """ViT-B/16 for 1000 classes at 224 x 224, 86,567,656 parameters."""
-    return replace(ViTConfig(224, 16, channels=3, classes=1000, layers=12, heads=12, hidden=768), **changes)
+    return replace(
+        ViTConfig(224, 16, channels=3, classes=1000, layers=12, heads=12, hidden=768), **changes
+    )
 
 
 def vit_l_16(**changes) -> ViTConfig:
     """ViT-L/16 for 1000 classes at 224 x 224, 304,326,632 parameters."""
-    return replace(ViTConfig(224, 16, channels=3, classes=1000, layers=24, heads=16, hidden=1024), **changes)
+    return replace(
+        ViTConfig(224, 16, channels=3, classes=1000, layers=24, heads=16, hidden=1024), **changes
+    )
 
 
 def small(**changes) -> ViTConfig:
     """A ViT for 32 x 32 digits in one channel, for a CPU: 65 positions an image."""
-    return replace(ViTConfig(32, 4, channels=1, classes=10, layers=6, heads=4, hidden=128), **changes)
+    return replace(
+        ViTConfig(32, 4, channels=1, classes=10, layers=6, heads=4, hidden=128), **changes
+    )

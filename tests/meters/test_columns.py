@@ -1,4 +1,6 @@
-"""Columns say what memory is for, whatever a training step does. Bytes are exact; only the columns are asked here."""
+"""Columns say what memory is for, whatever a training step does. Bytes are exact; only the columns
+are asked here.
+"""
 
 import gc
 import shutil
@@ -28,7 +30,9 @@ def _quick():
 
 
 def mlp(width: int = 64, layers: int = 3) -> nn.Sequential:
-    return nn.Sequential(*[part for _ in range(layers) for part in (nn.Linear(width, width), nn.Tanh())])
+    return nn.Sequential(
+        *[part for _ in range(layers) for part in (nn.Linear(width, width), nn.Tanh())]
+    )
 
 
 LOSS = 2 * FLOAT  # the loss, and the gradient of 1.0 with which its backward begins
@@ -63,7 +67,7 @@ def columns_in(result, phase: str, largest: str = "total") -> dict[str, int]:
     return {name: int(values[moment]) for name, values in timeline.bytes.items()}
 
 
-# What is saved for the backward ---------------------------------------------------------------------------------------
+# What is saved for the backward -------------------------------------------------------------------
 
 
 def test_activations_are_what_the_forward_leaves_for_the_backward():
@@ -72,7 +76,8 @@ def test_activations_are_what_the_forward_leaves_for_the_backward():
         return stepping(torch.optim.SGD(model.parameters()), lambda: model(inputs).mean())
 
     found = columns_in(measured(build), "forward", "activations")
-    # Each Tanh saves its output, which the next Linear saves too. What a Linear makes is gone once Tanh has read it.
+    # Each Tanh saves its output, which the next Linear saves too. What a Linear makes is gone once
+    # Tanh has read it.
     assert found["activations"] == 3 * 256 * 64 * FLOAT + LOSS
     assert found["parameters"] == MLP_BYTES
     assert found["batch"] == 256 * 64 * FLOAT
@@ -83,7 +88,8 @@ class Checkpointed(nn.Module):
     def __init__(self, run, layers: int = 4, width: int = 64):
         super().__init__()
         self.blocks = nn.ModuleList(
-            nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)) for _ in range(layers)
+            nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+            for _ in range(layers)
         )
         self.run = run
 
@@ -114,25 +120,32 @@ def memlab_checkpoint(block, x):
 
 CHECKPOINTS = {
     "non_reentrant": (lambda block, x: checkpoint(block, x, use_reentrant=False), lambda x: x),
-    "reentrant": (lambda block, x: checkpoint(block, x, use_reentrant=True), lambda x: x.requires_grad_()),
+    "reentrant": (
+        lambda block, x: checkpoint(block, x, use_reentrant=True),
+        lambda x: x.requires_grad_(),
+    ),
     "memlab": (memlab_checkpoint, lambda x: x),
 }
 
 
 @pytest.mark.parametrize("kind", CHECKPOINTS)
 def test_under_checkpointing_the_inputs_are_activations_and_so_is_what_is_computed_again(kind):
-    """Checkpointing installs saved-tensor hooks of its own; the columns must not depend on seeing what it saves."""
+    """Checkpointing installs saved-tensor hooks of its own; the columns must not depend on seeing
+    what it saves.
+    """
     plain = measured(checkpointed(lambda block, x: block(x)))
     saved = measured(checkpointed(*CHECKPOINTS[kind]))
-    # Plain: each block keeps what its two linear layers and GELU read, in units of its input 1, 4 and 4; the first
-    # reads the batch.
+    # Plain: each block keeps what its two linear layers and GELU read, in units of its input 1, 4
+    # and 4; the first reads the batch.
     assert columns_in(plain, "forward", "activations")["activations"] == (4 * 9 - 1) * HIDDEN + LOSS
     # Checkpointed: its input and the state of the random number generator, 5,056 bytes.
     kept = 3 * HIDDEN + 4 * 5056
     assert columns_in(saved, "forward", "activations")["activations"] == kept + LOSS
-    # In backward one block is whole again: 8 units more than its input. The reentrant kind makes its output again,
-    # too, and memlab's keeps the generator's state of the moment aside.
-    again = {"non_reentrant": 8 * HIDDEN, "reentrant": 9 * HIDDEN, "memlab": 8 * HIDDEN + 5056}[kind]
+    # In backward one block is whole again: 8 units more than its input. The reentrant kind makes
+    # its output again, too, and memlab's keeps the generator's state of the moment aside.
+    again = {"non_reentrant": 8 * HIDDEN, "reentrant": 9 * HIDDEN, "memlab": 8 * HIDDEN + 5056}[
+        kind
+    ]
     assert columns_in(saved, "backward", "activations")["activations"] == kept + again + LOSS
     assert saved.peak_bytes < plain.peak_bytes
     # The reentrant kind works only with an input that needs a gradient, and it gets one.
@@ -163,7 +176,9 @@ def test_a_checkpointed_function_without_a_module(use_reentrant):
         return inner
 
     plain = measured(build(lambda function, *args: function(*args)))
-    saved = measured(build(lambda function, *args: checkpoint(function, *args, use_reentrant=use_reentrant)))
+    saved = measured(
+        build(lambda function, *args: checkpoint(function, *args, use_reentrant=use_reentrant))
+    )
     assert columns_in(plain, "forward", "activations")["activations"] == 4 * 2 * HIDDEN + LOSS
     assert columns_in(saved, "forward", "activations")["activations"] < 4 * HIDDEN + 64 * 1024
     # The last block: its input and three others', and both its tanh again.
@@ -171,7 +186,9 @@ def test_a_checkpointed_function_without_a_module(use_reentrant):
 
 
 def test_a_backward_that_makes_a_graph_is_no_recomputation():
-    """A gradient penalty: its first backward runs with gradients enabled, as a recomputation does."""
+    """A gradient penalty: its first backward runs with gradients enabled, as a
+    recomputation does.
+    """
 
     def build():
         critic, inputs = mlp(), torch.randn(64, 64, requires_grad=True)
@@ -184,11 +201,12 @@ def test_a_backward_that_makes_a_graph_is_no_recomputation():
 
     result = measured(build)
     assert result.columns["parameters"] == MLP_BYTES
-    # The last bias shifts the output and no gradient of it: it gets none. The penalty's own gradients are gradients too.
+    # The last bias shifts the output and no gradient of it: it gets none. The penalty's own
+    # gradients are gradients too.
     assert result.timeline.bytes["gradients"].max() >= MLP_BYTES - 64 * FLOAT
 
 
-# Gradients and optimizers ---------------------------------------------------------------------------------------------
+# Gradients and optimizers -------------------------------------------------------------------------
 
 
 def test_the_optimizer_in_the_backward():
@@ -197,9 +215,13 @@ def test_the_optimizer_in_the_backward():
     def build():
         model, inputs = mlp(), torch.randn(8, 64)
         kept = [torch.optim.AdamW([parameter], foreach=False) for parameter in model.parameters()]
-        optimizers = {id(parameter): weakref.ref(one) for parameter, one in zip(model.parameters(), kept, strict=True)}
+        optimizers = {
+            id(parameter): weakref.ref(one)
+            for parameter, one in zip(model.parameters(), kept, strict=True)
+        }
 
-        # A hook that referred to its parameter would be a cycle that Python's garbage collector does not see.
+        # A hook that referred to its parameter would be a cycle that Python's garbage collector
+        # does not see.
         def hook(parameter):
             one = optimizers[id(parameter)]()
             one.step()
@@ -239,7 +261,9 @@ def test_gradient_accumulation():
     assert found["gradients"] == MLP_BYTES
     assert found["optimizer_state"] == MLP_BYTES
     assert result.timeline.bytes["gradients"].max() == MLP_BYTES
-    assert result.timeline.bytes["activations"].max() <= 3 * 16 * 64 * FLOAT + 2 * FLOAT + 64  # of one micro-batch
+    assert (
+        result.timeline.bytes["activations"].max() <= 3 * 16 * 64 * FLOAT + 2 * FLOAT + 64
+    )  # of one micro-batch
     assert found["batch"] == 64 * 64 * FLOAT
 
 
@@ -409,12 +433,16 @@ def test_an_input_that_needs_a_gradient_is_the_batch():
 def test_a_sparse_gradient_counts_by_its_indices_and_values():
     def build():
         embedding, tokens = nn.Embedding(5000, 16, sparse=True), torch.randint(5000, (512,))
-        return stepping(torch.optim.SparseAdam(embedding.parameters()), lambda: embedding(tokens).sum())
+        return stepping(
+            torch.optim.SparseAdam(embedding.parameters()), lambda: embedding(tokens).sum()
+        )
 
     result = measured(build)
     assert result.columns["parameters"] == 5000 * 16 * FLOAT
     assert result.columns["optimizer_state"] == 2 * 5000 * 16 * FLOAT
-    assert result.columns["gradients"] == 512 * 16 * FLOAT + 512 * 8  # values, and an index of 8 bytes for each
+    assert (
+        result.columns["gradients"] == 512 * 16 * FLOAT + 512 * 8
+    )  # values, and an index of 8 bytes for each
     assert result.columns["batch"] == 512 * 8
 
 
@@ -449,9 +477,14 @@ def test_inference_saves_nothing(mode):
     result = measured(build)
     assert result.phase == "forward"
     assert result.columns == {
-        "parameters": MLP_BYTES, "gradients": 0, "optimizer_state": 0, "activations": 0,
-        "batch": 256 * 64 * FLOAT, "temporaries": 2 * 256 * 64 * FLOAT, "unattributed": 0,
-    }  # fmt: skip
+        "parameters": MLP_BYTES,
+        "gradients": 0,
+        "optimizer_state": 0,
+        "activations": 0,
+        "batch": 256 * 64 * FLOAT,
+        "temporaries": 2 * 256 * 64 * FLOAT,
+        "unattributed": 0,
+    }
 
 
 def test_autocast_saves_activations_in_half_the_bytes_and_weights_once_more():
@@ -476,7 +509,8 @@ def test_autocast_saves_activations_in_half_the_bytes_and_weights_once_more():
         assert found["optimizer_state"] == 2 * MLP_BYTES + 6 * FLOAT
     activations = 256 * 64 * FLOAT
     assert columns_in(full, "forward", "activations")["activations"] == 3 * activations + LOSS
-    # In 16 bits: the input, three outputs of Tanh, the weights that a backward needs; in 32: the last output, the loss.
+    # In 16 bits: the input, three outputs of Tanh, the weights that a backward needs; in 32: the
+    # last output, the loss.
     found = columns_in(half, "forward", "activations")["activations"]
     assert 4 * activations // 2 < found < 4 * activations // 2 + activations + MLP_BYTES // 2 + 64
 
@@ -486,7 +520,9 @@ class TwoBytes(torch.Tensor):
 
     @staticmethod
     def __new__(cls, codes, scale):
-        return torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=torch.float32, device=codes.device)
+        return torch.Tensor._make_wrapper_subclass(
+            cls, codes.shape, dtype=torch.float32, device=codes.device
+        )
 
     def __init__(self, codes, scale):
         self.codes, self.scale = codes, scale
@@ -521,13 +557,18 @@ def test_a_tensor_subclass_counts_by_what_it_stores():
 
 @pytest.mark.slow
 def test_the_8_bit_state_of_torchao():
-    """8-bit AdamW: codes of one byte, a scale for every 256 of them, and a table of 256 values a tensor."""
+    """8-bit AdamW: codes of one byte, a scale for every 256 of them, and a table of 256 values a
+    tensor.
+    """
     if shutil.which("g++") is None:
         pytest.skip("torchao compiles its optimizer's step, and no g++ is there")
     optim = pytest.importorskip("torchao.optim")
 
     def build():
-        model, inputs = nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 64)), torch.randn(8, 64)
+        model, inputs = (
+            nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 64)),
+            torch.randn(8, 64),
+        )
         return stepping(optim.AdamW8bit(model.parameters()), lambda: model(inputs).mean())
 
     elements, blocks = 64 * 128, 64 * 128 // 256
@@ -544,7 +585,10 @@ def test_parameters_that_are_gathered_and_freed_in_place():
     def build():
         model, inputs = mlp(), torch.randn(8, 64)
         parameters = list(model.parameters())
-        full = [(parameter.untyped_storage(), parameter.untyped_storage().nbytes()) for parameter in parameters]
+        full = [
+            (parameter.untyped_storage(), parameter.untyped_storage().nbytes())
+            for parameter in parameters
+        ]
 
         def step():
             for storage, size in full:
@@ -567,7 +611,9 @@ def test_parameters_that_are_gathered_and_freed_in_place():
 
 @pytest.mark.slow
 def test_a_compiled_model():
-    """Compiling traces a backward inside the first call, and keeps fake tensors alive: neither is of the run."""
+    """Compiling traces a backward inside the first call, and keeps fake tensors alive: neither is
+    of the run.
+    """
     if shutil.which("g++") is None:
         pytest.skip("torch.compile needs g++ on the CPU, and none is there")
 
@@ -593,7 +639,7 @@ def test_a_compiled_model():
     assert columns_in(first, "optimizer")["gradients"] == MLP_BYTES
 
 
-# Asking strangers -----------------------------------------------------------------------------------------------------
+# Asking strangers ---------------------------------------------------------------------------------
 
 
 class HalfBuilt(nn.Module):
@@ -639,8 +685,14 @@ STRANGERS = {
     "lazy module": lambda: nn.LazyLinear(3),
     "model on the meta device": lambda: nn.Linear(3, 3, device="meta"),
     "fake tensor": fake_tensor,
-    "sparse tensors": lambda: [torch.eye(3).to_sparse(), torch.eye(3).to_sparse_csr(), torch.eye(4).to_sparse_bsr((2, 2))],
-    "nested tensor": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged),
+    "sparse tensors": lambda: [
+        torch.eye(3).to_sparse(),
+        torch.eye(3).to_sparse_csr(),
+        torch.eye(4).to_sparse_bsr((2, 2)),
+    ],
+    "nested tensor": lambda: torch.nested.nested_tensor(
+        [torch.ones(2), torch.ones(3)], layout=torch.jagged
+    ),
 }
 
 
@@ -667,7 +719,13 @@ def test_tensors_in_finds_every_tensor_once():
     pair = namedtuple("pair", "x y")
     looped = [a]
     looped.append(looped)
-    value = {"1": looped, "2": pair(b, None), "3": UserDict({"k": OrderedDict(q=[c])}), "4": ({"z"}, 3, "text"), "5": d}
+    value = {
+        "1": looped,
+        "2": pair(b, None),
+        "3": UserDict({"k": OrderedDict(q=[c])}),
+        "4": ({"z"}, 3, "text"),
+        "5": d,
+    }
     assert sorted(map(id, tensors_in(value))) == sorted(map(id, (a, b, c, d)))
 
 
@@ -705,7 +763,7 @@ def test_live_objects_are_found_by_class():
     assert all(isinstance(thing, nn.Module) for thing in found)
 
 
-# The observer ---------------------------------------------------------------------------------------------------------
+# The observer -------------------------------------------------------------------------------------
 
 
 def test_the_observer_keeps_nothing_alive():
@@ -715,7 +773,10 @@ def test_the_observer_keeps_nothing_alive():
         model(inputs).mean().backward()
         optimizer.step()
         observer.look_around(before=True)
-        gone = [weakref.ref(thing) for thing in (model, inputs, optimizer, model[0].weight, model[0].weight.grad)]
+        gone = [
+            weakref.ref(thing)
+            for thing in (model, inputs, optimizer, model[0].weight, model[0].weight.grad)
+        ]
         del model, inputs, optimizer
         gc.collect()
         assert [reference() for reference in gone] == [None] * 5
@@ -723,7 +784,9 @@ def test_the_observer_keeps_nothing_alive():
 
 
 def test_a_parameter_at_the_id_of_one_that_is_gone_is_seen():
-    """Python gives an object's id out again. The gradient of the second is a gradient all the same."""
+    """Python gives an object's id out again. The gradient of the second is a gradient
+    all the same.
+    """
     observer = Observer(CPU)
     for _ in range(50):
         layer = nn.Linear(4, 4)
@@ -734,7 +797,9 @@ def test_a_parameter_at_the_id_of_one_that_is_gone_is_seen():
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_a_call_that_failed_is_closed(error):
-    """Of what is no Exception PyTorch tells no hook: the outer module's end closes it all the same."""
+    """Of what is no Exception PyTorch tells no hook: the outer module's end closes it
+    all the same.
+    """
 
     class Failing(nn.Module):
         def forward(self, x):
@@ -763,7 +828,15 @@ def test_a_module_is_named_as_in_its_model():
         model, inputs = nn.Sequential(mlp(), nn.Linear(64, 64)), torch.randn(512, 64)
         return lambda: model(inputs).mean().backward()
 
-    names = {(block.name, block.bytes) for block in measured(build).largest(50) if block.column == "parameters"}
+    names = {
+        (block.name, block.bytes)
+        for block in measured(build).largest(50)
+        if block.column == "parameters"
+    }
     assert ("0.4.weight", 64 * 64 * FLOAT) in names and ("1.bias", 64 * FLOAT) in names
-    made = {(block.module, block.operator) for block in measured(build).largest(50) if block.column == "activations"}
+    made = {
+        (block.module, block.operator)
+        for block in measured(build).largest(50)
+        if block.column == "activations"
+    }
     assert ("0.1", "aten::tanh") in made and ("1", "aten::addmm") not in made

@@ -1,4 +1,6 @@
-"""The CPU's bytes are exact: they equal a hand count, the allocator's own events, and another tool's count."""
+"""The CPU's bytes are exact: they equal a hand count, the allocator's own events, and another
+tool's count.
+"""
 
 import gc
 import json
@@ -32,11 +34,13 @@ def _quick():
     torch.set_num_threads(threads)
 
 
-# The hand count -------------------------------------------------------------------------------------------------------
+# The hand count -----------------------------------------------------------------------------------
 
 
 def mlp_step():
-    """1024-4096-1024, batch 256, AdamW one parameter after the other; prediction and loss stay in variables."""
+    """1024-4096-1024, batch 256, AdamW one parameter after the other; prediction and loss stay in
+    variables.
+    """
     model = nn.Sequential(nn.Linear(1024, 4096), nn.ReLU(), nn.Linear(4096, 1024))
     optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
     inputs, targets = torch.randn(256, 1024), torch.randn(256, 1024)
@@ -53,21 +57,27 @@ def mlp_step():
 
 
 def test_the_hand_count_of_an_mlp():
-    weight, bias_1, bias_2 = 1024 * 4096, 4096, 1024  # both weights have the same number of elements
+    weight, bias_1, bias_2 = (
+        1024 * 4096,
+        4096,
+        1024,
+    )  # both weights have the same number of elements
     parameters = weight + bias_1 + weight + bias_2
     output = 256 * 1024
     by_hand = {
         "parameters": FLOAT * parameters,
         "gradients": FLOAT * parameters,
-        # AdamW: two moments a parameter, and a step counter (a tensor of one FP32 number) for each of four tensors.
+        # AdamW: two moments a parameter, and a step counter (a tensor of one FP32 number) for each
+        # of four tensors.
         "optimizer_state": 2 * FLOAT * parameters + 4 * FLOAT,
-        # The prediction, which `loss.backward()` does not free while a variable holds it; and the loss: a tensor with
-        # no dimensions, whose storage has room for the squared differences that it is the mean of.
+        # The prediction, which `loss.backward()` does not free while a variable holds it; and the
+        # loss: a tensor with no dimensions, whose storage has room for the squared differences that
+        # it is the mean of.
         "activations": FLOAT * output + FLOAT * output,
         "batch": 2 * FLOAT * 256 * 1024,
-        # While AdamW updates the second weight: sqrt(second moment), and that divided by the bias correction. The
-        # variable `denom` of the bias before it lives until it is assigned again. Two wrapped Python numbers: one in
-        # FP64, and one moved to FP32.
+        # While AdamW updates the second weight: sqrt(second moment), and that divided by the bias
+        # correction. The variable `denom` of the bias before it lives until it is assigned again.
+        # Two wrapped Python numbers: one in FP64, and one moved to FP32.
         "temporaries": FLOAT * weight + FLOAT * weight + FLOAT * bias_1 + 8 + 4,
         "unattributed": 0,
     }
@@ -75,18 +85,23 @@ def test_the_hand_count_of_an_mlp():
     assert measured.columns == by_hand
     assert measured.peak_bytes == sum(by_hand.values()) == 172_064_796
     assert measured.phase == "optimizer"
-    # After a step nobody holds gradients' temporaries, prediction or loss: what stays is the training state.
-    stays = sum(by_hand[column] for column in ("parameters", "gradients", "optimizer_state", "batch"))
+    # After a step nobody holds gradients' temporaries, prediction or loss: what stays is the
+    # training state.
+    stays = sum(
+        by_hand[column] for column in ("parameters", "gradients", "optimizer_state", "batch")
+    )
     assert measured.bytes_after_step == (stays, stays)
 
 
-# Real models ----------------------------------------------------------------------------------------------------------
+# Real models --------------------------------------------------------------------------------------
 
 
 def training(model: nn.Module, loss_of, expected: dict, **options):
     """A step with AdamW; `expected` is told what the columns of the model have to be."""
     tensors = [*model.parameters(), *model.buffers()]
-    expected["parameters"] = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+    expected["parameters"] = sum(
+        {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values()
+    )
     trained = list(model.parameters())
     expected["gradients"] = sum(p.numel() * p.element_size() for p in trained)
     expected["optimizer_state"] = sum(2 * p.numel() * p.element_size() + FLOAT for p in trained)
@@ -111,10 +126,16 @@ def build_mlp(expected, **options):
 def build_conv(expected, **options):
     """oneDNN reorders weights and images inside its operators: memory that no tensor ever owned."""
     model = nn.Sequential(
-        nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(),
-        nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.BatchNorm2d(32), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10),
-    )  # fmt: skip
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, stride=2, padding=1),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(32, 10),
+    )
     images, labels = torch.randn(16, 3, 32, 32), torch.randint(10, (16,))
     return training(model, lambda: F.cross_entropy(model(images), labels), expected, **options)
 
@@ -136,7 +157,9 @@ def build_lstm(expected, **options):
 
 def build_gpt(expected, batch=4, sequence=64, **options):
     model, tokens = gpt.GPT(gpt.tiny()), torch.randint(256, (batch, sequence + 1))
-    return training(model, lambda: model(tokens[:, :-1], tokens[:, 1:].contiguous()), expected, **options)
+    return training(
+        model, lambda: model(tokens[:, :-1], tokens[:, 1:].contiguous()), expected, **options
+    )
 
 
 def build_vit(expected, **options):
@@ -148,7 +171,13 @@ def build_vit(expected, **options):
 def build_hugging_face_gpt2(expected, **options):
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(
-        vocab_size=500, n_positions=64, n_embd=64, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
+        vocab_size=500,
+        n_positions=64,
+        n_embd=64,
+        n_layer=2,
+        n_head=2,
+        bos_token_id=0,
+        eos_token_id=0,
     )
     model, tokens = transformers.GPT2LMHeadModel(config), torch.randint(500, (4, 32))
     return training(model, lambda: model(input_ids=tokens, labels=tokens).loss, expected, **options)
@@ -157,9 +186,14 @@ def build_hugging_face_gpt2(expected, **options):
 def build_hugging_face_llama(expected, batch=4, sequence=32, **options):
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
-        vocab_size=500, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64,
-    )  # fmt: skip
+        vocab_size=500,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
     model, tokens = transformers.LlamaForCausalLM(config), torch.randint(500, (batch, sequence))
     return training(model, lambda: model(input_ids=tokens, labels=tokens).loss, expected, **options)
 
@@ -169,8 +203,14 @@ def name_of(build) -> str:
 
 
 MODELS = [
-    build_mlp, build_conv, build_lstm, build_gpt, build_vit, build_hugging_face_gpt2, build_hugging_face_llama,
-]  # fmt: skip
+    build_mlp,
+    build_conv,
+    build_lstm,
+    build_gpt,
+    build_vit,
+    build_hugging_face_gpt2,
+    build_hugging_face_llama,
+]
 
 
 @pytest.fixture
@@ -187,7 +227,9 @@ def traces(monkeypatch):
 
 
 def replay(trace: dict) -> tuple[int, int]:
-    """The peak of a trace, twice: by adding up its blocks, and by the allocator's own running total."""
+    """The peak of a trace, twice: by adding up its blocks, and by the allocator's own running
+    total.
+    """
     events = [entry for entry in trace["traceEvents"] if entry.get("name") == "[memory]"]
     events.sort(key=lambda entry: (entry["ts"], entry["args"]["Ev Idx"]))
     blocks, total, peak, own_peak = {}, 0, 0, 0
@@ -208,7 +250,9 @@ def replay(trace: dict) -> tuple[int, int]:
             assert blocks.pop(address) == -size
             total += size
         else:
-            own_start += size  # a block from before, which an earlier measurement had seen being born
+            own_start += (
+                size  # a block from before, which an earlier measurement had seen being born
+            )
         peak, own_peak = max(peak, total), max(own_peak, own - own_start)
     return peak, own_peak
 
@@ -239,13 +283,17 @@ def test_a_real_model_is_measured_to_the_byte(build, traces):
     assert first.timeline.total.max() == first.peak_bytes
     # The peak that is shown and the peak of the curves are the same moment.
     top = int(first.timeline.total.argmax())
-    assert {name: int(values[top]) for name, values in first.timeline.bytes.items()} == first.columns
+    assert {
+        name: int(values[top]) for name, values in first.timeline.bytes.items()
+    } == first.columns
     assert first.timeline.phase[top] == first.phase
 
 
 @pytest.mark.parametrize("build", [build_gpt, build_hugging_face_llama], ids=name_of)
 def test_gradients_and_state_are_exact_at_a_peak_in_the_optimizer(build):
-    """AdamW(foreach=True) holds about one more copy of the model: more than the activations of a batch this small."""
+    """AdamW(foreach=True) holds about one more copy of the model: more than the activations of a
+    batch this small.
+    """
     expected: dict[str, int] = {}
     measured = measure(lambda: build(expected, batch=1, sequence=4, foreach=True))
     assert measured.phase == "optimizer"
@@ -253,12 +301,14 @@ def test_gradients_and_state_are_exact_at_a_peak_in_the_optimizer(build):
     assert measured.columns["temporaries"] >= expected["parameters"] // 2
 
 
-# Another tool ---------------------------------------------------------------------------------------------------------
+# Another tool -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("build", [build_mlp, build_gpt], ids=name_of)
 def test_pytorchs_own_tracker_finds_the_same_peak(build):
-    """`MemTracker` follows tensors in a dispatch mode. It keeps a wrapped number alive a little longer: 128 bytes."""
+    """`MemTracker` follows tensors in a dispatch mode. It keeps a wrapped number alive a little
+    longer: 128 bytes.
+    """
     tracker_module = pytest.importorskip("torch.distributed._tools.mem_tracker")
     expected: dict[str, int] = {}
     measured = measure(lambda: build(expected))
@@ -273,10 +323,12 @@ def test_pytorchs_own_tracker_finds_the_same_peak(build):
     assert measured.columns["parameters"] == counted["Parameter"] + counted["Buffer"]
     # What an optimizer makes for the moment, the tracker calls its state.
     moment = measured.columns["temporaries"] if measured.phase == "optimizer" else 0
-    assert measured.columns["optimizer_state"] + moment == pytest.approx(counted["Optstate"], abs=128)
+    assert measured.columns["optimizer_state"] + moment == pytest.approx(
+        counted["Optstate"], abs=128
+    )
 
 
-# What is no memory of the allocator's ---------------------------------------------------------------------------------
+# What is no memory of the allocator's -------------------------------------------------------------
 
 
 def test_memory_maps_are_reported_apart(tmp_path):
@@ -288,15 +340,24 @@ def test_memory_maps_are_reported_apart(tmp_path):
     del mapped, owned, shared
     trace.stop()
     assert [event.bytes for event in trace.mapped] == [5000, 2000, -5000, -2000]
-    assert [event.bytes for event in trace.events if abs(event.bytes) >= 2000] == [3000, 2000, -2000, -3000]
+    assert [event.bytes for event in trace.events if abs(event.bytes) >= 2000] == [
+        3000,
+        2000,
+        -2000,
+        -3000,
+    ]
 
 
 def test_an_offload_to_a_file_is_a_saving(tmp_path):
-    """To the profiler a mapped file looks like an allocation. It is none: the file system gives it room."""
+    """To the profiler a mapped file looks like an allocation. It is none: the file system gives it
+    room.
+    """
 
     def build(offload):
         torch.manual_seed(0)
-        layers = nn.Sequential(*[module for _ in range(4) for module in (nn.Linear(64, 64), nn.Tanh())])
+        layers = nn.Sequential(
+            *[module for _ in range(4) for module in (nn.Linear(64, 64), nn.Tanh())]
+        )
         inputs, count = torch.randn(512, 64), 0
 
         def pack(tensor):
@@ -305,12 +366,18 @@ def test_an_offload_to_a_file_is_a_saving(tmp_path):
                 return tensor
             count += 1
             path = str(tmp_path / f"{count}")
-            return torch.from_file(path, shared=True, size=tensor.numel()).view(tensor.shape).copy_(tensor)
+            return (
+                torch.from_file(path, shared=True, size=tensor.numel())
+                .view(tensor.shape)
+                .copy_(tensor)
+            )
 
         def step():
             for parameter in layers.parameters():
                 parameter.grad = None
-            hooks = torch.autograd.graph.saved_tensors_hooks(pack if offload else lambda t: t, lambda t: t)
+            hooks = torch.autograd.graph.saved_tensors_hooks(
+                pack if offload else lambda t: t, lambda t: t
+            )
             with hooks:
                 loss = layers(inputs).sum()
             loss.backward()
@@ -322,12 +389,13 @@ def test_an_offload_to_a_file_is_a_saving(tmp_path):
     assert plain.columns["activations"] == 3 * activation + 8
     assert offloaded.columns["activations"] == 8
     assert offloaded.peak_bytes <= plain.peak_bytes - 2 * activation
-    # The output of each Tanh, the input of each linear layer, and (a view, so no Parameter) three transposed weights.
+    # The output of each Tanh, the input of each linear layer, and (a view, so no Parameter) three
+    # transposed weights.
     assert offloaded.outside_bytes == 8 * activation + 3 * 64 * 64 * FLOAT
     assert plain.outside_bytes == 0
 
 
-# The profiler ---------------------------------------------------------------------------------------------------------
+# The profiler -------------------------------------------------------------------------------------
 
 
 def profiler_is_off() -> bool:
@@ -348,7 +416,9 @@ def test_a_running_profiler_is_refused_and_left_alone():
 @pytest.mark.parametrize("when", [0, 1, 2])
 def test_a_profiler_on_a_schedule_is_safe(when):
     """While it warms up it is not on yet, and a profiler started then would end the process."""
-    with profile(activities=[ProfilerActivity.CPU], schedule=schedule(wait=1, warmup=1, active=1)) as users:
+    with profile(
+        activities=[ProfilerActivity.CPU], schedule=schedule(wait=1, warmup=1, active=1)
+    ) as users:
         for iteration in range(3):
             torch.ones(9)
             if iteration == when == 0:
@@ -361,7 +431,9 @@ def test_a_profiler_on_a_schedule_is_safe(when):
 
 
 def test_a_finished_profiler_is_no_obstacle():
-    with profile(activities=[ProfilerActivity.CPU], schedule=schedule(wait=1, warmup=1, active=1)) as users:
+    with profile(
+        activities=[ProfilerActivity.CPU], schedule=schedule(wait=1, warmup=1, active=1)
+    ) as users:
         for _ in range(3):
             users.step()
     assert measure(lambda: lambda: torch.ones(100)).peak_bytes >= 400
@@ -385,7 +457,9 @@ def test_a_profiler_that_is_started_inside_ends_the_measurement_with_an_error():
 
 
 def test_standard_error_stays_clean():
-    """The profiler announces itself there, and the allocator warns of blocks from before: a notebook would show it."""
+    """The profiler announces itself there, and the allocator warns of blocks from before: a
+    notebook would show it.
+    """
     code = """
         import torch
         from torch import nn
@@ -414,7 +488,11 @@ def test_standard_error_stays_clean():
     """
     environment = {name: value for name, value in os.environ.items() if name != "KINETO_LOG_LEVEL"}
     ran = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True, env=environment
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
     )
     assert int(ran.stdout) > 0
     assert ran.stderr == ""
@@ -435,11 +513,13 @@ def test_another_threads_allocations_are_not_the_profilers():
     del here
 
 
-# What the meter builds on, and PyTorch does not promise ---------------------------------------------------------------
+# What the meter builds on, and PyTorch does not promise -------------------------------------------
 
 
 def test_the_trace_has_the_fields_that_the_meter_reads(tmp_path):
-    """If this fails, PyTorch has changed its trace: `read_trace` in memlab/meters/cpu.py has to follow."""
+    """If this fails, PyTorch has changed its trace: `read_trace` in memlab/meters/cpu.py has to
+    follow.
+    """
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     weight = torch.ones(4, 4, requires_grad=True)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -453,7 +533,9 @@ def test_the_trace_has_the_fields_that_the_meter_reads(tmp_path):
     for entry in memory:
         assert {"Bytes", "Addr", "Ev Idx", "Total Allocated", "Device Type"} <= entry["args"].keys()
     operators: dict[str, dict] = {}
-    for entry in sorted((e for e in trace["traceEvents"] if e.get("cat") == "cpu_op"), key=lambda e: e["ts"]):
+    for entry in sorted(
+        (e for e in trace["traceEvents"] if e.get("cat") == "cpu_op"), key=lambda e: e["ts"]
+    ):
         operators.setdefault(entry["name"], entry)  # the first of each name: forward's
     forward, node = operators["aten::mm"], operators[cpu._BACKWARD + "MmBackward0"]
     assert forward["ph"] == "X" and {"ts", "dur", "tid"} <= forward.keys()
@@ -463,7 +545,9 @@ def test_the_trace_has_the_fields_that_the_meter_reads(tmp_path):
 
 
 def test_pytorch_says_whether_a_profiler_runs():
-    """`torch._C._autograd._profiler_enabled` is private; without it a second profiler ends the process."""
+    """`torch._C._autograd._profiler_enabled` is private; without it a second profiler ends the
+    process.
+    """
     assert cpu._profiler_enabled() is False
     with profile(activities=[ProfilerActivity.CPU]):
         assert cpu._profiler_enabled() is True
@@ -490,11 +574,25 @@ def test_the_meter_works_without_the_loggers_level(monkeypatch):
 
 def test_read_trace_on_a_trace_made_by_hand():
     def memory(ts, index, address, size, total, device=0):
-        args = {"Ev Idx": index, "Addr": address, "Bytes": size, "Total Allocated": total, "Device Type": device}
+        args = {
+            "Ev Idx": index,
+            "Addr": address,
+            "Bytes": size,
+            "Total Allocated": total,
+            "Device Type": device,
+        }
         return {"name": "[memory]", "ph": "i", "ts": ts, "args": args}
 
     def operator(name, ts, dur, **args):
-        return {"name": name, "ph": "X", "cat": "cpu_op", "ts": ts, "dur": dur, "tid": 7, "args": args}
+        return {
+            "name": name,
+            "ph": "X",
+            "cat": "cpu_op",
+            "ts": ts,
+            "dur": dur,
+            "tid": 7,
+            "args": args,
+        }
 
     trace = {
         "baseTimeNanoseconds": 1_000_000,
@@ -509,17 +607,34 @@ def test_read_trace_on_a_trace_made_by_hand():
             memory(5.5, 12, 0xC, -30, 0),
             memory(1.0, 2, 0xA, 512, 512, device=1),  # a GPU's
             operator("aten::mm", 1.0, 0.5, **{"Sequence number": 3}),
-            operator("autograd::engine::evaluate_function: MmBackward0", 2.0, 1.0, **{"Sequence number": 3}),
+            operator(
+                "autograd::engine::evaluate_function: MmBackward0",
+                2.0,
+                1.0,
+                **{"Sequence number": 3},
+            ),
             operator("aten::empty", 1.1, 0.1),
-            {"name": "python_function", "ph": "X", "cat": "python_function", "ts": 0, "dur": 1, "tid": 7, "args": {}},
+            {
+                "name": "python_function",
+                "ph": "X",
+                "cat": "python_function",
+                "ts": 0,
+                "dur": 1,
+                "tid": 7,
+                "args": {},
+            },
             {"name": "process_name", "ph": "M", "args": {}},
         ],
     }
     events, mapped, spans = read_trace(trace)
     assert events == [
-        (1_001_250, 0xA, 100), (1_002_000, 0xB, 50), (1_002_500, 0xB, -50), (1_003_500, 0xA, -100),
-        (1_005_000, 0xC, 30), (1_005_500, 0xC, -30),
-    ]  # fmt: skip
+        (1_001_250, 0xA, 100),
+        (1_002_000, 0xB, 50),
+        (1_002_500, 0xB, -50),
+        (1_003_500, 0xA, -100),
+        (1_005_000, 0xC, 30),
+        (1_005_500, 0xC, -30),
+    ]
     assert mapped == [(1_002_000, 0xC, 64), (1_004_000, 0xC, -64)]
     assert [(span.kind, span.name, span.start, span.end, span.sequence) for span in spans] == [
         ("operator", "aten::mm", 1_001_000, 1_001_500, 3),

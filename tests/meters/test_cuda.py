@@ -1,4 +1,6 @@
-"""A GPU's bytes: the history that the allocator records, made by hand here; on a GPU also the real one."""
+"""A GPU's bytes: the history that the allocator records, made by hand here; on a GPU also the real
+one.
+"""
 
 import inspect
 
@@ -29,12 +31,19 @@ def gpu(test):
     return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason=reason)(test))
 
 
-# Without a GPU --------------------------------------------------------------------------------------------------------
+# Without a GPU ------------------------------------------------------------------------------------
 
 
 def entry(action: str, address: int, size: int, time_us: int) -> dict:
     """An entry of the allocator's history, with the fields that PyTorch gives it."""
-    return {"action": action, "addr": address, "size": size, "time_us": time_us, "stream": 0, "frames": []}
+    return {
+        "action": action,
+        "addr": address,
+        "size": size,
+        "time_us": time_us,
+        "stream": 0,
+        "frames": [],
+    }
 
 
 def test_a_history_made_by_hand():
@@ -45,7 +54,14 @@ def test_a_history_made_by_hand():
         entry("free_requested", 0x1000, 1000, 3),
         entry("free_completed", 0x1000, 1000, 3),
         entry("alloc", 0x1000, 1, 4),
-        {"action": "oom", "size": 5 * MiB, "device_free": 0, "time_us": 5, "stream": 0, "frames": []},
+        {
+            "action": "oom",
+            "size": 5 * MiB,
+            "device_free": 0,
+            "time_us": 5,
+            "stream": 0,
+            "frames": [],
+        },
         {"action": "snapshot", "addr": 0, "size": 0, "time_us": 6, "stream": 0, "frames": []},
         entry("free_requested", 0x1400, 512, 7),
         entry("free_completed", 0x1400, 512, 9),
@@ -63,29 +79,45 @@ def test_a_history_made_by_hand():
     assert ledger.timeline().total.tolist() == [1024, 1536, 512, 1024, 512]
 
 
-@pytest.mark.parametrize("size, rounded", [(1, 512), (511, 512), (512, 512), (513, 1024), (MiB, MiB)])
+@pytest.mark.parametrize(
+    "size, rounded", [(1, 512), (511, 512), (512, 512), (513, 1024), (MiB, MiB)]
+)
 def test_the_allocator_hands_out_multiples_of_512(size, rounded):
     assert read_history([entry("alloc", 1, size, 1)])[0].bytes == rounded
 
 
 def test_the_counters_fall_when_a_return_is_asked_for():
     """Not when the streams are done with the block (`free_completed`)."""
-    history = [entry("alloc", 1, 512, 1), entry("free_requested", 1, 512, 5), entry("free_completed", 1, 512, 50)]
+    history = [
+        entry("alloc", 1, 512, 1),
+        entry("free_requested", 1, 512, 5),
+        entry("free_completed", 1, 512, 50),
+    ]
     assert [event.time for event in read_history(history)] == [1000, 5000]
 
 
 def test_workspaces_are_parted_from_the_run():
     """They are the blocks that go when the workspaces are cleared, after the run."""
-    run = [Event(1, 0x10, 100), Event(3, 0x30, 50), Event(4, 0x10, -100), Event(6, 0x10, 70), Event(7, 0x10, -70)]
+    run = [
+        Event(1, 0x10, 100),
+        Event(3, 0x30, 50),
+        Event(4, 0x10, -100),
+        Event(6, 0x10, 70),
+        Event(7, 0x10, -70),
+    ]
     forward, backward = Event(2, 0x20, 32), Event(5, 0x40, 32)
     cleared = [Event(100, 0x20, -32), Event(101, 0x40, -32)]
     events = sorted([*run, forward, backward]) + cleared
-    # All together peak at time 6 with 50 + 70 + 64 bytes, or at 3 with 100 + 50 + 32: at 6 both workspaces are there.
+    # All together peak at time 6 with 50 + 70 + 64 bytes, or at 3 with 100 + 50 + 32: at 6 both
+    # workspaces are there.
     assert split_workspaces(events, ended=90) == (run, (64, 64))
     # A history that begins after the first of them: it was there all the time.
     assert split_workspaces(events[2:], ended=90)[1] == (64, 64)
     assert split_workspaces(run, ended=90) == (run, (0, 0))
-    early = sorted([Event(1, 0x10, 100), Event(2, 0x20, 32), Event(3, 0x10, -100), Event(5, 0x40, 32)]) + cleared
+    early = (
+        sorted([Event(1, 0x10, 100), Event(2, 0x20, 32), Event(3, 0x10, -100), Event(5, 0x40, 32)])
+        + cleared
+    )
     assert split_workspaces(early, ended=90)[1] == (64, 32)
 
 
@@ -95,15 +127,26 @@ def test_a_block_that_outlives_the_run_is_no_workspace():
 
 
 def test_what_the_gpus_meter_calls_takes_the_arguments_that_it_gives():
-    """The history is private in PyTorch, and cannot run here: at least the names and arguments are there."""
+    """The history is private in PyTorch, and cannot run here: at least the names and arguments are
+    there.
+    """
     history = inspect.signature(torch.cuda.memory._record_memory_history)
     assert {"enabled", "context", "max_entries"} <= history.parameters.keys()
     assert "device" in inspect.signature(torch.cuda.memory._snapshot).parameters
     for name in (
-        "empty_cache", "max_memory_allocated", "max_memory_reserved", "mem_get_info", "memory_allocated",
-        "memory_reserved", "memory_snapshot", "reset_peak_memory_stats", "set_per_process_memory_fraction",
-        "get_per_process_memory_fraction", "synchronize", "get_device_properties",
-    ):  # fmt: skip
+        "empty_cache",
+        "max_memory_allocated",
+        "max_memory_reserved",
+        "mem_get_info",
+        "memory_allocated",
+        "memory_reserved",
+        "memory_snapshot",
+        "reset_peak_memory_stats",
+        "set_per_process_memory_fraction",
+        "get_per_process_memory_fraction",
+        "synchronize",
+        "get_device_properties",
+    ):
         assert callable(getattr(torch.cuda, name)), name
 
 
@@ -115,14 +158,16 @@ def test_clearing_workspaces_does_nothing_where_there_is_no_gpu():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
-@pytest.mark.parametrize("use", [lambda: measure(lambda: print, device="cuda"), lambda: watch(device="cuda")])
+@pytest.mark.parametrize(
+    "use", [lambda: measure(lambda: print, device="cuda"), lambda: watch(device="cuda")]
+)
 def test_a_gpu_that_is_not_there_is_an_error_and_never_a_zero(use):
     """`torch.cuda.max_memory_allocated()` returns 0 without a GPU."""
     with pytest.raises(ValueError, match="no CUDA device is there"):
         use()
 
 
-# On a GPU -------------------------------------------------------------------------------------------------------------
+# On a GPU -----------------------------------------------------------------------------------------
 
 
 def build(batch: int = 8):
@@ -148,7 +193,9 @@ def build(batch: int = 8):
 
 @pytest.fixture
 def warm():
-    """The first matrix product of a process makes cuBLAS's handles, which no later run makes again."""
+    """The first matrix product of a process makes cuBLAS's handles, which no later run
+    makes again.
+    """
     build()()()
     torch.cuda.synchronize()
     yield
@@ -170,7 +217,10 @@ def test_the_peak_is_the_rise_of_the_allocators_counter(warm):
     step()
     step()
     assert measured.workspace_bytes == workspace_bytes(CUDA) > 0
-    assert measured.peak_bytes + measured.workspace_bytes == torch.cuda.max_memory_allocated(CUDA) - before
+    assert (
+        measured.peak_bytes + measured.workspace_bytes
+        == torch.cuda.max_memory_allocated(CUDA) - before
+    )
 
 
 @gpu
@@ -186,7 +236,9 @@ def test_the_columns_sum_to_the_peak_and_little_is_left_over(warm):
 def test_parameters_are_exact_up_to_the_allocators_rounding(warm):
     measured = measure(build(), device="cuda")
     torch.manual_seed(0)
-    parameters = {p.untyped_storage().data_ptr(): p for p in gpt.GPT(gpt.small(layers=4)).parameters()}.values()
+    parameters = {
+        p.untyped_storage().data_ptr(): p for p in gpt.GPT(gpt.small(layers=4)).parameters()
+    }.values()
     rounded = sum(-(-p.numel() * 4 // 512) * 512 for p in parameters)
     assert measured.columns["parameters"] == rounded
     assert measured.columns["optimizer_state"] >= 2 * sum(p.numel() * 4 for p in parameters)
@@ -292,7 +344,8 @@ def test_a_budget_that_is_kept_changes_nothing(warm):
     free = measure(build(), device="cuda")
     with budget("4 GiB", device="cuda"):
         kept = measure(build(), device="cuda")
-    # A large block that is free may be handed out whole, if less than 1 MiB of it would be left over.
+    # A large block that is free may be handed out whole, if less than 1 MiB of it would be left
+    # over.
     assert abs(kept.peak_bytes - free.peak_bytes) <= 2 * MiB
 
 
@@ -313,7 +366,10 @@ def test_the_trace_sees_a_known_allocation():
     address = held.data_ptr()
     del held
     trace.stop()
-    assert [(e.address, e.bytes) for e in trace.events if e.address == address] == [(address, 1024), (address, -1024)]
+    assert [(e.address, e.bytes) for e in trace.events if e.address == address] == [
+        (address, 1024),
+        (address, -1024),
+    ]
     assert trace.complete
 
 
@@ -324,7 +380,10 @@ def test_checkpointing_shows_in_the_columns(warm):
     def layers(run):
         def inner():
             torch.manual_seed(0)
-            blocks = nn.ModuleList(nn.Sequential(nn.Linear(256, 1024), nn.GELU(), nn.Linear(1024, 256)) for _ in range(6))
+            blocks = nn.ModuleList(
+                nn.Sequential(nn.Linear(256, 1024), nn.GELU(), nn.Linear(1024, 256))
+                for _ in range(6)
+            )
             blocks, inputs = blocks.to(CUDA), torch.randn(4096, 256, device=CUDA)
 
             def step():
@@ -338,5 +397,7 @@ def test_checkpointing_shows_in_the_columns(warm):
         return inner
 
     plain = measure(layers(lambda block, x: block(x)), device="cuda")
-    saved = measure(layers(lambda block, x: checkpoint(block, x, use_reentrant=False)), device="cuda")
+    saved = measure(
+        layers(lambda block, x: checkpoint(block, x, use_reentrant=False)), device="cuda"
+    )
     assert saved.columns["activations"] < plain.columns["activations"] / 2

@@ -1,5 +1,6 @@
-"""What the whole recipe needs: a start without a second copy, the loss in tiles of words, the tied embedding's one
-gradient, the norm that cannot be clipped, and everything together on our GPT and on a model of Hugging Face."""
+"""What the whole recipe needs: a start without a second copy, the loss in tiles of words, the tied
+embedding's one gradient, the norm that cannot be clipped, and everything together on our GPT and on
+a model of Hugging Face."""
 
 import contextlib
 import copy
@@ -61,7 +62,9 @@ def run_gpt(model):
 
 @pytest.fixture(scope="module")
 def transformers():
-    logging.disable(logging.WARNING)  # it looks at every optional package, and some of them complain
+    logging.disable(
+        logging.WARNING
+    )  # it looks at every optional package, and some of them complain
     module = pytest.importorskip("transformers")
     yield module
     logging.disable(logging.NOTSET)
@@ -70,14 +73,26 @@ def transformers():
 def gpt2(transformers, **changes):
     torch.manual_seed(0)
     sizes = {"vocab_size": 400, "n_embd": 32, "n_head": 2, "n_layer": 2, "n_positions": 32}
-    quiet = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": None, "eos_token_id": None}
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**(sizes | quiet | changes))).train()
+    quiet = {
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(**(sizes | quiet | changes))
+    ).train()
 
 
 def llama(transformers, **changes):
     torch.manual_seed(0)
     sizes = {"vocab_size": 400, "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
-    sizes |= {"intermediate_size": 64, "num_key_value_heads": 1, "tie_word_embeddings": True} | changes
+    sizes |= {
+        "intermediate_size": 64,
+        "num_key_value_heads": 1,
+        "tie_word_embeddings": True,
+    } | changes
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).train()
 
 
@@ -106,7 +121,7 @@ def is_far(tensor):
     return tensor.is_pinned() or tensor.untyped_storage().filename is not None
 
 
-# --- The start ----------------------------------------------------------------------------------------------
+# --- The start ------------------------------------------------------------------------------------
 
 
 def on_meta(make, dtype=torch.float32):
@@ -169,7 +184,10 @@ def test_buffers_of_every_kind_and_what_is_shared_within_a_module():
 
 def test_numbers_are_converted_as_they_are_copied_and_lie_where_place_says(tmp_path):
     expected, model = small_gpt(), on_meta(small_gpt, torch.bfloat16)
-    place = lambda name, like: far_like(like, tmp_path, device="cpu") if "mlp" in name else near(name, like)  # noqa: E731
+
+    def place(name, like):
+        return far_like(like, tmp_path, device="cpu") if "mlp" in name else near(name, like)
+
     materialize(model, expected.state_dict(), place)
     for name, parameter in model.named_parameters():
         assert parameter.dtype == torch.bfloat16 and is_far(parameter) == ("mlp" in name)
@@ -184,7 +202,9 @@ def test_a_hugging_face_model_is_materialized(transformers):
 
 
 def test_never_more_than_one_tensor_is_there_twice(tmp_path):
-    """From a file the model is all that is allocated; of a state that is made as it is read, one FP32 tensor more."""
+    """From a file the model is all that is allocated; of a state that is made as it is read, one
+    FP32 tensor more.
+    """
     torch.save(small_gpt().state_dict(), tmp_path / "weights.pt")
     sizes = {name: p.numel() for name, p in small_gpt().named_parameters()}
 
@@ -210,7 +230,9 @@ def test_never_more_than_one_tensor_is_there_twice(tmp_path):
 
         return build_run
 
-    from_file = measure(build(lambda: torch.load(tmp_path / "weights.pt", mmap=True)), device="cpu", steps=1)
+    from_file = measure(
+        build(lambda: torch.load(tmp_path / "weights.pt", mmap=True)), device="cpu", steps=1
+    )
     assert from_file.peak_bytes == 2 * sum(sizes.values())
     lazily = measure(build(Lazy), device="cpu", steps=1)
     counts = list(sizes.values())
@@ -222,15 +244,31 @@ def test_never_more_than_one_tensor_is_there_twice(tmp_path):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"model": lambda: small_gpt()}, ValueError, "token_embedding.weight has numbers already: make the model"),
-        ({"lacks": "final_norm.bias"}, ValueError, "The state has no final_norm.bias.*add it to the state"),
-        ({"shape": "final_norm.bias"}, ValueError, r"final_norm.bias is \(3,\), but the model needs \(64,\)"),
-        ({"place": lambda n, like: torch.empty(2)}, TypeError, r"return \(500, 64\), torch.float32 for token_emb"),
+        (
+            {"model": lambda: small_gpt()},
+            ValueError,
+            "token_embedding.weight has numbers already: make the model",
+        ),
+        (
+            {"lacks": "final_norm.bias"},
+            ValueError,
+            "The state has no final_norm.bias.*add it to the state",
+        ),
+        (
+            {"shape": "final_norm.bias"},
+            ValueError,
+            r"final_norm.bias is \(3,\), but the model needs \(64,\)",
+        ),
+        (
+            {"place": lambda n, like: torch.empty(2)},
+            TypeError,
+            r"return \(500, 64\), torch.float32 for token_emb",
+        ),
         ({"place": lambda n, like: near(n, like).double()}, TypeError, "place must return"),
         ({"place": lambda n, like: like}, TypeError, "place must return .*, not Parameter"),
         ({"place": lambda n, like: None}, TypeError, "for token_embedding.weight, not None"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_materialized_is_refused_and_nothing_is_changed(change, error, message):
     state = small_gpt().state_dict()
     if "lacks" in change:
@@ -246,11 +284,13 @@ def test_what_cannot_be_materialized_is_refused_and_nothing_is_changed(change, e
 
 def test_a_buffer_that_is_never_saved_is_named(transformers):
     model = on_meta(lambda: llama(transformers))
-    with pytest.raises(ValueError, match="inv_freq. If it is a buffer that is never saved, add it to the state"):
+    with pytest.raises(
+        ValueError, match="inv_freq. If it is a buffer that is never saved, add it to the state"
+    ):
         materialize(model, llama(transformers).state_dict(), near)
 
 
-# --- The loss, a tile of words at a time: the same numbers --------------------------------------------------
+# --- The loss, a tile of words at a time: the same numbers ----------------------------------------
 
 
 def problem(dtype=torch.float32, ignored=0, tokens=TOKENS):
@@ -266,7 +306,9 @@ def problem(dtype=torch.float32, ignored=0, tokens=TOKENS):
 
 def plain(hidden, weight, targets, **options):
     logits = F.linear(hidden, weight)
-    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, **options)
+    return F.cross_entropy(
+        logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, **options
+    )
 
 
 def both(function, hidden, weight, targets, factor=1.0, **options):
@@ -296,7 +338,9 @@ def test_loss_and_gradients_are_those_of_the_plain_loss(tile_words, reduction, d
 
 
 def test_the_default_tile_and_many_tokens():
-    given = problem(torch.float64, tokens=1500)  # more than the 1,024 whose products are added at once
+    given = problem(
+        torch.float64, tokens=1500
+    )  # more than the 1,024 whose products are added at once
     expected, wanted = both(plain, *given)
     loss, gradients = both(tiled_linear_cross_entropy, *given)
     assert largest_difference([loss, *gradients], [expected, *wanted]) < 1e-12
@@ -305,7 +349,9 @@ def test_the_default_tile_and_many_tokens():
 @TILES
 @pytest.mark.parametrize("how", ["autocast", "16-bit weights"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16])
-def test_in_16_bits_it_is_at_most_twice_as_far_from_the_exact_gradients_as_the_plain_loss(tile_words, how, dtype):
+def test_in_16_bits_it_is_at_most_twice_as_far_from_the_exact_gradients_as_the_plain_loss(
+    tile_words, how, dtype
+):
     low = problem(torch.float32 if how == "autocast" else dtype)
     # The exact gradients of the very same numbers, so that only the computation counts.
     exact = [leaf.detach().double().requires_grad_() for leaf in low[:2]]
@@ -321,14 +367,20 @@ def test_in_16_bits_it_is_at_most_twice_as_far_from_the_exact_gradients_as_the_p
         assert [leaf.grad.dtype for leaf in low[:2]] == [leaf.dtype for leaf in low[:2]]
         losses[function is plain] = abs(loss.double() - reference).item()
         errors[function is plain] = [
-            largest_difference([leaf.grad / 1024], [one]) for leaf, one in zip(low, wanted, strict=False)
+            largest_difference([leaf.grad / 1024], [one])
+            for leaf, one in zip(low, wanted, strict=False)
         ]
     assert losses[False] <= 2 * losses[True] + 1e-6
-    assert all(0 < ours <= 2 * theirs < 0.1 for ours, theirs in zip(errors[False], errors[True], strict=True))
+    assert all(
+        0 < ours <= 2 * theirs < 0.1
+        for ours, theirs in zip(errors[False], errors[True], strict=True)
+    )
 
 
 def test_fp16_is_refused_since_its_sums_can_overflow():
-    with pytest.raises(TypeError, match="In FP16 the sum over all tokens can pass the largest number"):
+    with pytest.raises(
+        TypeError, match="In FP16 the sum over all tokens can pass the largest number"
+    ):
         tiled_linear_cross_entropy(*problem(torch.float16))
     with torch.autocast("cpu", torch.float16), pytest.raises(TypeError, match="In FP16"):
         tiled_linear_cross_entropy(*problem(torch.float32))
@@ -339,16 +391,22 @@ def test_the_gradient_of_hidden_states_in_16_bits_is_summed_in_fp32():
     hidden = torch.zeros(1, 1, dtype=torch.bfloat16, requires_grad=True)
     weight = torch.full((512, 1), 512.0, dtype=torch.bfloat16)
     weight[0] = 0
-    loss = tiled_linear_cross_entropy(hidden, weight, torch.zeros(1, dtype=torch.int64), tile_words=1)
+    loss = tiled_linear_cross_entropy(
+        hidden, weight, torch.zeros(1, dtype=torch.int64), tile_words=1
+    )
     loss.backward()
-    assert hidden.grad.item() == 512  # 511 words of probability 1/512 and weight 512: 511, rounded to BF16
+    assert (
+        hidden.grad.item() == 512
+    )  # 511 words of probability 1/512 and weight 512: 511, rounded to BF16
 
 
 def test_when_every_target_is_ignored_it_does_what_cross_entropy_does():
     given = problem(ignored=TOKENS)
     for reduction in ("mean", "sum"):
         expected, wanted = both(plain, *given, reduction=reduction)
-        loss, gradients = both(tiled_linear_cross_entropy, *given, reduction=reduction, tile_words=20)
+        loss, gradients = both(
+            tiled_linear_cross_entropy, *given, reduction=reduction, tile_words=20
+        )
         torch.testing.assert_close(loss, expected, equal_nan=True)
         assert loss.isnan() == (reduction == "mean")
         assert all(map(torch.equal, gradients, wanted)) and not any(one.any() for one in gradients)
@@ -358,7 +416,9 @@ def test_without_tokens_it_does_what_cross_entropy_does():
     hidden, weight, targets = problem(tokens=0)
     for reduction in ("mean", "sum"):
         expected, wanted = both(plain, hidden, weight, targets, reduction=reduction)
-        loss, gradients = both(tiled_linear_cross_entropy, hidden, weight, targets, reduction=reduction)
+        loss, gradients = both(
+            tiled_linear_cross_entropy, hidden, weight, targets, reduction=reduction
+        )
         torch.testing.assert_close(loss, expected, equal_nan=True)
         assert gradients[0].shape == (0, HIDDEN) and torch.equal(gradients[1], wanted[1])
 
@@ -378,7 +438,9 @@ def test_a_word_may_be_the_one_to_ignore():
     targets[3] = targets[8] = 7
     options = {"ignore_index": 7}
     expected, wanted = both(plain, hidden, weight, targets, **options)
-    loss, gradients = both(tiled_linear_cross_entropy, hidden, weight, targets, tile_words=20, **options)
+    loss, gradients = both(
+        tiled_linear_cross_entropy, hidden, weight, targets, tile_words=20, **options
+    )
     assert largest_difference([loss, *gradients], [expected, *wanted]) < 1e-12
 
 
@@ -390,7 +452,7 @@ def test_a_weight_that_is_not_contiguous():
     assert largest_difference([loss, *gradients], [expected, *wanted]) < 1e-12
 
 
-# --- What is not needed is not computed, and nothing is kept or copied --------------------------------------
+# --- What is not needed is not computed, and nothing is kept or copied ----------------------------
 
 
 @pytest.mark.parametrize("frozen", [0, 1])
@@ -404,7 +466,9 @@ def test_what_is_frozen_gets_no_gradient_and_the_other_one_the_right_one(frozen)
         made.append(torch.empty_like(weight))
         return made[-1]
 
-    _, gradients = both(tiled_linear_cross_entropy, *given, tile_words=20, gradient_like=gradient_like)
+    _, gradients = both(
+        tiled_linear_cross_entropy, *given, tile_words=20, gradient_like=gradient_like
+    )
     assert given[frozen].grad is None and len(made) == 1 - frozen
     assert largest_difference(gradients, [wanted[1 - frozen]]) < 1e-12
 
@@ -451,7 +515,7 @@ def test_the_gradient_is_made_by_gradient_like_and_given_away_not_copied(tmp_pat
     assert largest_difference(gradients, wanted) < 4e-6
 
 
-# --- The bytes ----------------------------------------------------------------------------------------------
+# --- The bytes ------------------------------------------------------------------------------------
 
 SIZES = {"tokens": 256, "hidden": 32, "words": 8192}
 
@@ -477,12 +541,17 @@ def build_loss(function, tokens, hidden, words, dtype=torch.float32, learns=True
 @pytest.mark.parametrize("tile_words", [64, 1000, 8192])
 def test_the_peak_is_one_tile_of_logits_and_its_product(tile_words):
     tokens, hidden, words = SIZES.values()
-    peak = measure(build_loss(tiled_linear_cross_entropy, **SIZES, tile_words=tile_words), device="cpu").peak_bytes
+    peak = measure(
+        build_loss(tiled_linear_cross_entropy, **SIZES, tile_words=tile_words), device="cpu"
+    ).peak_bytes
     inputs = 4 * tokens * hidden + 4 * words * hidden + 8 * tokens
     gradients = 4 * tokens * hidden + 4 * words * hidden
-    tile = 4 * tokens * tile_words + 4 * max(tile_words, tokens) * hidden  # the logits, and a product with them
-    # For each token: whether it counts and whether the tile has its word (1 byte each), which word and which of the
-    # tile's (8 each), the largest logit, the denominator and the target's logit (4 each). The loss and the count.
+    tile = (
+        4 * tokens * tile_words + 4 * max(tile_words, tokens) * hidden
+    )  # the logits, and a product with them
+    # For each token: whether it counts and whether the tile has its word (1 byte each), which word
+    # and which of the tile's (8 each), the largest logit, the denominator and the target's logit (4
+    # each). The loss and the count.
     small = 30 * tokens + 12
     assert peak == inputs + gradients + tile + small
     # The plain loss holds three tensors of the size of all logits.
@@ -496,7 +565,9 @@ def test_in_16_bits_logits_are_there_in_16_and_in_32_and_the_weights_gradient_ha
     build = build_loss(tiled_linear_cross_entropy, **SIZES, dtype=torch.bfloat16, tile_words=512)
     peak = measure(build, device="cpu").peak_bytes
     inputs = 2 * tokens * hidden + 2 * words * hidden + 8 * tokens
-    gradients = 4 * tokens * hidden + 2 * words * hidden  # that of the hidden states is a sum in FP32
+    gradients = (
+        4 * tokens * hidden + 2 * words * hidden
+    )  # that of the hidden states is a sum in FP32
     assert peak == inputs + gradients + 6 * tokens * 512 + 31 * tokens + 12
 
 
@@ -508,7 +579,7 @@ def test_without_grad_one_tile_is_all():
     assert inputs + logits <= peak <= inputs + logits + 48 * tokens
 
 
-# --- What the loss cannot do is refused ---------------------------------------------------------------------
+# --- What the loss cannot do is refused -----------------------------------------------------------
 
 
 def test_a_second_backward_is_refused():
@@ -516,7 +587,9 @@ def test_a_second_backward_is_refused():
     loss = tiled_linear_cross_entropy(*given)
     loss.backward(retain_graph=True)
     first = given[1].grad.clone()
-    with pytest.raises(RuntimeError, match="first backward pass used the gradients up: compute the loss again"):
+    with pytest.raises(
+        RuntimeError, match="first backward pass used the gradients up: compute the loss again"
+    ):
         loss.backward()
     assert torch.equal(given[1].grad, first)
 
@@ -530,29 +603,59 @@ def test_a_second_derivative_is_refused():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"hidden": torch.randn(2, 3, HIDDEN)}, ValueError, r"must fit: hidden \(2, 3, 16\), weight \(101, 16\)"),
+        (
+            {"hidden": torch.randn(2, 3, HIDDEN)},
+            ValueError,
+            r"must fit: hidden \(2, 3, 16\), weight \(101, 16\)",
+        ),
         ({"weight": torch.randn(WORDS, HIDDEN + 1)}, ValueError, r"weight \(101, 17\)"),
         ({"weight": torch.randn(HIDDEN)}, ValueError, r"weight \(16,\)"),
-        ({"hidden": torch.randn(TOKENS), "weight": torch.randn(HIDDEN)}, ValueError, r"hidden \(37,\)"),
+        (
+            {"hidden": torch.randn(TOKENS), "weight": torch.randn(HIDDEN)},
+            ValueError,
+            r"hidden \(37,\)",
+        ),
         ({"targets": torch.zeros(TOKENS + 1, dtype=torch.int64)}, ValueError, r"targets \(38,\)"),
         ({"targets": torch.zeros(1, TOKENS, dtype=torch.int64)}, ValueError, r"targets \(1, 37\)"),
         ({"targets": torch.rand(TOKENS, WORDS)}, TypeError, "must be tensors, and targets int64"),
         ({"targets": torch.zeros(TOKENS, dtype=torch.int32)}, TypeError, "targets int64 indices"),
         ({"hidden": [1.0]}, TypeError, "hidden, weight and targets must be tensors"),
         ({"targets": None}, TypeError, "hidden, weight and targets must be tensors"),
-        ({"hidden": torch.zeros(TOKENS, HIDDEN).bfloat16()}, TypeError, "torch.bfloat16 and weight torch.float32"),
-        ({"hidden": torch.zeros(TOKENS, HIDDEN).long(), "weight": torch.zeros(WORDS, HIDDEN).long()}, TypeError,
-         "hidden is torch.int64 and weight torch.int64"),
+        (
+            {"hidden": torch.zeros(TOKENS, HIDDEN).bfloat16()},
+            TypeError,
+            "torch.bfloat16 and weight torch.float32",
+        ),
+        (
+            {
+                "hidden": torch.zeros(TOKENS, HIDDEN).long(),
+                "weight": torch.zeros(WORDS, HIDDEN).long(),
+            },
+            TypeError,
+            "hidden is torch.int64 and weight torch.int64",
+        ),
         ({"bias": torch.randn(WORDS)}, TypeError, "with a bias is not known here: use one without"),
-        ({"reduction": "none"}, ValueError, "\"mean\" or \"sum\", but they are 512 and 'none'"),
-        ({"tile_words": 0}, ValueError, "tile_words must be a positive int .* they are 0 and 'mean'"),
+        ({"reduction": "none"}, ValueError, '"mean" or "sum", but they are 512 and \'none\''),
+        (
+            {"tile_words": 0},
+            ValueError,
+            "tile_words must be a positive int .* they are 0 and 'mean'",
+        ),
         ({"tile_words": 2.0}, ValueError, "they are 2.0 and"),
         ({"tile_words": True}, ValueError, "they are True and"),
-        ({"targets": torch.full((TOKENS,), WORDS)}, ValueError, "Targets must be 0 to 100 or -100: one is 101"),
+        (
+            {"targets": torch.full((TOKENS,), WORDS)},
+            ValueError,
+            "Targets must be 0 to 100 or -100: one is 101",
+        ),
         ({"targets": torch.full((TOKENS,), -1)}, ValueError, "one is -1"),
-        ({"ignore_index": 5, "targets": torch.full((TOKENS,), -100)}, ValueError, "0 to 100 or 5: one is -100"),
+        (
+            {"ignore_index": 5, "targets": torch.full((TOKENS,), -100)},
+            ValueError,
+            "0 to 100 or 5: one is -100",
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_refused(change, error, message):
     hidden, weight, targets = problem()
     given = {"hidden": hidden, "weight": weight, "targets": targets} | change
@@ -560,7 +663,7 @@ def test_bad_input_is_refused(change, error, message):
         tiled_linear_cross_entropy(**given)
 
 
-# --- The tied embedding: the same gradients -----------------------------------------------------------------
+# --- The tied embedding: the same gradients -------------------------------------------------------
 
 
 class Tied(nn.Module):
@@ -609,7 +712,9 @@ def test_a_model_trains_the_same(make, run, loss, order, transformers):
         "tiled": functools.partial(apply_fused_loss, loss=TILED),
     }
     both_of_them = [apply_tied_embedding, apply[loss]]
-    handles = [one(model) for one in (both_of_them if order == "tied first" else both_of_them[::-1])]
+    handles = [
+        one(model) for one in (both_of_them if order == "tied first" else both_of_them[::-1])
+    ]
     for _ in range(2):  # with a second step
         got, gradients = loss_and_gradients(model, run)
         torch.testing.assert_close(got, expected, rtol=1e-6, atol=0)
@@ -633,14 +738,18 @@ def test_in_double_precision_the_gradients_are_equal_whatever_the_padding(paddin
     assert largest_difference(gradients, wanted) < 1e-14
 
 
-@pytest.mark.parametrize("tokens", [torch.tensor(3), torch.tensor([3, 3]), torch.zeros(0, dtype=torch.int64)])
+@pytest.mark.parametrize(
+    "tokens", [torch.tensor(3), torch.tensor([3, 3]), torch.zeros(0, dtype=torch.int64)]
+)
 def test_one_token_a_row_and_none(tokens):
     model = Tied(width=100).double()  # wider than the 64 columns that are summed at once
     run = lambda m: m(tokens).square().sum()  # noqa: E731
     _, wanted = loss_and_gradients(model, run)
     apply_tied_embedding(model)
     _, gradients = loss_and_gradients(model, run)
-    assert all(torch.allclose(one, other, rtol=1e-14) for one, other in zip(gradients, wanted, strict=True))
+    assert all(
+        torch.allclose(one, other, rtol=1e-14) for one, other in zip(gradients, wanted, strict=True)
+    )
     assert tokens.numel() == 0 or gradients[0].any()
 
 
@@ -657,7 +766,9 @@ def test_where_only_one_of_the_two_is_used():
     uses = {
         "embedding": lambda m: m.token_embedding(torch.tensor([1, 1, 2])).square().sum(),
         "head": lambda m: m.head(torch.ones(3, 8)).square().sum(),
-        "embedding, without grad": lambda m: m.head(m.token_embedding(torch.tensor([1, 2])).detach()).square().sum(),
+        "embedding, without grad": lambda m: (
+            m.head(m.token_embedding(torch.tensor([1, 2])).detach()).square().sum()
+        ),
     }
     wanted = {name: loss_and_gradients(model, use)[1] for name, use in uses.items()}
     apply_tied_embedding(model)
@@ -693,7 +804,12 @@ def test_gradients_add_up_over_steps_and_an_optimizer_in_backward_steps_once():
     apply_tied_embedding(model)
     run_tied(model).backward()
     run_tied(model).backward()
-    assert largest_difference([p.grad for p in model.parameters()], [p.grad for p in expected.parameters()]) < 1e-6
+    assert (
+        largest_difference(
+            [p.grad for p in model.parameters()], [p.grad for p in expected.parameters()]
+        )
+        < 1e-6
+    )
     expected.zero_grad()
     model.zero_grad()
     optimizer = optimizer_in_backward(model, lambda p: torch.optim.SGD(p, lr=0.1))
@@ -707,14 +823,23 @@ def test_gradients_add_up_over_steps_and_an_optimizer_in_backward_steps_once():
     torch.testing.assert_close(list(model.parameters()), list(expected.parameters()))
 
 
-@pytest.mark.parametrize("how", ["checkpointed blocks", "checkpointed head", "offloaded", "autocast"])
+@pytest.mark.parametrize(
+    "how", ["checkpointed blocks", "checkpointed head", "offloaded", "autocast"]
+)
 def test_with_other_techniques(how):
     def run(model):
         if how != "checkpointed head":
-            with offload_activations(model, min_bytes=0) if how == "offloaded" else contextlib.nullcontext():
+            with (
+                offload_activations(model, min_bytes=0)
+                if how == "offloaded"
+                else contextlib.nullcontext()
+            ):
                 return run_gpt(model)
         tokens, targets = torch.randint(500, (2, 4, 24), generator=torch.Generator().manual_seed(0))
-        per_row = lambda x, y: F.cross_entropy(model.head(x).flatten(0, 1), y.flatten(), reduction="none")  # noqa: E731
+
+        def per_row(x, y):
+            return F.cross_entropy(model.head(x).flatten(0, 1), y.flatten(), reduction="none")
+
         rows = lambda x, y: per_row(x, y).view(len(y), -1).sum(1)  # noqa: E731
         return in_micro_batches(rows, 2, model.features(tokens), targets).sum() / targets.numel()
 
@@ -730,7 +855,7 @@ def test_with_other_techniques(how):
     assert largest_difference(gradients, wanted) < 1e-5
 
 
-# --- The tied embedding: the bytes --------------------------------------------------------------------------
+# --- The tied embedding: the bytes ----------------------------------------------------------------
 
 
 def test_the_second_gradient_of_the_embedding_is_never_there():
@@ -755,10 +880,14 @@ def test_the_second_gradient_of_the_embedding_is_never_there():
 
         return build_run
 
-    tiled = functools.partial(apply_fused_loss, loss=functools.partial(tiled_linear_cross_entropy, tile_words=64))
+    tiled = functools.partial(
+        apply_fused_loss, loss=functools.partial(tiled_linear_cross_entropy, tile_words=64)
+    )
     before = measure(build(tiled), device="cpu")
     after = measure(build(tiled, apply_tied_embedding), device="cpu")
-    assert [block.bytes for block in before.largest()].count(embedding) == 3  # the weight and two gradients of it
+    assert [block.bytes for block in before.largest()].count(
+        embedding
+    ) == 3  # the weight and two gradients of it
     assert [block.bytes for block in after.largest()].count(embedding) == 2
     # At the end of backward: all weights, all gradients, and a few tensors of (tokens, width).
     rows = 4 * tokens * width
@@ -781,12 +910,15 @@ def test_the_output_layers_gradient_becomes_grad_without_a_copy():
     assert model.token_embedding.weight.grad.data_ptr() == pointer
 
 
-# --- The tied embedding: nothing else changes ---------------------------------------------------------------
+# --- The tied embedding: nothing else changes -----------------------------------------------------
 
 
 def test_the_model_is_as_before_in_all_but_its_gradients():
     model = small_gpt()
-    parameter, state = model.head.weight, {name: value.clone() for name, value in model.state_dict().items()}
+    parameter, state = (
+        model.head.weight,
+        {name: value.clone() for name, value in model.state_dict().items()},
+    )
     names, tokens = [name for name, _ in model.named_parameters()], torch.randint(500, (2, 24))
     expected = model(tokens).detach()
     apply_tied_embedding(model)
@@ -869,7 +1001,9 @@ def test_the_model_is_not_held_nor_copied():
     with pytest.raises(TypeError, match=r"tied embedding applied: remove\(\) it before copying"):
         copy.deepcopy(model)
     run_gpt(model).backward()
-    model.features(torch.zeros(1, 4, dtype=torch.int64))  # the embedding handed its weight on, and nobody took it
+    model.features(
+        torch.zeros(1, 4, dtype=torch.int64)
+    )  # the embedding handed its weight on, and nobody took it
     gc.collect()
     gc.disable()
     try:
@@ -900,12 +1034,32 @@ def strange_embedding(model):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (lambda m: setattr(m.token_embedding, "max_norm", 1.0), TypeError, "has max_norm, scale_grad_by_freq or sp"),
-        (lambda m: setattr(m.token_embedding, "scale_grad_by_freq", True), TypeError, "they cannot be kept"),
+        (
+            lambda m: setattr(m.token_embedding, "max_norm", 1.0),
+            TypeError,
+            "has max_norm, scale_grad_by_freq or sp",
+        ),
+        (
+            lambda m: setattr(m.token_embedding, "scale_grad_by_freq", True),
+            TypeError,
+            "they cannot be kept",
+        ),
         (lambda m: setattr(m.token_embedding, "sparse", True), TypeError, "they cannot be kept"),
-        (strange_embedding, TypeError, "nn.Embedding and an nn.Linear, but they are Other and Linear"),
-        (lambda m: setattr(m, "head", nn.Conv1d(1, 1, 1)), TypeError, "they are Embedding and Conv1d"),
-        (lambda m: setattr(m, "head", nn.Linear(8, 20)), ValueError, "output layer of this Tied share no weight"),
+        (
+            strange_embedding,
+            TypeError,
+            "nn.Embedding and an nn.Linear, but they are Other and Linear",
+        ),
+        (
+            lambda m: setattr(m, "head", nn.Conv1d(1, 1, 1)),
+            TypeError,
+            "they are Embedding and Conv1d",
+        ),
+        (
+            lambda m: setattr(m, "head", nn.Linear(8, 20)),
+            ValueError,
+            "output layer of this Tied share no weight",
+        ),
         (apply_tied_embedding, ValueError, r"forward is replaced already: remove\(\) that first"),
     ],
 )
@@ -919,7 +1073,10 @@ def test_what_cannot_be_tied_is_refused(change, error, message):
 def test_layers_that_are_not_found_can_be_named():
     tied = Tied()
     model = nn.Sequential(tied.token_embedding, nn.Tanh(), tied.head)
-    with pytest.raises(TypeError, match="must be an nn.Embedding and an nn.Linear, but they are NoneType and NoneType"):
+    with pytest.raises(
+        TypeError,
+        match="must be an nn.Embedding and an nn.Linear, but they are NoneType and NoneType",
+    ):
         apply_tied_embedding(model)
     with pytest.raises(ValueError, match="of this GPT share no weight"):
         apply_tied_embedding(small_gpt(tied_embeddings=False))
@@ -930,7 +1087,7 @@ def test_layers_that_are_not_found_can_be_named():
     assert "TiedLookup" in model[0](torch.tensor([1])).grad_fn.name()
 
 
-# --- The norm -----------------------------------------------------------------------------------------------
+# --- The norm -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("max_norm", [1e-3, 1, 1e3, float("inf")])
@@ -961,7 +1118,9 @@ def test_where_there_is_no_norm_clipping_is_refused():
         clip_gradient_norm([], 1.0)
     optimizer = optimizer_in_backward(model, lambda p: torch.optim.SGD(p, lr=0.1))
     run_gpt(model).backward()
-    with pytest.raises(RuntimeError, match="An optimizer in backward steps with each gradient before the last"):
+    with pytest.raises(
+        RuntimeError, match="An optimizer in backward steps with each gradient before the last"
+    ):
         clip_gradient_norm(model.parameters(), 1.0)
     optimizer.step()
 
@@ -984,7 +1143,7 @@ def test_other_norms_are_refused(max_norm):
     assert torch.equal(parameter.grad, torch.ones(2))
 
 
-# --- Everything together ------------------------------------------------------------------------------------
+# --- Everything together --------------------------------------------------------------------------
 
 LEAST = 1024  # bytes: what is smaller stays near
 
@@ -1000,13 +1159,18 @@ def a_llama(transformers):
 
 def make_optimizer(parameters, lr=1e-4):
     options = {"rounding": stochastic_round, "zeros": far_zeros}
-    return AdamW8bit(parameters, lr=lr, block_size=64, smallest=LEAST // 4, slice_size=1024, **options)
+    return AdamW8bit(
+        parameters, lr=lr, block_size=64, smallest=LEAST // 4, slice_size=1024, **options
+    )
 
 
 def everything(kind, state, dtype=torch.float32, **options):
     """The fullest composition: its model and its training step."""
     model = on_meta(kind.make, dtype)
-    place = lambda name, like: (far_like if like.nbytes >= LEAST else torch.empty_like)(like, device="cpu")  # noqa: E731
+
+    def place(name, like):
+        return (far_like if like.nbytes >= LEAST else torch.empty_like)(like, device="cpu")
+
     materialize(model, state, place)
     stream_parameters(kind.blocks(model), min_bytes=LEAST, device="cpu")
     apply_layer_major_micro_batches(kind.blocks(model), 1)
@@ -1046,14 +1210,22 @@ def test_everything_at_once_trains_to_the_weights_of_a_plain_run(kind, transform
         assert (one - other).abs().max() < 1e-5, name
         moved.append((other - start[name]).detach().abs())
         apart.append((one - other).detach().abs().sum())
-    # Two steps of 1e-4. A few numbers differ by more than rounding: those whose moment fell to the next of 256 codes.
+    # Two steps of 1e-4. A few numbers differ by more than rounding: those whose moment fell to the
+    # next of 256 codes.
     assert min(one.max() for one in moved) > 1.5e-4
     assert sum(apart) < 1e-3 * sum(one.sum() for one in moved)
 
     # All that is large is far, also the state; and no gradient is left.
     assert all(is_far(p) == (p.nbytes >= LEAST) and p.grad is None for p in model.parameters())
-    state = [value for one in optimizer.optimizers.values() for state in one.state.values() for value in state.values()]
-    codes = [value for value in state if isinstance(value, torch.Tensor) and value.dtype == torch.uint8]
+    state = [
+        value
+        for one in optimizer.optimizers.values()
+        for state in one.state.values()
+        for value in state.values()
+    ]
+    codes = [
+        value for value in state if isinstance(value, torch.Tensor) and value.dtype == torch.uint8
+    ]
     assert codes and all(map(is_far, codes))
 
 
@@ -1068,7 +1240,9 @@ def test_everything_at_once_learns_in_bf16(kind, transformers):
 
 def test_everything_at_once_has_nothing_of_the_embeddings_size_near(tmp_path):
     changes = {"vocabulary_size": 4096, "layers": 1}
-    kind = SimpleNamespace(make=lambda: small_gpt(**changes), blocks=lambda model: model.blocks, run=run_gpt)
+    kind = SimpleNamespace(
+        make=lambda: small_gpt(**changes), blocks=lambda model: model.blocks, run=run_gpt
+    )
     torch.save(kind.make().state_dict(), tmp_path / "weights.pt")
 
     def lean():
@@ -1090,11 +1264,13 @@ def test_everything_at_once_has_nothing_of_the_embeddings_size_near(tmp_path):
     before, after = measure(plainly, device="cpu"), measure(lean, device="cpu")
     embedding = 4 * 4096 * 64
     assert max(block.bytes for block in before.largest()) == embedding
-    assert max(block.bytes for block in after.largest()) == 4 * 4 * 64 * 64  # a matrix of the block that runs
+    assert (
+        max(block.bytes for block in after.largest()) == 4 * 4 * 64 * 64
+    )  # a matrix of the block that runs
     assert after.peak_bytes < embedding and before.peak_bytes > 6 * embedding
 
 
-# --- On a GPU -----------------------------------------------------------------------------------------------
+# --- On a GPU -------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu

@@ -1,5 +1,6 @@
-"""Chunked input: with a cache of keys and values the outputs and gradients of the whole, for our GPT and models of
-Hugging Face; feed-forward layers and losses in chunks; bytes by formula; and what would go wrong is refused."""
+"""Chunked input: with a cache of keys and values the outputs and gradients of the whole, for our
+GPT and models of Hugging Face; feed-forward layers and losses in chunks; bytes by formula; and what
+would go wrong is refused."""
 
 import copy
 import logging
@@ -43,18 +44,24 @@ def new_model(seed=0, config=CONFIG):
 
 def read(model, tokens, cache, chunk_size, positions="learned", **options):
     positions = model.position_embedding if positions == "learned" else positions
-    outputs = list(forward_in_chunks(model, tokens, cache, chunk_size, positions=positions, **options))
+    outputs = list(
+        forward_in_chunks(model, tokens, cache, chunk_size, positions=positions, **options)
+    )
     return torch.cat([getattr(output, "logits", output) for output in outputs], 1)
 
 
 def difference(ones, others):
-    pairs = [(ones, others)] if isinstance(ones, torch.Tensor) else list(zip(ones, others, strict=True))
+    pairs = (
+        [(ones, others)] if isinstance(ones, torch.Tensor) else list(zip(ones, others, strict=True))
+    )
     assert pairs
     return max(((one - other).abs().max() / other.abs().max()).item() for one, other in pairs)
 
 
 def windowed(model, tokens, window):
-    """The whole text at once, under a mask in which a token sees itself and the `window - 1` before it."""
+    """The whole text at once, under a mask in which a token sees itself and the `window - 1` before
+    it.
+    """
     count = tokens.shape[1]
     band = torch.ones(count, count, dtype=torch.bool).tril().triu(1 - window)
     x = model.token_embedding(tokens) + model.position_embedding(torch.arange(count))
@@ -67,7 +74,7 @@ def windowed(model, tokens, window):
     return model.head(model.final_norm(x))
 
 
-# --- The outputs of the whole ---------------------------------------------------------------------------------
+# --- The outputs of the whole ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("capacity", [40, 64, None])
@@ -96,7 +103,9 @@ def test_a_window_is_that_of_a_mask_over_the_whole(chunk_size):
     cache = KVCache(window - 1 + chunk_size, window=window)
     expected = windowed(model, TOKENS, window)
     assert difference(read(model, TOKENS, cache, chunk_size), expected) < 1e-5
-    assert cache.nbytes == kv_cache_bytes(window - 1 + chunk_size, layers=2, heads=2, width=32, batch_size=2)
+    assert cache.nbytes == kv_cache_bytes(
+        window - 1 + chunk_size, layers=2, heads=2, width=32, batch_size=2
+    )
     assert difference(expected, model(TOKENS)) > 0.01
     wide = read(model, TOKENS, KVCache(40, window=100), chunk_size)
     assert difference(wide, model(TOKENS)) < 1e-5
@@ -117,7 +126,9 @@ def test_a_cache_of_another_dtype_rounds_and_the_chunk_does_not_matter(dtype, mo
     model = new_model()
     outputs = [read(model, TOKENS, KVCache(40, dtype=dtype), size) for size in (5, 40)]
     assert difference(outputs[0], model(TOKENS)) < most
-    assert difference(*outputs) < 1e-5  # read back at once: no chunk sees numbers that a later one does not
+    assert (
+        difference(*outputs) < 1e-5
+    )  # read back at once: no chunk sees numbers that a later one does not
 
 
 @torch.no_grad()
@@ -150,12 +161,14 @@ def test_half_precision():
     assert read(model, TOKENS, KVCache(40, dtype=torch.int8), 10).dtype == torch.bfloat16
 
 
-# --- Models of Hugging Face -----------------------------------------------------------------------------------
+# --- Models of Hugging Face -----------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def transformers():
-    logging.disable(logging.WARNING)  # it looks at every optional package, and some of them complain
+    logging.disable(
+        logging.WARNING
+    )  # it looks at every optional package, and some of them complain
     yield pytest.importorskip("transformers")
     logging.disable(logging.NOTSET)
 
@@ -165,10 +178,18 @@ def transformers():
 def test_a_hugging_face_model_gives_the_outputs_of_the_whole(transformers, name):
     special = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "vocab_size": 256}
     if name == "GPT2":
-        config, heads = transformers.GPT2Config(n_embd=64, n_layer=2, n_head=4, n_positions=64, **special), 4
+        config, heads = (
+            transformers.GPT2Config(n_embd=64, n_layer=2, n_head=4, n_positions=64, **special),
+            4,
+        )
         model = transformers.GPT2LMHeadModel(config).eval()
     else:  # two heads of the keys and values for four of the queries, rotary positions
-        sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+        sizes = {
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+        }
         config, heads = transformers.LlamaConfig(num_key_value_heads=2, **sizes, **special), 2
         model = transformers.LlamaForCausalLM(config).eval()
     expected, cache = model(TOKENS, use_cache=False).logits, KVCache(40)
@@ -178,7 +199,9 @@ def test_a_hugging_face_model_gives_the_outputs_of_the_whole(transformers, name)
     parts = [model(part, past_key_values=theirs).logits for part in TOKENS.split(7, 1)]
     assert difference(torch.cat(parts, 1), expected) < 1e-5
     stored = sum(layer.keys.nbytes + layer.values.nbytes for layer in theirs.layers)
-    assert stored == cache.nbytes == kv_cache_bytes(40, layers=2, heads=heads, width=16, batch_size=2)
+    assert (
+        stored == cache.nbytes == kv_cache_bytes(40, layers=2, heads=heads, width=16, batch_size=2)
+    )
     with pytest.raises(ValueError, match="use_cache=False"):  # two caches at once
         read(model, TOKENS, KVCache(40), 7, positions="position_ids", past_key_values=theirs)
     attention_mask = torch.ones_like(TOKENS)
@@ -194,7 +217,7 @@ def test_a_hugging_face_model_gives_the_outputs_of_the_whole(transformers, name)
         )
 
 
-# --- Bytes ----------------------------------------------------------------------------------------------------
+# --- Bytes ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.int8])
@@ -202,7 +225,9 @@ def test_a_hugging_face_model_gives_the_outputs_of_the_whole(transformers, name)
 def test_the_cache_holds_the_bytes_of_the_formula(dtype):
     cache = KVCache(48, dtype=dtype)
     read(new_model(), TOKENS, cache, 10)
-    known = kv_cache_bytes(48, layers=2, heads=2, width=32, batch_size=2, dtype=dtype or torch.float32)
+    known = kv_cache_bytes(
+        48, layers=2, heads=2, width=32, batch_size=2, dtype=dtype or torch.float32
+    )
     numbers = 2 * 2 * 2 * 48 * 64
     assert cache.nbytes == known == {None: 4, torch.bfloat16: 2, torch.int8: 1.125}[dtype] * numbers
 
@@ -260,11 +285,14 @@ def test_a_feed_forward_in_chunks_saves_what_it_computes_only_if_that_is_recompu
         return run.timeline.bytes["activations"].max(), run.losses
 
     (plain, loss), (chunked, same), (recomputed, again) = (
-        activations(), activations(recompute=False), activations(recompute=True),
-    )  # fmt: skip
+        activations(),
+        activations(recompute=False),
+        activations(recompute=True),
+    )
     assert loss == pytest.approx(same, rel=1e-5) and loss == pytest.approx(again, rel=1e-5)
     assert chunked >= plain
-    # What stands before and after the GELU is gone, but for one chunk in backward and the random states.
+    # What stands before and after the GELU is gone, but for one chunk in backward and the random
+    # states.
     gone = 4 * 8 * hidden * tokens
     assert 0.75 * gone < plain - recomputed <= gone
 
@@ -283,7 +311,7 @@ def test_what_needs_no_gradient_is_joined_without_a_copy():
     assert measure(build, steps=1, device="cpu").peak_bytes <= unit + unit + unit // 16 + 1024
 
 
-# --- Training -------------------------------------------------------------------------------------------------
+# --- Training -------------------------------------------------------------------------------------
 
 
 def gradients(model, loss):
@@ -309,7 +337,9 @@ def test_a_text_in_chunks_has_the_gradients_of_the_whole(recompute):
         total, cache = 0.0, KVCache()
         for pair in zip(TOKENS.split(7, 1), TARGETS.split(7, 1), strict=True):
             one, cache = (
-                checkpoint(part, *pair, cache, use_reentrant=False) if recompute else part(*pair, cache)
+                checkpoint(part, *pair, cache, use_reentrant=False)
+                if recompute
+                else part(*pair, cache)
             )
             total = total + one
         return total
@@ -367,7 +397,7 @@ def test_a_cache_and_a_changed_model_are_freed_at_once():
     assert [ghost() for ghost in ghosts] == [None, None]
 
 
-# --- What is refused ------------------------------------------------------------------------------------------
+# --- What is refused ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -447,7 +477,9 @@ def test_positions_that_are_none_are_refused():
         read(model, TOKENS, KVCache(40), 10, positions=nn.Embedding(64, 64))
     with pytest.raises(TypeError, match="an nn.Embedding, a name or None"):
         read(model, TOKENS, KVCache(40), 10, positions=7)
-    with pytest.raises(TypeError, match="positions"):  # no default: forgetting it would give wrong numbers
+    with pytest.raises(
+        TypeError, match="positions"
+    ):  # no default: forgetting it would give wrong numbers
         forward_chunk(model, TOKENS, KVCache(40))
 
 
@@ -527,7 +559,7 @@ def test_modules_that_mix_tokens_are_refused():
         apply_chunked_feed_forward(twice, "mlp", 3)
 
 
-# --- On a GPU -------------------------------------------------------------------------------------------------
+# --- On a GPU -------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu
@@ -551,9 +583,13 @@ def test_on_a_gpu_a_text_in_chunks_has_the_gradients_of_the_whole():
 
     def loss(chunk_size):
         cache, total = KVCache(), 0.0
-        for part, answers in zip(tokens.split(chunk_size, 1), targets.split(chunk_size, 1), strict=True):
+        for part, answers in zip(
+            tokens.split(chunk_size, 1), targets.split(chunk_size, 1), strict=True
+        ):
             logits = forward_chunk(model, part, cache, positions=model.position_embedding)
-            total = total + F.cross_entropy(logits.flatten(0, 1), answers.flatten(), reduction="sum")
+            total = total + F.cross_entropy(
+                logits.flatten(0, 1), answers.flatten(), reduction="sum"
+            )
         return total
 
     assert difference(gradients(model, lambda: loss(8)), gradients(model, lambda: loss(40))) < 1e-4

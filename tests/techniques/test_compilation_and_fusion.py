@@ -1,5 +1,5 @@
-"""The fused linear and cross-entropy: the loss and gradients of the plain one, without its logits, in a function
-and applied from outside to our GPT, our ViT and models of Hugging Face."""
+"""The fused linear and cross-entropy: the loss and gradients of the plain one, without its logits,
+in a function and applied from outside to our GPT, our ViT and models of Hugging Face."""
 
 import copy
 import functools
@@ -68,7 +68,7 @@ def largest_difference(ones, others):
     return max(((one - other).abs().max() / other.abs().max()).item() for one, other in pairs)
 
 
-# --- The same loss and gradients ----------------------------------------------------------------------------
+# --- The same loss and gradients ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 5, 37, 1000, None])
@@ -87,8 +87,11 @@ def test_loss_and_gradients_are_those_of_the_plain_loss(chunk_tokens, reduction,
 
 def test_in_double_precision_the_difference_is_that_of_double_precision():
     given = problem(torch.float64)
+
     # `plain` would round its logits to FP32.
-    exact = lambda hidden, weight, targets, bias: F.cross_entropy(F.linear(hidden, weight, bias), targets)  # noqa: E731
+    def exact(hidden, weight, targets, bias):
+        return F.cross_entropy(F.linear(hidden, weight, bias), targets)
+
     expected, wanted = loss_and_gradients(exact, *given)
     loss, gradients = loss_and_gradients(linear_cross_entropy, *given, chunk_tokens=5)
     assert loss.dtype == torch.float64
@@ -101,7 +104,10 @@ def test_in_double_precision_the_difference_is_that_of_double_precision():
 def test_in_16_bits_it_is_as_near_to_the_exact_gradients_as_the_plain_loss(dtype, how):
     exact = problem(torch.float64)
     _, wanted = loss_and_gradients(
-        lambda hidden, weight, targets, bias: F.cross_entropy(F.linear(hidden, weight, bias), targets), *exact
+        lambda hidden, weight, targets, bias: F.cross_entropy(
+            F.linear(hidden, weight, bias), targets
+        ),
+        *exact,
     )
     given = problem(torch.float32 if how == "autocast" else dtype)
     errors, types = {}, {}
@@ -148,7 +154,9 @@ def test_without_tokens_it_does_what_cross_entropy_does():
     none, nothing = hidden.detach()[:0].requires_grad_(), targets[:0]
     for reduction in ("mean", "sum"):
         expected, wanted = loss_and_gradients(plain, none, weight, nothing, reduction=reduction)
-        loss, gradients = loss_and_gradients(linear_cross_entropy, none, weight, nothing, reduction=reduction)
+        loss, gradients = loss_and_gradients(
+            linear_cross_entropy, none, weight, nothing, reduction=reduction
+        )
         torch.testing.assert_close(loss, expected, equal_nan=True)
         assert torch.equal(gradients[0], wanted[0])
 
@@ -168,15 +176,19 @@ def test_another_ignore_index():
     hidden, weight, targets, bias = problem()
     targets[3] = targets[8] = 7
     expected, wanted = loss_and_gradients(plain, hidden, weight, targets, bias, ignore_index=7)
-    loss, gradients = loss_and_gradients(linear_cross_entropy, hidden, weight, targets, bias, ignore_index=7)
+    loss, gradients = loss_and_gradients(
+        linear_cross_entropy, hidden, weight, targets, bias, ignore_index=7
+    )
     torch.testing.assert_close(loss, expected)
     assert largest_difference(gradients, wanted) < 2e-6
 
 
-# --- What is not needed is not computed ---------------------------------------------------------------------
+# --- What is not needed is not computed -----------------------------------------------------------
 
 
-@pytest.mark.parametrize(("frozen", "products"), [((), 3), ((0,), 2), ((1,), 2), ((0, 1), 1), ((0, 1, 3), 1)])
+@pytest.mark.parametrize(
+    ("frozen", "products"), [((), 3), ((0,), 2), ((1,), 2), ((0, 1), 1), ((0, 1, 3), 1)]
+)
 def test_a_gradient_that_nobody_needs_costs_no_operation(frozen, products):
     given = problem()
     for index in frozen:
@@ -186,7 +198,9 @@ def test_a_gradient_that_nobody_needs_costs_no_operation(frozen, products):
         if loss.requires_grad:
             loss.backward()
     assert counter.get_total_flops() == products * 2 * TOKENS * HIDDEN * VOCABULARY
-    assert [given[index].grad is None for index in (0, 1, 3)] == [index in frozen for index in (0, 1, 3)]
+    assert [given[index].grad is None for index in (0, 1, 3)] == [
+        index in frozen for index in (0, 1, 3)
+    ]
 
 
 def test_without_grad_there_is_one_product_and_nothing_is_kept():
@@ -207,10 +221,12 @@ def test_the_operations_are_those_of_the_plain_loss():
     assert counts[0] == counts[1] > 0
 
 
-# --- The bytes ----------------------------------------------------------------------------------------------
+# --- The bytes ------------------------------------------------------------------------------------
 
 
-def build_loss(function, tokens=256, hidden=32, vocabulary=1024, dtype=torch.float32, learns=True, **options):
+def build_loss(
+    function, tokens=256, hidden=32, vocabulary=1024, dtype=torch.float32, learns=True, **options
+):
     def build():
         torch.manual_seed(0)
         inputs = torch.randn(tokens, hidden).to(dtype).requires_grad_(learns)
@@ -232,16 +248,22 @@ def build_loss(function, tokens=256, hidden=32, vocabulary=1024, dtype=torch.flo
 @pytest.mark.parametrize("chunk_tokens", [16, 64, 256])
 def test_the_peak_is_what_the_formula_says(chunk_tokens):
     tokens, hidden, vocabulary = 256, 32, 1024
-    peak = measure(build_loss(linear_cross_entropy, chunk_tokens=chunk_tokens), device="cpu").peak_bytes
+    peak = measure(
+        build_loss(linear_cross_entropy, chunk_tokens=chunk_tokens), device="cpu"
+    ).peak_bytes
     inputs = 4 * tokens * hidden + 4 * vocabulary * hidden + 8 * tokens
     gradients = 4 * tokens * hidden + 4 * vocabulary * hidden
-    chunk = 4 * chunk_tokens * (vocabulary + hidden)  # the logits, and the product on its way into a gradient
+    chunk = (
+        4 * chunk_tokens * (vocabulary + hidden)
+    )  # the logits, and the product on its way into a gradient
     # A word (8 bytes), a bool, the target's logit and the sum (4 each) a token, and some numbers.
     small = 17 * chunk_tokens
     assert inputs + gradients + chunk + small <= peak <= inputs + gradients + chunk + small + 64
     # The plain loss holds three tensors of the size of all logits.
     whole = measure(build_loss(plain), device="cpu").peak_bytes
-    assert inputs + 3 * 4 * tokens * vocabulary <= whole <= inputs + 3 * 4 * tokens * vocabulary + 64
+    assert (
+        inputs + 3 * 4 * tokens * vocabulary <= whole <= inputs + 3 * 4 * tokens * vocabulary + 64
+    )
 
 
 def test_without_grad_one_chunk_is_all():
@@ -261,9 +283,11 @@ def test_bf16_weights_cost_an_fp32_sum_of_their_gradient_and_no_product_beside_i
     )
     peak = measure(build, device="cpu").peak_bytes
     inputs = 2 * tokens * hidden + 2 * vocabulary * hidden + 8 * tokens
-    # The sum, and beside it, in backward, the 16-bit gradient that it becomes. Both at once only there.
+    # The sum, and beside it, in backward, the 16-bit gradient that it becomes. Both at once only
+    # there.
     kept = 2 * tokens * hidden + 4 * vocabulary * hidden
-    # A quarter more for the product's scratch memory, which depends on the processor. A product beside it would double it.
+    # A quarter more for the product's scratch memory, which depends on the processor. A product
+    # beside it would double it.
     assert peak < inputs + kept + 1.25 * 2 * vocabulary * hidden
 
 
@@ -287,7 +311,7 @@ def test_the_inputs_are_not_kept():
     loss.backward()
 
 
-# --- What cannot be done is refused -------------------------------------------------------------------------
+# --- What cannot be done is refused ---------------------------------------------------------------
 
 
 def test_a_second_backward_is_refused():
@@ -314,21 +338,41 @@ def test_a_second_derivative_is_refused():
         ({"weight": torch.randn(HIDDEN)}, ValueError, r"weight \(16,\)"),
         ({"targets": torch.zeros(TOKENS + 1, dtype=torch.int64)}, ValueError, r"targets \(38,\)"),
         ({"bias": torch.randn(3)}, ValueError, r"bias \(3,\)"),
-        ({"targets": torch.rand(TOKENS, VOCABULARY)}, TypeError, "int64 indices, but they are torch.float32"),
+        (
+            {"targets": torch.rand(TOKENS, VOCABULARY)},
+            TypeError,
+            "int64 indices, but they are torch.float32",
+        ),
         ({"targets": torch.zeros(TOKENS, dtype=torch.int32)}, TypeError, "torch.int32"),
-        ({"hidden": torch.zeros(TOKENS, HIDDEN, dtype=torch.int64)}, TypeError, "hidden must be floating"),
+        (
+            {"hidden": torch.zeros(TOKENS, HIDDEN, dtype=torch.int64)},
+            TypeError,
+            "hidden must be floating",
+        ),
         ({"hidden": [1.0]}, TypeError, "hidden must be a tensor"),
         ({"bias": 1.0}, TypeError, "bias must be a tensor"),
-        ({"hidden": torch.zeros(TOKENS, HIDDEN, dtype=torch.bfloat16)}, TypeError, "convert one, or use autoc"),
+        (
+            {"hidden": torch.zeros(TOKENS, HIDDEN, dtype=torch.bfloat16)},
+            TypeError,
+            "convert one, or use autoc",
+        ),
         ({"hidden": torch.zeros(TOKENS, HIDDEN, device="meta")}, ValueError, "on cpu and meta"),
         ({"reduction": "none"}, ValueError, '"mean" or "sum", but it is \'none\''),
         ({"chunk_tokens": 0}, ValueError, "chunk_tokens must be a positive int"),
         ({"chunk_tokens": 2.0}, ValueError, "chunk_tokens must be a positive int"),
-        ({"targets": torch.full((TOKENS,), VOCABULARY)}, ValueError, "0 to 100, or -100 to be ignored, but one is 101"),
+        (
+            {"targets": torch.full((TOKENS,), VOCABULARY)},
+            ValueError,
+            "0 to 100, or -100 to be ignored, but one is 101",
+        ),
         ({"targets": torch.full((TOKENS,), -1)}, ValueError, "but one is -1"),
-        ({"ignore_index": 5, "targets": torch.full((TOKENS,), -100)}, ValueError, "or 5 to be ignored"),
+        (
+            {"ignore_index": 5, "targets": torch.full((TOKENS,), -100)},
+            ValueError,
+            "or 5 to be ignored",
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_refused(change, error, message):
     hidden, weight, targets, bias = problem()
     given = {"hidden": hidden, "weight": weight, "targets": targets, "bias": bias} | change
@@ -336,7 +380,7 @@ def test_bad_input_is_refused(change, error, message):
         linear_cross_entropy(**given)
 
 
-# --- Applied from outside -----------------------------------------------------------------------------------
+# --- Applied from outside -------------------------------------------------------------------------
 
 
 def gradients_of(model, run, factor=1.0):
@@ -416,7 +460,12 @@ def test_the_shapes_that_training_loops_use():
     apply_fused_loss(model)
     logits = model(tokens)
     targets = tokens[:, 1:].flatten()
-    for cut in (logits[:, :-1], logits[..., :-1, :], logits[:, :-1, :], logits.float()[:, :-1].contiguous()):
+    for cut in (
+        logits[:, :-1],
+        logits[..., :-1, :],
+        logits[:, :-1, :],
+        logits.float()[:, :-1].contiguous(),
+    ):
         assert cut.shape == (2, 23, 500)
         flat = (
             cut.view(-1, 500),
@@ -448,11 +497,15 @@ def test_the_shapes_that_training_loops_use():
         (lambda logits, targets: logits[..., 0], "the index"),
         (lambda logits, targets: logits[None, 0, 0, 1], "the index"),
         (
-            lambda logits, targets: F.cross_entropy(logits.flatten(0, 1), targets, label_smoothing=0.1),
+            lambda logits, targets: F.cross_entropy(
+                logits.flatten(0, 1), targets, label_smoothing=0.1
+            ),
             "label_smoothing=",
         ),
         (
-            lambda logits, targets: F.cross_entropy(logits.flatten(0, 1), targets, weight=torch.ones(500)),
+            lambda logits, targets: F.cross_entropy(
+                logits.flatten(0, 1), targets, weight=torch.ones(500)
+            ),
             "weight=",
         ),
         (lambda logits, targets: F.nll_loss(logits.flatten(0, 1), targets), "nll_loss"),
@@ -497,7 +550,15 @@ def test_another_loss_takes_the_place_of_ours(make):
     run, given = run_gpt if make is small_gpt else run_vit, []
 
     def loss(hidden, weight, targets, bias, *, ignore_index, reduction):
-        given.append((hidden.shape, weight is model.head.weight, bias is model.head.bias, ignore_index, reduction))
+        given.append(
+            (
+                hidden.shape,
+                weight is model.head.weight,
+                bias is model.head.bias,
+                ignore_index,
+                reduction,
+            )
+        )
         return 2 * linear_cross_entropy(hidden, weight, targets, bias, chunk_tokens=3)
 
     model = make()
@@ -525,7 +586,9 @@ def test_another_loss_gets_what_cross_entropy_was_given_in_the_same_autocast():
     apply_fused_loss(model, loss=loss)
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(tokens)
-    F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), ignore_index=7, reduction="sum")
+    F.cross_entropy(
+        logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), ignore_index=7, reduction="sum"
+    )
     assert given == [({"ignore_index": 7, "reduction": "sum"}, True)]
 
 
@@ -546,7 +609,9 @@ def test_with_the_loss_in_tiles_a_bias_is_refused_and_without_one_it_trains_the_
 @pytest.mark.parametrize("loss", [None, "tiled", torch.ones(())])
 def test_a_loss_that_is_no_function_is_refused(loss):
     model = small_gpt()
-    with pytest.raises(TypeError, match="loss must be a function like linear_cross_entropy, but it is"):
+    with pytest.raises(
+        TypeError, match="loss must be a function like linear_cross_entropy, but it is"
+    ):
         apply_fused_loss(model, loss=loss)
     assert "forward" not in vars(model.head)
 
@@ -664,12 +729,14 @@ def test_a_training_step_has_no_logits_at_its_peak():
     assert before.peak_bytes - after.peak_bytes > 3 * logits - 2.2 * weight
 
 
-# --- Hugging Face -------------------------------------------------------------------------------------------
+# --- Hugging Face ---------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def transformers():
-    logging.disable(logging.WARNING)  # it looks at every optional package, and some of them complain
+    logging.disable(
+        logging.WARNING
+    )  # it looks at every optional package, and some of them complain
     module = pytest.importorskip("transformers")
     yield module
     logging.disable(logging.NOTSET)
@@ -687,13 +754,19 @@ def hugging_face_model(transformers, name):
     sizes = {"vocab_size": 400, "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
     torch.manual_seed(0)
     if name == "gpt2":
-        config = transformers.GPT2Config(vocab_size=400, n_embd=32, n_head=2, n_layer=2, n_positions=32)
+        config = transformers.GPT2Config(
+            vocab_size=400, n_embd=32, n_head=2, n_layer=2, n_positions=32
+        )
         return transformers.GPT2LMHeadModel(config).eval().train()
     if name == "llama":
         config = transformers.LlamaConfig(**sizes, intermediate_size=64, num_key_value_heads=1)
         return transformers.LlamaForCausalLM(config).train()
     config = transformers.Gemma2Config(
-        **sizes, intermediate_size=64, num_key_value_heads=1, head_dim=16, final_logit_softcapping=30.0
+        **sizes,
+        intermediate_size=64,
+        num_key_value_heads=1,
+        head_dim=16,
+        final_logit_softcapping=30.0,
     )
     return transformers.Gemma2ForCausalLM(config).train()
 
@@ -729,7 +802,7 @@ def test_soft_capped_logits_are_refused(transformers):
     assert run_hugging_face(model).isfinite()
 
 
-# --- On a GPU -----------------------------------------------------------------------------------------------
+# --- On a GPU -------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu
@@ -738,7 +811,9 @@ def test_on_a_gpu_loss_and_gradients_are_those_of_the_plain_loss(dtype):
     given = problem(dtype, ignored=6, device="cuda")
     expected, wanted = loss_and_gradients(plain, *given)
     loss, gradients = loss_and_gradients(linear_cross_entropy, *given, chunk_tokens=5)
-    torch.testing.assert_close(loss, expected, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=0)
+    torch.testing.assert_close(
+        loss, expected, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=0
+    )
     assert largest_difference(gradients, wanted) < (1e-5 if dtype == torch.float32 else 2e-2)
 
 

@@ -1,5 +1,5 @@
-"""Data loading: the same batches from the device, from a file and with workers, the bytes that each takes, a
-run that goes on after an interruption, and iterators that end cleanly."""
+"""Data loading: the same batches from the device, from a file and with workers, the bytes that each
+takes, a run that goes on after an interruption, and iterators that end cleanly."""
 
 import multiprocessing
 import os
@@ -15,7 +15,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from memlab import measure, proof
-from memlab.techniques.data_loading import TOKEN_TYPES, MemoryMappedTokens, ResumableBatches, prefetch
+from memlab.techniques.data_loading import (
+    TOKEN_TYPES,
+    MemoryMappedTokens,
+    ResumableBatches,
+    prefetch,
+)
 from memlab.workloads import gpt, vit
 
 BATCH, SEQUENCE, TOKENS = 4, 16, 20_000
@@ -57,7 +62,7 @@ def equal(some, others):
     return len(some) == len(others) and all(map(torch.equal, some, others))
 
 
-# --- The data set -------------------------------------------------------------------------------------------
+# --- The data set ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", TOKEN_TYPES)
@@ -90,7 +95,9 @@ def test_the_number_of_windows(tmp_path, size, length, stride, windows):
     assert len(dataset) == windows
     assert len(dataset[windows - 1]) == length
     for index in (windows, -windows - 1):
-        with pytest.raises(IndexError, match=f"There are {windows} windows, and {index} is none of them"):
+        with pytest.raises(
+            IndexError, match=f"There are {windows} windows, and {index} is none of them"
+        ):
             dataset[index]
 
 
@@ -146,10 +153,15 @@ class Texts(Dataset):
 
 
 def host_bytes(pids):
-    """Memory with no file behind it; the proportional shares of processes add up to each page once."""
+    """Memory with no file behind it; the proportional shares of processes add up to
+    each page once.
+    """
     tables = [Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines() for pid in pids]
     return sum(
-        1024 * int(line.split()[1]) for table in tables for line in table if line.startswith("Pss_Anon:")
+        1024 * int(line.split()[1])
+        for table in tables
+        for line in table
+        if line.startswith("Pss_Anon:")
     )
 
 
@@ -191,7 +203,11 @@ def test_a_worker_copies_a_list_that_it_reads_and_no_mapped_file(tmp_path):
         ),
         (TypeError, "dtype must be one of .*, but it is 'uint8'", {"dtype": "uint8"}),
         (ValueError, "windows of 20001 tokens .* has 20000", {"length": TOKENS + 1}),
-        (ValueError, "multiple of 8 bytes .* has 19999: is it of another dtype", {"dtype": torch.int64}),
+        (
+            ValueError,
+            "multiple of 8 bytes .* has 19999: is it of another dtype",
+            {"dtype": torch.int64},
+        ),
     ],
 )
 def test_a_file_that_cannot_be_right_is_refused(path, error, words, change):
@@ -201,7 +217,7 @@ def test_a_file_that_cannot_be_right_is_refused(path, error, words, change):
         MemoryMappedTokens(**{"path": path, "length": SEQUENCE, **change})
 
 
-# --- The order ----------------------------------------------------------------------------------------------
+# --- The order ------------------------------------------------------------------------------------
 
 
 def test_an_epoch_has_each_index_once_and_leaves_out_what_fills_no_batch():
@@ -216,7 +232,9 @@ def test_an_epoch_has_each_index_once_and_leaves_out_what_fills_no_batch():
 
 
 def test_orders_of_seeds_and_epochs_are_different():
-    """Also where seed + epoch is the same, and where they differ above the 32 bits that a generator takes."""
+    """Also where seed + epoch is the same, and where they differ above the 32 bits that a generator
+    takes.
+    """
     epochs = [
         tuple(next(iter(ResumableBatches(50, 50, seed=seed, start=epoch))))
         for seed in (0, 1, 2, 2**32, 2**40)
@@ -228,7 +246,9 @@ def test_orders_of_seeds_and_epochs_are_different():
 def test_batch_n_is_the_same_after_an_interruption_at_any_step():
     whole = list(islice(ResumableBatches(11, 2, seed=1), 20))
     for start in range(20):
-        assert list(islice(ResumableBatches(11, 2, seed=1, start=start), 20 - start)) == whole[start:]
+        assert (
+            list(islice(ResumableBatches(11, 2, seed=1, start=start), 20 - start)) == whole[start:]
+        )
 
 
 def test_the_order_neither_uses_nor_moves_the_random_state_of_the_process():
@@ -273,7 +293,7 @@ def test_an_order_that_cannot_be_is_refused(error, words, change):
         ResumableBatches(**{"length": 10, "batch_size": 2, **change})
 
 
-# --- The way to the device ----------------------------------------------------------------------------------
+# --- The way to the device ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("in_flight", [0, 1, 2, 7, 100])
@@ -282,7 +302,9 @@ def test_the_same_batches_in_the_same_order(in_flight):
     arrived = list(prefetch(batches, "cpu", in_flight))
     assert equal(arrived, batches)
     own = {tensor.data_ptr() for tensor in batches}
-    assert not own & {tensor.data_ptr() for tensor in arrived}  # the loader may use its memory again
+    assert not own & {
+        tensor.data_ptr() for tensor in arrived
+    }  # the loader may use its memory again
 
 
 @pytest.mark.parametrize("in_flight", [0, 1, 4])
@@ -309,7 +331,9 @@ def test_batches_keep_their_form():
     (arrived,) = prefetch([batch], CPU)
     assert type(arrived["pair"]) is Pair and torch.equal(arrived["pair"].tokens, tensor)
     assert torch.equal(arrived["pair"].mask[0], permuted)
-    assert arrived["pair"].mask[0].stride() == permuted.stride() and arrived["pair"].mask[1] == "text"
+    assert (
+        arrived["pair"].mask[0].stride() == permuted.stride() and arrived["pair"].mask[1] == "text"
+    )
     assert arrived["labels"][0].dtype == torch.bool and arrived["labels"][1] is None
     assert arrived["count"] == 3 and arrived["pair"].tokens is not tensor
     # Hugging Face's batches are of this kind.
@@ -364,7 +388,8 @@ def test_an_error_of_the_loader_comes_through_and_ends_it(workers):
     with pytest.raises(OSError, match="window 20 cannot be read") as caught:
         for batch in batches:
             seen += batch.tolist()
-    # A DataLoader that only the garbage collector can free, here for its own traceback, takes seconds to end.
+    # A DataLoader that only the garbage collector can free, here for its own traceback, takes
+    # seconds to end.
     traceback.clear_frames(caught.tb)
     assert seen == list(range(16))  # one batch, which was behind, never had its turn
     assert list(batches) == []
@@ -388,7 +413,7 @@ def test_what_cannot_be_prefetched_is_refused_at_once(error, words, arguments):
         prefetch(*arguments)
 
 
-# --- Real models: the same gradients, and bytes by hand -----------------------------------------------------
+# --- Real models: the same gradients, and bytes by hand -------------------------------------------
 
 
 def split(window):
@@ -422,9 +447,13 @@ def make_gpt():
 def make_llama():
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
-        vocab_size=100, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        vocab_size=100,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
         use_cache=False,
-    )  # fmt: skip
+    )
 
     class WithLoss(torch.nn.Module):
         def __init__(self):
@@ -442,7 +471,9 @@ def text_kept(path):
     dataset = MemoryMappedTokens(path, SEQUENCE + 1, stride=SEQUENCE)
     data = dataset.tokens.long()
     for numbers in ResumableBatches(len(dataset), BATCH):
-        yield split(torch.stack([data[SEQUENCE * n : SEQUENCE * n + SEQUENCE + 1] for n in numbers]))
+        yield split(
+            torch.stack([data[SEQUENCE * n : SEQUENCE * n + SEQUENCE + 1] for n in numbers])
+        )
 
 
 def text_streamed(path, in_flight, workers=0):
@@ -454,7 +485,9 @@ def text_streamed(path, in_flight, workers=0):
 @fork
 def test_workers_take_nothing_off_the_device(path):
     alone = measure(run_of(make_gpt, lambda: text_streamed(path, 1)), device="cpu")
-    with_workers = measure(run_of(make_gpt, lambda: text_streamed(path, 1, workers=2)), device="cpu")
+    with_workers = measure(
+        run_of(make_gpt, lambda: text_streamed(path, 1, workers=2)), device="cpu"
+    )
     assert with_workers.peak_bytes == alone.peak_bytes
     assert with_workers.losses == alone.losses
 
@@ -473,13 +506,16 @@ def test_a_vit_on_streamed_images_holds_the_batches_in_flight():
 
     def streamed():
         order = ResumableBatches(count, BATCH)
-        batches = prefetch(loader(TensorDataset(pixels, labels), batch_sampler=order), CPU, in_flight)
+        batches = prefetch(
+            loader(TensorDataset(pixels, labels), batch_sampler=order), CPU, in_flight
+        )
         return ((images.float() / 255, targets) for images, targets in batches)
 
     before, after = (run_of(lambda: vit.ViT(config), source) for source in (kept, streamed))
     assert proof.gradient_difference(proof.first_step(before), proof.first_step(after)) == 0.0
     before, after = measure(before, device="cpu"), measure(after, device="cpu")
-    # The generator in `streamed` has a name for the images in use: their bytes are there beside their floats.
+    # The generator in `streamed` has a name for the images in use: their bytes are there beside
+    # their floats.
     one, extra = BATCH * (size * size + 8), BATCH * size * size
     difference = count * (size * size + 8) - (in_flight * one + extra)
     assert before.peak_bytes - after.peak_bytes == difference
@@ -487,7 +523,8 @@ def test_a_vit_on_streamed_images_holds_the_batches_in_flight():
 
 def test_a_gpt_on_a_streamed_text_holds_the_batches_in_flight_and_no_data_set(path):
     kept, streamed = (
-        run_of(make_gpt, source) for source in (lambda: text_kept(path), lambda: text_streamed(path, 3))
+        run_of(make_gpt, source)
+        for source in (lambda: text_kept(path), lambda: text_streamed(path, 3))
     )
     assert proof.gradient_difference(proof.first_step(kept), proof.first_step(streamed)) == 0.0
 
@@ -505,18 +542,21 @@ def test_a_gpt_on_a_streamed_text_holds_the_batches_in_flight_and_no_data_set(pa
 # The last: with transformers imported, everything that walks Python's objects takes longer.
 def test_a_llama_of_hugging_face_does_not_notice(path):
     kept, streamed = (
-        run_of(make_llama, source) for source in (lambda: text_kept(path), lambda: text_streamed(path, 3))
+        run_of(make_llama, source)
+        for source in (lambda: text_kept(path), lambda: text_streamed(path, 3))
     )
     assert proof.gradient_difference(proof.first_step(kept), proof.first_step(streamed)) == 0.0
 
 
-# --- On a GPU -----------------------------------------------------------------------------------------------
+# --- On a GPU -------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("pin", [True, False])
 def test_no_batch_is_used_before_it_has_arrived_or_overwritten_while_it_is_used(pin):
-    """Large copies beside slow kernels. What each batch held is compared at the end, so nothing waits."""
+    """Large copies beside slow kernels. What each batch held is compared at the end, so nothing
+    waits.
+    """
     batches = [torch.full((2**20,), number, dtype=torch.int32) for number in range(40)]
     if pin:
         batches = [batch.pin_memory() for batch in batches]
@@ -547,7 +587,9 @@ def test_batches_that_are_let_go_in_flight_are_not_written_to_later():
     iterator = prefetch(batches, "cuda", 6)
     next(iterator)
     iterator.close()
-    mine = [torch.zeros(2**24, dtype=torch.uint8, device="cuda") for _ in range(8)]  # may be the same memory
+    mine = [
+        torch.zeros(2**24, dtype=torch.uint8, device="cuda") for _ in range(8)
+    ]  # may be the same memory
     assert not any(tensor.any().item() for tensor in mine)
 
 
@@ -555,5 +597,8 @@ def test_batches_that_are_let_go_in_flight_are_not_written_to_later():
 def test_another_stream_is_refused():
     batches = prefetch([torch.zeros(8)] * 8, "cuda")
     next(batches)
-    with torch.cuda.stream(torch.cuda.Stream()), pytest.raises(RuntimeError, match="stay in one stream"):
+    with (
+        torch.cuda.stream(torch.cuda.Stream()),
+        pytest.raises(RuntimeError, match="stay in one stream"),
+    ):
         next(batches)

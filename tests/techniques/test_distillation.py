@@ -1,4 +1,6 @@
-"""Distillation: the loss by its definition, what k words can and cannot tell, files to the byte, logits in chunks."""
+"""Distillation: the loss by its definition, what k words can and cannot tell, files to the byte,
+logits in chunks.
+"""
 
 import logging
 import math
@@ -45,7 +47,7 @@ def gradient(loss, of):
     return torch.autograd.grad(loss, of)[0]
 
 
-# --- The loss -----------------------------------------------------------------------------------------------
+# --- The loss -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 0.5])
@@ -67,7 +69,9 @@ def test_it_is_what_kl_div_and_cross_entropy_give():
     student, teacher, targets = logits((5,))
     for temperature in (1.0, 3.0):
         divergence = F.kl_div(
-            (student / temperature).log_softmax(-1), (teacher / temperature).softmax(-1), reduction="batchmean"
+            (student / temperature).log_softmax(-1),
+            (teacher / temperature).softmax(-1),
+            reduction="batchmean",
         )
         expected = 0.7 * temperature**2 * divergence + 0.3 * F.cross_entropy(student, targets)
         loss = distillation_loss(student, teacher, targets, temperature=temperature, weight=0.7)
@@ -91,7 +95,9 @@ def test_ignored_tokens_count_for_nothing_and_sum_is_mean_times_count():
         whole = loss(student, ignored, slice(None))
         torch.testing.assert_close(whole, loss(student[1::2], targets[1::2], slice(1, None, 2)))
         assert not gradient(whole, student)[::2].any()
-    mean, total = (distillation_loss(student, teacher, ignored, reduction=r) for r in ("mean", "sum"))
+    mean, total = (
+        distillation_loss(student, teacher, ignored, reduction=r) for r in ("mean", "sum")
+    )
     torch.testing.assert_close(3 * mean, total)
 
 
@@ -100,10 +106,12 @@ def test_16_bit_logits_give_a_loss_in_fp32():
     exact = distillation_loss(student.float(), teacher.float(), targets)
     loss = distillation_loss(student, teacher, targets)
     assert loss.dtype == torch.float32 and torch.equal(loss, exact)
-    assert top_k_distillation_loss(student, top_k_targets(teacher, 4), targets).dtype == torch.float32
+    assert (
+        top_k_distillation_loss(student, top_k_targets(teacher, 4), targets).dtype == torch.float32
+    )
 
 
-# --- k words ------------------------------------------------------------------------------------------------
+# --- k words --------------------------------------------------------------------------------------
 
 
 def test_the_k_words_are_the_likeliest_and_their_probabilities_those_of_all():
@@ -129,7 +137,9 @@ def test_with_all_words_it_is_the_whole_loss(tail, temperature):
 
 
 def test_the_bias_of_each_tail_is_what_the_formulas_say():
-    """At weight 1 and temperature 1. Full gradient: q - p. Both biases come from the words that were cut off."""
+    """At weight 1 and temperature 1. Full gradient: q - p. Both biases come from the words that
+    were cut off.
+    """
     student, teacher, targets = logits((5,))
     p, q = teacher.softmax(-1), student.softmax(-1).detach()
     k = top_k_targets(teacher, 3)
@@ -152,8 +162,11 @@ def test_drawn_words_are_right_on_average():
     many = sampled_targets(teacher, 40_000, generator=generator)
     of_many = top_k_distillation_loss(student, many, targets, tail="renormalize", weight=1.0)
     assert (gradient(of_many, student) - full).abs().max() < 0.01 * full.abs().max()
-    # As many top words as this, renormalised, are far off: the error of drawing is noise, that of cutting is not.
-    top = top_k_distillation_loss(student, top_k_targets(teacher, 2), targets, tail="renormalize", weight=1.0)
+    # As many top words as this, renormalised, are far off: the error of drawing is noise, that of
+    # cutting is not.
+    top = top_k_distillation_loss(
+        student, top_k_targets(teacher, 2), targets, tail="renormalize", weight=1.0
+    )
     assert (gradient(top, student) - full).abs().max() > 0.05 * full.abs().max()
     few = sampled_targets(teacher, 3, generator=generator)
     assert few.indices.shape == (4, 3) and few.indices.dtype == torch.int32
@@ -165,11 +178,13 @@ def test_a_student_that_is_sure_of_the_kept_words_has_a_finite_loss():
     student[0, 0] = 0
     student.requires_grad_()
     teacher = torch.zeros(1, VOCABULARY)
-    loss = top_k_distillation_loss(student, top_k_targets(teacher, 1), torch.tensor([0]), weight=1.0)
+    loss = top_k_distillation_loss(
+        student, top_k_targets(teacher, 1), torch.tensor([0]), weight=1.0
+    )
     assert loss.isfinite() and gradient(loss, student).isfinite().all()
 
 
-# --- On disk ------------------------------------------------------------------------------------------------
+# --- On disk --------------------------------------------------------------------------------------
 
 
 def test_a_file_has_six_bytes_a_word_and_gives_back_what_was_written(tmp_path):
@@ -198,7 +213,9 @@ def test_at_the_size_of_gpt_2_a_token_takes_384_bytes_instead_of_201_thousand(tm
 
 def test_what_is_mapped_is_not_in_the_ledger_and_what_is_read_is_a_copy(tmp_path):
     tokens, k, taken = 4096, 64, 16
-    teacher = TopK(torch.zeros(tokens, k), torch.zeros(tokens, k, dtype=torch.int32), 1.0, VOCABULARY)
+    teacher = TopK(
+        torch.zeros(tokens, k), torch.zeros(tokens, k, dtype=torch.int32), 1.0, VOCABULARY
+    )
     write_top_k(tmp_path / "targets", [teacher])
     file = TopKFile(tmp_path / "targets")
 
@@ -245,7 +262,7 @@ def test_a_wrong_file_is_refused(tmp_path):
         write_top_k(path, [part, top_k_targets(torch.randn(3, VOCABULARY), 3)])
 
 
-# --- In chunks ----------------------------------------------------------------------------------------------
+# --- In chunks ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -263,10 +280,14 @@ def test_chunks_give_the_loss_and_gradients_of_the_plain_one(kind, chunk_tokens,
     else:
         plain = top_k_distillation_loss(head(hidden), k, targets, tail=kind, **options)
         said, options = k, options | {"tail": kind}
-    chunked = chunked_distillation_loss(hidden, head, said, targets, chunk_tokens=chunk_tokens, **options)
+    chunked = chunked_distillation_loss(
+        hidden, head, said, targets, chunk_tokens=chunk_tokens, **options
+    )
     torch.testing.assert_close(chunked, plain)
     inputs = [hidden, *head.parameters()]
-    ours, theirs = (torch.autograd.grad(3 * loss, inputs, retain_graph=True) for loss in (chunked, plain))
+    ours, theirs = (
+        torch.autograd.grad(3 * loss, inputs, retain_graph=True) for loss in (chunked, plain)
+    )
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other)
     with pytest.raises(RuntimeError, match="gave its gradients away"):
@@ -321,7 +342,9 @@ def test_the_columns_of_a_run_with_each_kind_of_teacher():
     n, V, k = 4 * 64, 2048, 8
     one = 4 * n * V  # a tensor of the logits' size
     kept = gpt.activation_bytes(config, 4, 64) - one
-    teacher = TopK(torch.full((n, k), math.log(0.1)), torch.arange(k, dtype=torch.int32).expand(n, k), 2.0, V)
+    teacher = TopK(
+        torch.full((n, k), math.log(0.1)), torch.arange(k, dtype=torch.int32).expand(n, k), 2.0, V
+    )
 
     def alone(model, tokens):
         return model(tokens, tokens)
@@ -330,7 +353,9 @@ def test_the_columns_of_a_run_with_each_kind_of_teacher():
         return top_k_distillation_loss(model(tokens), teacher, tokens)
 
     def chunked(model, tokens):
-        return chunked_distillation_loss(model.features(tokens).flatten(0, 1), model.head, teacher, tokens.flatten())
+        return chunked_distillation_loss(
+            model.features(tokens).flatten(0, 1), model.head, teacher, tokens.flatten()
+        )
 
     base = 4 * config.parameter_count + 8 * n + kept
     assert peak_bytes(config, alone).peak_bytes == pytest.approx(base + 3 * one, rel=0.01)
@@ -345,19 +370,22 @@ def test_the_columns_of_a_run_with_each_kind_of_teacher():
             said = whole(tokens)
         return distillation_loss(model(tokens), said, tokens, temperature=2.0)
 
-    # The teacher's weights stay; of its activations nothing does, and of its logits two tensors of their size.
+    # The teacher's weights stay; of its activations nothing does, and of its logits two tensors of
+    # their size.
     run = peak_bytes(config, no_grad, teacher=large)
     weights = 4 * (config.parameter_count + large.parameter_count)
     assert run.columns["parameters"] == weights
     assert run.peak_bytes == pytest.approx(weights + 8 * n + kept + 7 * one, rel=0.01)
 
 
-# --- On models ----------------------------------------------------------------------------------------------
+# --- On models ------------------------------------------------------------------------------------
 
 
 def hugging_face(name, **sizes):
     transformers = pytest.importorskip("transformers")
-    logging.disable(logging.WARNING)  # it looks at every optional package, and some of them complain
+    logging.disable(
+        logging.WARNING
+    )  # it looks at every optional package, and some of them complain
     try:
         config = getattr(transformers, f"{name}Config")(vocab_size=50, use_cache=False, **sizes)
         cls = f"{name}LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM"
@@ -381,14 +409,35 @@ def gpt2_pair():
     sizes |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     student, teacher = (hugging_face("GPT2", n_embd=32, n_layer=n, **sizes) for n in (1, 2))
     features = lambda x: student.transformer(x).last_hidden_state  # noqa: E731
-    return student, teacher, features, student.lm_head, lambda x: student(x).logits, lambda x: teacher(x).logits, (2, 8)
+    return (
+        student,
+        teacher,
+        features,
+        student.lm_head,
+        lambda x: student(x).logits,
+        lambda x: teacher(x).logits,
+        (2, 8),
+    )
 
 
 def llama_pair():
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 1}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
     student, teacher = (hugging_face("Llama", num_hidden_layers=n, **sizes) for n in (1, 2))
     features = lambda x: student.model(x).last_hidden_state  # noqa: E731
-    return student, teacher, features, student.lm_head, lambda x: student(x).logits, lambda x: teacher(x).logits, (2, 8)
+    return (
+        student,
+        teacher,
+        features,
+        student.lm_head,
+        lambda x: student(x).logits,
+        lambda x: teacher(x).logits,
+        (2, 8),
+    )
 
 
 @pytest.mark.parametrize("make", [gpt_pair, vit_pair, gpt2_pair, llama_pair])
@@ -408,11 +457,19 @@ def test_a_model_learns_from_a_file_what_it_learns_from_the_teacher(make, tmp_pa
         return [parameter.grad.clone() for parameter in student.parameters()]
 
     expected = gradients(distillation_loss(student_logits(inputs), said, targets, temperature=2.0))
-    given = [gradients(top_k_distillation_loss(student_logits(inputs), file[:], targets, tail="renormalize"))]
+    given = [
+        gradients(
+            top_k_distillation_loss(student_logits(inputs), file[:], targets, tail="renormalize")
+        )
+    ]
     if features:
         hidden = features(inputs).flatten(0, 1)
         options = {"tail": "renormalize", "chunk_tokens": 5}
-        given.append(gradients(chunked_distillation_loss(hidden, head, file[:], targets.flatten(), **options)))
+        given.append(
+            gradients(
+                chunked_distillation_loss(hidden, head, file[:], targets.flatten(), **options)
+            )
+        )
     for own in given:
         for one, other in zip(own, expected, strict=True):  # FP16 in the file: three digits
             assert (one - other).abs().max() <= 3e-3 * other.abs().max() + 1e-7
@@ -438,7 +495,7 @@ def test_the_loss_falls_and_the_student_comes_to_say_what_the_teacher_says():
     assert divergences[-1] < 0.2 * divergences[0]
 
 
-# --- What is refused ----------------------------------------------------------------------------------------
+# --- What is refused ------------------------------------------------------------------------------
 
 
 def test_bad_input_is_refused():
@@ -458,25 +515,61 @@ def test_bad_input_is_refused():
     smaller = nn.Linear(6, VOCABULARY - 1)
     cases = [
         (plain(student, student * 1, targets), ValueError, "carry a graph.*no_grad"),
-        (plain(student, teacher[:, :-1], targets), ValueError, "one vocabulary, but they have 11 and 10 words"),
-        (plain(student, teacher[:2], targets), ValueError, r"one shape, but they are \(4, 11\) and \(2, 11\)"),
+        (
+            plain(student, teacher[:, :-1], targets),
+            ValueError,
+            "one vocabulary, but they have 11 and 10 words",
+        ),
+        (
+            plain(student, teacher[:2], targets),
+            ValueError,
+            r"one shape, but they are \(4, 11\) and \(2, 11\)",
+        ),
         (plain(student, teacher, targets[:2]), ValueError, r"\(4, 11\) and \(2,\)"),
         (plain(student, teacher, targets.int()), TypeError, "targets int64.*int32"),
         (plain(student.int(), teacher, targets), TypeError, "Logits must be floating point"),
-        (plain(student, teacher, targets, temperature=0), ValueError, "temperature must be above 0"),
+        (
+            plain(student, teacher, targets, temperature=0),
+            ValueError,
+            "temperature must be above 0",
+        ),
         (plain(student, teacher, targets, weight=2), ValueError, "from 0 to 1, but it is 2"),
         (plain(student, teacher, targets, reduction="none"), ValueError, '"mean" or "sum"'),
-        (top(student, k.rows(slice(2)), targets), ValueError, "has 4 tokens, and the teacher says 2"),
+        (
+            top(student, k.rows(slice(2)), targets),
+            ValueError,
+            "has 4 tokens, and the teacher says 2",
+        ),
         (top(student[:, 1:], k, targets), ValueError, "they have 10 and 11 words"),
-        (top(student, k, targets, tail="drop"), ValueError, "tail must be one of bucket, renormalize"),
-        (lambda: top_k_targets(teacher, 12), ValueError, "has 11 words, and k must be no more, but it is 12"),
+        (
+            top(student, k, targets, tail="drop"),
+            ValueError,
+            "tail must be one of bucket, renormalize",
+        ),
+        (
+            lambda: top_k_targets(teacher, 12),
+            ValueError,
+            "has 11 words, and k must be no more, but it is 12",
+        ),
         (lambda: top_k_targets(teacher, 0), ValueError, "must be 1 or more, but they are 0"),
         (lambda: top_k_targets(teacher, 2, temperature=-1), ValueError, "above 0, but it is -1"),
         (lambda: sampled_targets(teacher, 0), ValueError, "1 or more, but they are 0"),
         (chunked(hidden, smaller, k, targets), ValueError, "they have 10 and 11 words"),
-        (chunked(hidden, smaller, lambda rows: teacher[rows], targets), ValueError, "10 and 11 words"),
-        (chunked(hidden, head.weight, k, targets), TypeError, "plain nn.Linear, but it is Parameter"),
-        (chunked(hidden, nn.Linear(5, VOCABULARY), k, targets), ValueError, r"must be \(tokens, 5\)"),
+        (
+            chunked(hidden, smaller, lambda rows: teacher[rows], targets),
+            ValueError,
+            "10 and 11 words",
+        ),
+        (
+            chunked(hidden, head.weight, k, targets),
+            TypeError,
+            "plain nn.Linear, but it is Parameter",
+        ),
+        (
+            chunked(hidden, nn.Linear(5, VOCABULARY), k, targets),
+            ValueError,
+            r"must be \(tokens, 5\)",
+        ),
         (chunked(hidden[None], head, k, targets), ValueError, r"not \(1, 4, 6\)"),
         (chunked(hidden, head, k.rows(slice(2)), targets), ValueError, "the teacher says 2"),
         (chunked(hidden, head, k, targets, chunk_tokens=0), ValueError, "positive int or None"),

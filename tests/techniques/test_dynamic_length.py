@@ -1,5 +1,6 @@
-"""Dynamic length: however documents are arranged, padded or packed, the loss and the gradients are the same, for our
-GPT and models of Hugging Face; the places of a batch are bounded; bytes by formula; and what would go wrong is refused."""
+"""Dynamic length: however documents are arranged, padded or packed, the loss and the gradients are
+the same, for our GPT and models of Hugging Face; the places of a batch are bounded; bytes by
+formula; and what would go wrong is refused."""
 
 import contextlib
 import functools
@@ -62,7 +63,9 @@ def gradients(model):
 
 
 def difference(ones, others):
-    pairs = [(ones, others)] if isinstance(ones, torch.Tensor) else list(zip(ones, others, strict=True))
+    pairs = (
+        [(ones, others)] if isinstance(ones, torch.Tensor) else list(zip(ones, others, strict=True))
+    )
     assert pairs
     return max(((one - other).abs().max() / other.abs().max()).item() for one, other in pairs)
 
@@ -78,7 +81,7 @@ def one_by_one():
     return total, gradients(model)
 
 
-# --- Plans --------------------------------------------------------------------------------------------------
+# --- Plans ----------------------------------------------------------------------------------------
 
 
 def test_a_plan_by_documents_takes_each_once():
@@ -134,7 +137,7 @@ def test_bad_plans_are_refused():
             batches_within([3, wrong], 4)
 
 
-# --- Rectangles and rows ------------------------------------------------------------------------------------
+# --- Rectangles and rows --------------------------------------------------------------------------
 
 
 def test_padding_by_hand():
@@ -154,9 +157,13 @@ def test_a_row_by_hand_pairs_nothing_across_documents_and_restarts_positions():
     mask = block_diagonal_mask(row.lengths)
     assert mask.shape == (1, 1, 6, 6) and mask.dtype == torch.bool
     assert mask[0, 0].int().tolist() == [
-        [1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0],
-        [0, 0, 0, 1, 0, 0], [0, 0, 0, 0, 1, 0], [0, 0, 0, 0, 1, 1],
-    ]  # fmt: skip
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [0, 0, 0, 1, 0, 0],
+        [0, 0, 0, 0, 1, 0],
+        [0, 0, 0, 0, 1, 1],
+    ]
 
 
 @pytest.mark.parametrize("arrange", [pad, pack])
@@ -177,7 +184,7 @@ def test_a_document_that_does_not_fit_is_not_cut_in_silence():
         pad(DOCUMENTS, length=18)
 
 
-# --- The same loss and the same gradients -------------------------------------------------------------------
+# --- The same loss and the same gradients ---------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -224,7 +231,11 @@ def test_a_document_does_not_see_its_neighbours_and_would_without():
         with context:
             return model(row.tokens)[0, -len(own) + 1 :]
 
-    for neighbours in ([DOCUMENTS[0]], random_documents((7, 8), seed=1), random_documents((1,) * 9)):
+    for neighbours in (
+        [DOCUMENTS[0]],
+        random_documents((7, 8), seed=1),
+        random_documents((1,) * 9),
+    ):
         assert difference(in_a_row(True, *neighbours), alone) < 1e-5
         assert difference(in_a_row(False, *neighbours), alone) > 1e-2
 
@@ -259,13 +270,16 @@ def test_attention_is_put_back_also_after_an_error():
         assert F.scaled_dot_product_attention is not original
         model(row.tokens)
     assert F.scaled_dot_product_attention is original
-    with pytest.raises(ZeroDivisionError), documents_apart(row.lengths, positions=model.position_embedding):
+    with (
+        pytest.raises(ZeroDivisionError),
+        documents_apart(row.lengths, positions=model.position_embedding),
+    ):
         1 / 0  # noqa: B018
     assert F.scaled_dot_product_attention is original
     assert not model.position_embedding._forward_pre_hooks
 
 
-# --- Checkpoints: attention runs again in backward ----------------------------------------------------------
+# --- Checkpoints: attention runs again in backward ------------------------------------------------
 
 
 def checkpointed(reentrant):
@@ -283,7 +297,9 @@ def test_a_checkpointed_model_is_right_with_backward_inside(reentrant):
     assert difference(gradients(model), one_by_one()[1]) < 1e-5
 
 
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # under no_grad(), at the end
+@pytest.mark.filterwarnings(
+    "ignore:None of the inputs have requires_grad"
+)  # under no_grad(), at the end
 def test_a_checkpointed_model_is_no_silent_error_with_backward_outside():
     model, row = checkpointed(False), pack(DOCUMENTS)
     with documents_apart(row.lengths, positions=model.position_embedding):
@@ -300,7 +316,7 @@ def test_a_checkpointed_model_is_no_silent_error_with_backward_outside():
         model(row.tokens)  # nothing to run again
 
 
-# --- What would be wrong is refused -------------------------------------------------------------------------
+# --- What would be wrong is refused ---------------------------------------------------------------
 
 
 def test_models_that_attend_otherwise_are_refused():
@@ -336,7 +352,10 @@ def test_a_vit_has_no_documents():
 
 def test_positions_that_would_be_wrong_are_refused():
     model, row = new_model(), pack(DOCUMENTS)
-    with pytest.raises(TypeError, match="positions must be a module"), documents_apart((1,), positions="wpe"):
+    with (
+        pytest.raises(TypeError, match="positions must be a module"),
+        documents_apart((1,), positions="wpe"),
+    ):
         pass
     with (
         pytest.raises(ValueError, match="got other numbers"),
@@ -364,12 +383,14 @@ def test_positions_that_would_be_wrong_are_refused():
             pass
 
 
-# --- Hugging Face -------------------------------------------------------------------------------------------
+# --- Hugging Face ---------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def transformers():
-    logging.disable(logging.WARNING)  # it looks at every optional package, and some of them complain
+    logging.disable(
+        logging.WARNING
+    )  # it looks at every optional package, and some of them complain
     yield pytest.importorskip("transformers")
     logging.disable(logging.NOTSET)
 
@@ -379,15 +400,27 @@ def hugging_face(transformers, name):
     special = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
     if name == "GPT-2":
         config = transformers.GPT2Config(
-            vocab_size=64, n_positions=24, n_embd=32, n_layer=2, n_head=2, **special,
+            vocab_size=64,
+            n_positions=24,
+            n_embd=32,
+            n_layer=2,
+            n_head=2,
+            **special,
             initializer_range=0.3,
-        )  # fmt: skip
+        )
         model = transformers.GPT2LMHeadModel(config)
         return model.eval(), model.transformer.wpe
     config = transformers.LlamaConfig(
-        vocab_size=64, max_position_embeddings=24, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3, **special,
-    )  # fmt: skip
+        vocab_size=64,
+        max_position_embeddings=24,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+        **special,
+    )
     model = transformers.LlamaForCausalLM(config)
     return model.eval(), model.model.rotary_emb
 
@@ -425,9 +458,14 @@ def test_hugging_face_models_read_documents_apart_as_with_their_own_collator(tra
 
 def test_an_encoder_sees_both_ways_within_a_document(transformers):
     config = transformers.BertConfig(
-        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
-        max_position_embeddings=64, initializer_range=0.3,
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+    )
     torch.manual_seed(0)
     model = transformers.BertModel(config, add_pooling_layer=False).eval()
     row = pack(random_documents(high=64))
@@ -455,7 +493,7 @@ def test_gradient_checkpointing_of_hugging_face_with_backward_inside(transformer
     assert difference(gradients(model), expected) < 1e-5
 
 
-# --- Bytes --------------------------------------------------------------------------------------------------
+# --- Bytes ----------------------------------------------------------------------------------------
 
 
 def build(documents, packed, length=None, config=CONFIG):
@@ -501,7 +539,10 @@ def test_a_place_costs_what_a_token_costs_and_a_packed_row_one_tensor_a_layer_mo
     batch = {"maximum": 16 * 600, "longest": 16 * 6 * longest, "packed": 16 * n}
     for name, run in runs.items():
         held = run.columns["activations"] + run.columns["batch"]
-        assert abs(held - wanted[name] - batch[name]) <= 64, (name, held - wanted[name] - batch[name])
+        assert abs(held - wanted[name] - batch[name]) <= 64, (
+            name,
+            held - wanted[name] - batch[name],
+        )
     assert runs["maximum"].losses[0] == pytest.approx(runs["packed"].losses[0], rel=1e-5)
     assert runs["longest"].peak_bytes < runs["maximum"].peak_bytes
     assert runs["packed"].peak_bytes < runs["longest"].peak_bytes
@@ -526,7 +567,9 @@ def test_nothing_of_the_square_of_the_row_is_made():
             def step():
                 context = contextlib.nullcontext() if masked else documents_apart(n, positions=None)
                 with context:
-                    y = F.scaled_dot_product_attention(q, q, q, attn_mask=mask, is_causal=not masked)
+                    y = F.scaled_dot_product_attention(
+                        q, q, q, attn_mask=mask, is_causal=not masked
+                    )
                 y.sum().backward()
                 q.grad = None
 
@@ -535,7 +578,9 @@ def test_nothing_of_the_square_of_the_row_is_made():
         return build_run
 
     square = sum(n) ** 2
-    masked, apart = (measure(build_attention(masked), device="cpu").peak_bytes for masked in (True, False))
+    masked, apart = (
+        measure(build_attention(masked), device="cpu").peak_bytes for masked in (True, False)
+    )
     assert masked > square > 2 * apart
 
 

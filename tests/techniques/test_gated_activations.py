@@ -1,4 +1,6 @@
-"""Gated activations: what a gated MLP keeps for backward, to the byte; with recomputation less, and the same bits."""
+"""Gated activations: what a gated MLP keeps for backward, to the byte; with recomputation less, and
+the same bits.
+"""
 
 import copy
 import logging
@@ -59,7 +61,9 @@ def inputs(gated=True, bias=True, dtype=torch.float32, shape=(2, 3), inner=5, hi
 
 def results(function, tensors, activation):
     """The output and the gradients, from a gradient that is not the same everywhere."""
-    own = [None if t is None else t.detach().clone().requires_grad_(t.requires_grad) for t in tensors]
+    own = [
+        None if t is None else t.detach().clone().requires_grad_(t.requires_grad) for t in tensors
+    ]
     output = function(*own, activation)
     output.backward(torch.arange(output.numel(), dtype=output.dtype).sin().reshape(output.shape))
     return [output.detach(), *(t.grad for t in own if t is not None)]
@@ -69,11 +73,12 @@ def equal(one, other):
     assert len(one) == len(other)
     pairs = list(zip(one, other, strict=True))
     return all(
-        a is b if a is None or b is None else a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs
+        a is b if a is None or b is None else a.dtype == b.dtype and torch.equal(a, b)
+        for a, b in pairs
     )
 
 
-# --- The function -------------------------------------------------------------------------------------------
+# --- The function ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("activation", FUNCTIONS)
@@ -83,7 +88,8 @@ def test_values_and_gradients_are_those_of_the_plain_expression_to_the_bit(activ
         for shape, bias in (((2, 3), True), ((6,), False), ((), True)):
             tensors = inputs(gated, bias, dtype, shape)
             assert equal(
-                results(gated_linear, tensors, activation), results(plain_linear, tensors, activation)
+                results(gated_linear, tensors, activation),
+                results(plain_linear, tensors, activation),
             )
 
 
@@ -111,7 +117,9 @@ def test_halves_of_one_tensor_and_a_second_backward():
     theirs = plain_linear(*both.chunk(2, dim=-1), weight)
     expected = torch.autograd.grad(theirs.square().sum(), (both, weight))
     for _ in range(2):  # the saved tensors are not written over
-        assert equal(torch.autograd.grad(ours.square().sum(), (both, weight), retain_graph=True), expected)
+        assert equal(
+            torch.autograd.grad(ours.square().sum(), (both, weight), retain_graph=True), expected
+        )
 
 
 @pytest.mark.parametrize("gated", [True, False])
@@ -161,7 +169,7 @@ def test_a_change_in_place_of_what_is_kept_is_noticed():
         loss.backward()
 
 
-# --- Bytes --------------------------------------------------------------------------------------------------
+# --- Bytes ----------------------------------------------------------------------------------------
 
 
 def kept(module, x):
@@ -214,7 +222,9 @@ def test_so_many_wide_tensors_are_kept(make, before, after):
     x = torch.randn(10, 6, requires_grad=True)
     module, narrow, wide = make(), 4 * 10 * 6, 4 * 10 * 24
     assert kept(module, x) == narrow + before * wide
-    expected = [t.clone() for t in torch.autograd.grad(module(x).square().sum(), [x, *module.parameters()])]
+    expected = [
+        t.clone() for t in torch.autograd.grad(module(x).square().sum(), [x, *module.parameters()])
+    ]
     with FlopCounterMode(display=False) as plain_flops:
         module(x).sum().backward()
     handle = apply_gated_recomputation(nn.ModuleList([module]))
@@ -256,7 +266,9 @@ def gated(model, activation="gelu_tanh", inner=None, recompute=False):
 
 
 def test_the_columns_of_a_training_run():
-    """At equal parameters a gated MLP changes the activations alone, by what the formula says, to the byte."""
+    """At equal parameters a gated MLP changes the activations alone, by what the formula says, to
+    the byte.
+    """
     plain, hidden, tokens, layers = peak(lambda model: None), 64, 2 * 64, 2
     width = gated_width(hidden, 4 * hidden, bias=True)
     kept_by = {
@@ -271,17 +283,26 @@ def test_the_columns_of_a_training_run():
 
 
 def test_the_width_at_equal_parameters():
-    for hidden, inner, bias in ((64, 256, True), (128, 512, False), (768, 3072, True), (10, 1, False)):
+    for hidden, inner, bias in (
+        (64, 256, True),
+        (128, 512, False),
+        (768, 3072, True),
+        (10, 1, False),
+    ):
         width = gated_width(hidden, inner, bias)
         mlp = GatedMLP(hidden, width, bias=bias)
         reference = nn.Sequential(nn.Linear(hidden, inner, bias), nn.Linear(inner, hidden, bias))
-        more = sum(p.numel() for p in mlp.parameters()) - sum(p.numel() for p in reference.parameters())
+        more = sum(p.numel() for p in mlp.parameters()) - sum(
+            p.numel() for p in reference.parameters()
+        )
         # A width more is 3 hidden parameters more, so none is nearer (but there is none below 1).
         assert abs(more) <= (3 * hidden + 2 * bias) / 2 or width == 1
-    assert gated_width(4096, 4 * 4096) == 10923  # Llama's 11008 is this, rounded up to a multiple of 256
+    assert (
+        gated_width(4096, 4 * 4096) == 10923
+    )  # Llama's 11008 is this, rounded up to a multiple of 256
 
 
-# --- Applied from outside -----------------------------------------------------------------------------------
+# --- Applied from outside -------------------------------------------------------------------------
 
 
 def gpt_run():
@@ -300,10 +321,17 @@ def hugging_face(name, **options):
     transformers = pytest.importorskip("transformers")
     sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "pad_token_id": 0}
-    logging.disable(logging.WARNING)  # it looks at every optional package, and some of them complain
+    logging.disable(
+        logging.WARNING
+    )  # it looks at every optional package, and some of them complain
     try:
-        config = getattr(transformers, f"{name}Config")(**sizes, **heads, use_cache=False, **options)
-        model, tokens = getattr(transformers, f"{name}ForCausalLM")(config), torch.randint(1, 50, (2, 8))
+        config = getattr(transformers, f"{name}Config")(
+            **sizes, **heads, use_cache=False, **options
+        )
+        model, tokens = (
+            getattr(transformers, f"{name}ForCausalLM")(config),
+            torch.randint(1, 50, (2, 8)),
+        )
         return model, lambda: model(input_ids=tokens, labels=tokens).loss
     finally:
         logging.disable(logging.NOTSET)
@@ -353,7 +381,9 @@ def test_gated_mlps_take_the_place_of_plain_ones_and_go_again(make):
     assert handle.names == ["blocks.0.mlp", "blocks.1.mlp"]
     for block in model.blocks:
         assert (
-            isinstance(block.mlp, GatedMLP) and block.mlp.gate.out_features == 40 and not block.mlp.training
+            isinstance(block.mlp, GatedMLP)
+            and block.mlp.gate.out_features == 40
+            and not block.mlp.training
         )
     last = model.blocks[1].mlp
     assert last.down.weight.std().item() == pytest.approx(
@@ -393,10 +423,12 @@ def test_with_gradient_checkpointing_in_either_order_the_gradients_are_the_same(
 
     expected = gradients(apply_gated_mlp)
     assert equal(
-        gradients(apply_gated_mlp, apply_gated_recomputation, apply_gradient_checkpointing), expected
+        gradients(apply_gated_mlp, apply_gated_recomputation, apply_gradient_checkpointing),
+        expected,
     )
     assert equal(
-        gradients(apply_gated_mlp, apply_gradient_checkpointing, apply_gated_recomputation), expected
+        gradients(apply_gated_mlp, apply_gradient_checkpointing, apply_gated_recomputation),
+        expected,
     )
 
 
@@ -433,7 +465,9 @@ def test_what_computes_something_else_is_left_alone(function):
         apply_gated_recomputation(nn.ModuleList([module]))
     assert torch.equal(torch.rand(3), expected)  # the trial leaves the random state alone
     assert type(module) is Other and module.training and module.act.training
-    apply_gated_recomputation(nn.ModuleList([Other(lambda self, x: self.down(self.act(self.up(x))))]))
+    apply_gated_recomputation(
+        nn.ModuleList([Other(lambda self, x: self.down(self.act(self.up(x))))])
+    )
 
 
 def test_weights_of_zero_tell_nothing_and_a_forward_of_its_own_is_respected():
@@ -465,10 +499,18 @@ def test_a_copy_is_changed_too_and_a_deleted_model_is_freed_at_once():
 def test_bad_input_is_refused():
     gate, up, weight, bias = inputs()
     for arguments, error, words in (
-        ((gate, up, weight, bias, "swish"), ValueError, "activation must be one of silu, .*'swish'"),
+        (
+            (gate, up, weight, bias, "swish"),
+            ValueError,
+            "activation must be one of silu, .*'swish'",
+        ),
         ((gate.int(), up, weight, bias), TypeError, "floating point and of one dtype"),
         ((gate, up.double(), weight, bias), TypeError, "torch.float32 and torch.float64"),
-        ((gate, up[:1], weight, bias), ValueError, r"one shape, but they are \(2, 3, 5\) and \(1, 3, 5\)"),
+        (
+            (gate, up[:1], weight, bias),
+            ValueError,
+            r"one shape, but they are \(2, 3, 5\) and \(1, 3, 5\)",
+        ),
         ((gate, up, weight.T, bias), ValueError, r"\(hidden, inner\), but it is \(5, 4\)"),
         ((gate, up, weight[0], bias), ValueError, r"\(hidden, inner\), but it is \(5,\)"),
         ((gate, up, weight, bias[:1]), ValueError, r"bias must be \(4,\)"),

@@ -1,5 +1,6 @@
-"""Gradient accumulation: the large batch's gradients, the optimizer in backward against the ordinary one bit for
-bit, and layer-major micro-batches, which let them compose; the bytes of each, and what must be refused."""
+"""Gradient accumulation: the large batch's gradients, the optimizer in backward against the
+ordinary one bit for bit, and layer-major micro-batches, which let them compose; the bytes of each,
+and what must be refused."""
 
 import copy
 import gc
@@ -27,8 +28,11 @@ from memlab.workloads import gpt, vit
 
 BATCH, SEQUENCE, HIDDEN = 5, 8, 16
 GPT = gpt.GPTConfig(vocabulary_size=32, context_length=SEQUENCE, layers=2, heads=2, hidden=HIDDEN)
-VIT = vit.ViTConfig(image_size=8, patch_size=4, channels=1, classes=4, layers=2, heads=2, hidden=HIDDEN)
-FLOAT = 1e-5  # what another order of FP32 additions may change, relative to a parameter's largest gradient
+VIT = vit.ViTConfig(
+    image_size=8, patch_size=4, channels=1, classes=4, layers=2, heads=2, hidden=HIDDEN
+)
+# What another order of FP32 additions may change, relative to a parameter's largest gradient.
+FLOAT = 1e-5
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -63,9 +67,18 @@ def make_hugging_face(name):
         )
         return transformers.LlamaForCausalLM(config).train()
     config = transformers.GPT2Config(
-        vocab_size=32, n_positions=SEQUENCE, n_embd=HIDDEN, n_layer=2, n_head=2, use_cache=False,
-        embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0, bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
+        vocab_size=32,
+        n_positions=SEQUENCE,
+        n_embd=HIDDEN,
+        n_layer=2,
+        n_head=2,
+        use_cache=False,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        resid_pdrop=0.0,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
     return transformers.GPT2LMHeadModel(config).train()
 
 
@@ -81,7 +94,9 @@ def ragged(lengths=(8, 1, 5, 2, 7)):
 
 def image_batch(count=BATCH):
     generator = torch.Generator().manual_seed(1)
-    return torch.rand(count, 1, 8, 8, generator=generator), torch.randint(4, (count,), generator=generator)
+    return torch.rand(count, 1, 8, 8, generator=generator), torch.randint(
+        4, (count,), generator=generator
+    )
 
 
 def gradients(model):
@@ -97,7 +112,7 @@ def difference(one, other):
     )
 
 
-# --- The gradients of the large batch -----------------------------------------------------------------------
+# --- The gradients of the large batch -------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 9])
@@ -132,9 +147,13 @@ def test_a_hugging_face_model_is_accumulated_as_it_is(name):
     model(input_ids=tokens, labels=targets).loss.backward()
     expected = gradients(model)
     model.zero_grad()
-    pieces = [{"input_ids": one, "labels": other} for one, other in split_batch((tokens, targets), 1)]
+    pieces = [
+        {"input_ids": one, "labels": other} for one, other in split_batch((tokens, targets), 1)
+    ]
     # The second document has one target, which the shift takes away: its mean would be NaN.
-    accumulate_gradients(model, pieces, count=lambda input_ids, labels: (labels[:, 1:] != -100).sum())
+    accumulate_gradients(
+        model, pieces, count=lambda input_ids, labels: (labels[:, 1:] != -100).sum()
+    )
     assert difference(expected, gradients(model)) < FLOAT
     with pytest.raises(TypeError, match="pass count="):
         accumulate_gradients(model, pieces)
@@ -186,7 +205,9 @@ def test_groups_end_with_what_is_left():
     assert list(groups_of(range(10), 4)) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
     assert list(groups_of(iter([]), 4)) == []
     stream = itertools.count()
-    assert next(groups_of(stream, 2)) == [0, 1] and next(stream) == 2  # it reads no further than it needs
+    assert (
+        next(groups_of(stream, 2)) == [0, 1] and next(stream) == 2
+    )  # it reads no further than it needs
     batches = split_batch(ragged(), 1)
     model, sizes = make_gpt(), []
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -217,7 +238,11 @@ def test_micro_batches_are_views():
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: split_batch((torch.ones(4), torch.ones(3)), 2), ValueError, r"equally long.*\[4, 3\]"),
+        (
+            lambda: split_batch((torch.ones(4), torch.ones(3)), 2),
+            ValueError,
+            r"equally long.*\[4, 3\]",
+        ),
         (lambda: split_batch((), 2), ValueError, "equally long"),
         (lambda: split_batch((torch.ones(4),), 0), ValueError, "at least 1, but it is 0"),
         (lambda: list(groups_of([], True)), ValueError, "at least 1, but it is True"),
@@ -236,12 +261,14 @@ def test_wrong_input_is_refused(call, error, message):
         call()
 
 
-# --- The optimizer in backward ------------------------------------------------------------------------------
+# --- The optimizer in backward --------------------------------------------------------------------
 
 
 def train(model, batch, in_backward, steps=3, make_optimizer=adamw):
     optimizer = (
-        optimizer_in_backward(model, make_optimizer) if in_backward else make_optimizer(model.parameters())
+        optimizer_in_backward(model, make_optimizer)
+        if in_backward
+        else make_optimizer(model.parameters())
     )
     for _ in range(steps):
         output = model(*batch) if isinstance(batch, tuple) else model(**batch).loss
@@ -262,7 +289,10 @@ def equal(one, other):
         (make_gpt, ragged()),  # its embedding is shared with its output layer
         (lambda: make_gpt(tied_embeddings=False), ragged()),
         (make_vit, image_batch()),
-        (lambda: make_hugging_face("gpt2"), dict(zip(("input_ids", "labels"), ragged(), strict=True))),
+        (
+            lambda: make_hugging_face("gpt2"),
+            dict(zip(("input_ids", "labels"), ragged(), strict=True)),
+        ),
     ],
     ids=["gpt", "untied gpt", "vit", "hugging face gpt2"],
 )
@@ -272,7 +302,11 @@ def test_weights_are_those_of_the_ordinary_optimizer_bit_for_bit(make, batch):
     optimizer = train(in_backward, batch, True)
     assert equal(ordinary, in_backward) and not equal(start, in_backward)
     # A shared weight was stepped once a step.
-    steps = {entry["step"].item() for one in optimizer.optimizers.values() for entry in one.state.values()}
+    steps = {
+        entry["step"].item()
+        for one in optimizer.optimizers.values()
+        for entry in one.state.values()
+    }
     assert steps == {3}
 
 
@@ -313,7 +347,9 @@ def test_accumulation_is_refused_at_the_second_backward():
     model = make_gpt()
     optimizer = optimizer_in_backward(model, adamw)
     model(*ragged()).backward()
-    with pytest.raises(RuntimeError, match="excludes accumulation.*apply_layer_major_micro_batches"):
+    with pytest.raises(
+        RuntimeError, match="excludes accumulation.*apply_layer_major_micro_batches"
+    ):
         model(*ragged()).backward()
     optimizer.step()
     model(*ragged()).backward()
@@ -370,21 +406,29 @@ def test_nothing_outlives_the_model():
     assert ghost() is None
 
 
-# --- Layer by layer -----------------------------------------------------------------------------------------
+# --- Layer by layer -------------------------------------------------------------------------------
 
 
 def by_layer(model, micro_batch_size=1):
-    blocks = model.blocks if hasattr(model, "blocks") else (
-        model.transformer.h if hasattr(model, "transformer") else model.model.layers
-    )  # fmt: skip
+    blocks = (
+        model.blocks
+        if hasattr(model, "blocks")
+        else (model.transformer.h if hasattr(model, "transformer") else model.model.layers)
+    )
     return apply_layer_major_micro_batches(blocks, micro_batch_size)
 
 
 CASES = {
     "gpt": (make_gpt, ragged()),
     "vit": (make_vit, image_batch()),
-    "gpt2": (lambda: make_hugging_face("gpt2"), dict(zip(("input_ids", "labels"), ragged(), strict=True))),
-    "llama": (lambda: make_hugging_face("llama"), dict(zip(("input_ids", "labels"), ragged(), strict=True))),
+    "gpt2": (
+        lambda: make_hugging_face("gpt2"),
+        dict(zip(("input_ids", "labels"), ragged(), strict=True)),
+    ),
+    "llama": (
+        lambda: make_hugging_face("llama"),
+        dict(zip(("input_ids", "labels"), ragged(), strict=True)),
+    ),
 }
 
 
@@ -424,13 +468,18 @@ def test_a_padding_mask_is_cut_with_the_batch():
 
 @pytest.mark.parametrize("case", CASES)
 def test_micro_batches_and_the_optimizer_in_backward_compose(case):
-    """Every hook fires once a step, and the weights are those of the large batch to float accuracy."""
+    """Every hook fires once a step, and the weights are those of the large batch to
+    float accuracy.
+    """
     make, batch = CASES[case]
     ordinary, both = make(), make()
-    # SGD: AdamW's first step is the gradient's sign, which rounding can turn where the gradient is next to zero.
+    # SGD: AdamW's first step is the gradient's sign, which rounding can turn where the gradient is
+    # next to zero.
     train(ordinary, batch, False, make_optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
     by_layer(both)
-    train(both, batch, True, make_optimizer=lambda p: torch.optim.SGD(p, lr=0.1))  # raises on a second step
+    train(
+        both, batch, True, make_optimizer=lambda p: torch.optim.SGD(p, lr=0.1)
+    )  # raises on a second step
     for one, other in zip(ordinary.parameters(), both.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
@@ -439,7 +488,9 @@ def rows_loss(model):
     """A function from hidden states and targets to the sum of the losses of each row, (batch,)."""
 
     def loss(hidden, targets):
-        losses = F.cross_entropy(model.head(hidden).flatten(0, 1), targets.flatten(), reduction="none")
+        losses = F.cross_entropy(
+            model.head(hidden).flatten(0, 1), targets.flatten(), reduction="none"
+        )
         return losses.view(targets.shape).sum(dim=1)
 
     return loss
@@ -487,7 +538,11 @@ def test_arguments_are_cut_where_the_batch_is_and_whole_where_it_is_not():
             ValueError,
             "Batch and sequence are both 4",
         ),
-        (lambda f: in_micro_batches(f, 1, torch.ones(4), cache=object()), TypeError, "use_cache=False"),
+        (
+            lambda f: in_micro_batches(f, 1, torch.ones(4), cache=object()),
+            TypeError,
+            "use_cache=False",
+        ),
         (
             lambda f: in_micro_batches(torch.sum, 1, torch.ones(4)),
             TypeError,
@@ -526,7 +581,7 @@ def test_applying_twice_and_removing_out_of_order_are_refused():
     assert model.blocks[0].forward is wrapped and "forward" not in vars(model.blocks[1])
 
 
-# --- The bytes ----------------------------------------------------------------------------------------------
+# --- The bytes ------------------------------------------------------------------------------------
 
 # Large enough for the tensors to count, small enough for a fraction of a second.
 SIZES = gpt.GPTConfig(vocabulary_size=128, context_length=64, layers=4, heads=2, hidden=64)
@@ -589,9 +644,12 @@ def test_the_optimizer_in_backward_holds_few_gradients():
     length, p, h = 2, SIZES.parameter_count, SIZES.hidden
     ordinary, in_backward = measure(build("whole", length)), measure(build("in backward", length))
     assert ordinary.columns["gradients"] == 4 * p
-    # The largest weight, its gradient's two temporaries in AdamW; the shared embedding, and a few small ones.
+    # The largest weight, its gradient's two temporaries in AdamW; the shared embedding, and a few
+    # small ones.
     assert in_backward.columns["gradients"] <= 4 * 4 * h * h + 4 * 128 * h + 4096
-    most = 12 * p + gpt.activation_bytes(SIZES, ROWS, length) + 3 * 4 * 4 * h * h + 4 * 128 * h + 8192
+    most = (
+        12 * p + gpt.activation_bytes(SIZES, ROWS, length) + 3 * 4 * 4 * h * h + 4 * 128 * h + 8192
+    )
     assert in_backward.peak_bytes <= most < ordinary.peak_bytes
 
 

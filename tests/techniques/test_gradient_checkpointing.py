@@ -46,7 +46,10 @@ class Block(nn.Module):
         self.query_key_value = nn.Linear(HIDDEN, 3 * HIDDEN)
         self.projection = nn.Linear(HIDDEN, HIDDEN)
         self.mlp = nn.Sequential(
-            nn.LayerNorm(HIDDEN), nn.Linear(HIDDEN, 4 * HIDDEN), nn.GELU(), nn.Linear(4 * HIDDEN, HIDDEN)
+            nn.LayerNorm(HIDDEN),
+            nn.Linear(HIDDEN, 4 * HIDDEN),
+            nn.GELU(),
+            nn.Linear(4 * HIDDEN, HIDDEN),
         )
         self.dropout = nn.Dropout(dropout)
         self.calls = 0
@@ -82,7 +85,9 @@ def inputs(requires_grad=False):
 
 
 def gradients(run, tensors):
-    """Loss and gradients of one seeded forward and backward, and the random number drawn after it."""
+    """Loss and gradients of one seeded forward and backward, and the random number
+    drawn after it.
+    """
     for tensor in tensors:
         tensor.grad = None
     torch.manual_seed(7)
@@ -113,7 +118,9 @@ def saved_bytes(run, exclude=()):
 
 
 def allocated_bytes(run, tmp_path):
-    """What `run` leaves allocated in the CPU allocator, and its peak, while the garbage collector is off."""
+    """What `run` leaves allocated in the CPU allocator, and its peak, while the garbage collector
+    is off.
+    """
     gc.collect()
     gc.disable()
     try:
@@ -125,7 +132,9 @@ def allocated_bytes(run, tmp_path):
     del result
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     now = peak = 0
-    for event in sorted((e for e in events if e["name"] == "[memory]"), key=lambda event: event["ts"]):
+    for event in sorted(
+        (e for e in events if e["name"] == "[memory]"), key=lambda event: event["ts"]
+    ):
         now += event["args"]["Bytes"]
         peak = max(peak, now)
     return now, peak
@@ -145,7 +154,7 @@ def count_operators(run, operator):
     return count
 
 
-# --- checkpoint: gradients ----------------------------------------------------------------------------------
+# --- checkpoint: gradients ------------------------------------------------------------------------
 
 SAVE = {"nothing": None, "products": MATRIX_PRODUCTS, "one": [ADDMM], "all": lambda operator: True}
 
@@ -161,10 +170,14 @@ def test_gradients_are_those_of_a_plain_call_and_of_torch_to_the_bit(dropout, au
 
     def under_autocast(function):
         # Only the forward pass is under autocast: the recomputation must restore it.
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast is not None, **(autocast or {})):
+        with torch.autocast(
+            "cpu", torch.bfloat16, enabled=autocast is not None, **(autocast or {})
+        ):
             return function(block, x, shift=0.5)
 
-    plain = gradients(lambda: under_autocast(lambda block, *args, **kwargs: block(*args, **kwargs)), tensors)
+    plain = gradients(
+        lambda: under_autocast(lambda block, *args, **kwargs: block(*args, **kwargs)), tensors
+    )
     theirs = gradients(
         lambda: under_autocast(partial(torch_checkpoint.checkpoint, use_reentrant=False)), tensors
     )
@@ -214,7 +227,9 @@ def test_nested_inputs_and_outputs_keep_their_form():
         return {"product": product, "rest": (None, marker, [product.tanh()], save_me)}
 
     def run(call):
-        output = call((x, [y]), table={"z": (x * y,)}, function="a name that checkpoint uses too", save_me=3)
+        output = call(
+            (x, [y]), table={"z": (x * y,)}, function="a name that checkpoint uses too", save_me=3
+        )
         assert list(output) == ["product", "rest"]
         assert output["rest"][0] is None and output["rest"][1] is marker and output["rest"][3] == 3
         return output["product"] + output["rest"][2][0]
@@ -256,7 +271,9 @@ def test_second_derivatives(save):
     linear, x = nn.Linear(4, 4), torch.randn(3, 4, requires_grad=True)
 
     def second(call):
-        (first,) = torch.autograd.grad(call(lambda x: linear(x).tanh() ** 3, x).sum(), x, create_graph=True)
+        (first,) = torch.autograd.grad(
+            call(lambda x: linear(x).tanh() ** 3, x).sum(), x, create_graph=True
+        )
         return torch.autograd.grad(first.square().sum(), [x, linear.weight])
 
     assert equal(second(partial(checkpoint, save=save)), second(lambda function, x: function(x)))
@@ -271,7 +288,9 @@ def test_gradients_taken_inside_the_function():
         (slope,) = torch.autograd.grad(z.sum(), y, retain_graph=True)
         return x.exp() * slope.detach() + z
 
-    assert equal(gradients(lambda: checkpoint(function, x), [x]), gradients(lambda: function(x), [x]))
+    assert equal(
+        gradients(lambda: checkpoint(function, x), [x]), gradients(lambda: function(x), [x])
+    )
 
 
 def test_checkpoints_inside_a_checkpoint():
@@ -288,7 +307,8 @@ def test_checkpoints_inside_a_checkpoint():
         return checkpoint(half, tower.blocks[2:], checkpoint(half, tower.blocks[:2], x))
 
     assert equal(gradients(lambda: nested(x), tensors), plain)
-    # Only the two outer inputs, the second of them an intermediate, are kept; none of the inner ones.
+    # Only the two outer inputs, the second of them an intermediate, are kept; none of the inner
+    # ones.
     assert saved_bytes(lambda: nested(x)) == 2 * UNIT
 
 
@@ -310,7 +330,7 @@ def test_inside_an_offload_only_the_inputs_are_offloaded_and_the_gradients_are_t
     assert packed == [x.shape]
 
 
-# --- checkpoint: bytes, calls and lifetimes -----------------------------------------------------------------
+# --- checkpoint: bytes, calls and lifetimes -------------------------------------------------------
 
 
 def test_only_the_inputs_are_saved():
@@ -324,7 +344,9 @@ def test_only_the_inputs_are_saved():
         return y
 
     plain = saved_bytes(lambda: run(lambda block, y: block(y)), parameters)
-    theirs = saved_bytes(lambda: run(partial(torch_checkpoint.checkpoint, use_reentrant=False)), parameters)
+    theirs = saved_bytes(
+        lambda: run(partial(torch_checkpoint.checkpoint, use_reentrant=False)), parameters
+    )
     ours = saved_bytes(lambda: run(checkpoint), parameters)
     assert plain > 4 * 15 * UNIT
     assert ours == 4 * UNIT
@@ -360,8 +382,8 @@ def test_kept_outputs_cost_their_bytes_and_no_more(tmp_path):
     theirs = partial(torch_checkpoint.checkpoint, block, x, context_fn=policy)
     theirs = partial(theirs, use_reentrant=False, preserve_rng_state=False)
     products(), theirs()
-    # query, key and value 3, attention 1 (and its log-sum-exp), projection 1, expansion 4, the product after
-    # it 1, and the output of the block 1.
+    # query, key and value 3, attention 1 (and its log-sum-exp), projection 1, expansion 4, the
+    # product after it 1, and the output of the block 1.
     log_sum_exp = BATCH * 2 * SEQUENCE * 4
     ours = allocated_bytes(products, tmp_path)[0]
     assert ours == 11 * UNIT + log_sum_exp
@@ -422,7 +444,9 @@ def test_a_function_that_catches_exceptions_does_not_stop_the_stop():
             return x
 
     x = inputs(True)
-    assert equal(gradients(lambda: checkpoint(function, x), [x]), gradients(lambda: function(x), [x]))
+    assert equal(
+        gradients(lambda: checkpoint(function, x), [x]), gradients(lambda: function(x), [x])
+    )
 
 
 def test_inputs_are_freed_with_the_graph_and_after_an_exception():
@@ -449,13 +473,14 @@ def test_inputs_are_freed_with_the_graph_and_after_an_exception():
                 True,
                 True,
             )
-        # The exception holds its traceback and that the function's frame; nothing else may hold the input.
+        # The exception holds its traceback and that the function's frame; nothing else may hold the
+        # input.
         assert dies(fails) == (False, True)
     finally:
         gc.enable()
 
 
-# --- checkpoint: save= --------------------------------------------------------------------------------------
+# --- checkpoint: save= ----------------------------------------------------------------------------
 
 
 def test_an_output_changed_in_place_is_computed_again():
@@ -467,7 +492,9 @@ def test_an_output_changed_in_place_is_computed_again():
     tensors = [x, *linear.parameters()]
     plain = gradients(lambda: function(x), tensors)
     for save in (*SAVE.values(), torch.ops.aten.sin_.default):
-        assert equal(gradients(lambda save=save: checkpoint(function, x, save=save), tensors), plain)
+        assert equal(
+            gradients(lambda save=save: checkpoint(function, x, save=save), tensors), plain
+        )
 
 
 def test_detach_is_not_kept_because_the_hooks_call_it_too():
@@ -478,7 +505,8 @@ def test_detach_is_not_kept_because_the_hooks_call_it_too():
 
     save = torch.ops.aten.detach.default
     assert equal(
-        gradients(lambda: checkpoint(function, x, save=save), [x]), gradients(lambda: function(x), [x])
+        gradients(lambda: checkpoint(function, x, save=save), [x]),
+        gradients(lambda: function(x), [x]),
     )
 
 
@@ -510,7 +538,9 @@ def test_attention_is_kept_when_it_draws_no_random_numbers():
 
 
 def test_casts_that_autocast_remembers_are_not_mixed_up():
-    """In the second of two calls the weights are cast already; when it is repeated, they are cast again."""
+    """In the second of two calls the weights are cast already; when it is repeated, they are cast
+    again.
+    """
     block, x = Block(), inputs(True)
     tensors = [x, *block.parameters()]
 
@@ -520,7 +550,9 @@ def test_casts_that_autocast_remembers_are_not_mixed_up():
 
     plain = gradients(lambda: run(lambda block, x: block(x)), tensors)
     for save in SAVE.values():
-        assert equal(gradients(lambda save=save: run(partial(checkpoint, save=save)), tensors), plain)
+        assert equal(
+            gradients(lambda save=save: run(partial(checkpoint, save=save)), tensors), plain
+        )
 
 
 def test_what_a_custom_function_computes_can_be_kept():
@@ -581,7 +613,7 @@ def test_save_refuses_what_is_no_operator(save):
         checkpoint(torch.sin, inputs(True), save=save)
 
 
-# --- checkpoint: functions that cannot be repeated ----------------------------------------------------------
+# --- checkpoint: functions that cannot be repeated ------------------------------------------------
 
 
 class Changing:
@@ -638,7 +670,7 @@ def test_batch_norm_counts_twice_as_documented():
     assert norm.num_batches_tracked == 2
 
 
-# --- apply_gradient_checkpointing ---------------------------------------------------------------------------
+# --- apply_gradient_checkpointing -----------------------------------------------------------------
 
 
 OPTIONS = {
@@ -662,7 +694,9 @@ def model_and_run(name):
             model = transformers.GPT2LMHeadModel(config)
         else:
             layout = {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
-            config = transformers.LlamaConfig(hidden_size=HIDDEN, intermediate_size=48, **layout, **sizes)
+            config = transformers.LlamaConfig(
+                hidden_size=HIDDEN, intermediate_size=48, **layout, **sizes
+            )
             model = transformers.LlamaForCausalLM(config)
         tokens = torch.randint(50, (BATCH, SEQUENCE))
         return model.train(), lambda: model(input_ids=tokens, use_cache=False).logits
@@ -678,7 +712,9 @@ def model_and_run(name):
         images = torch.randn(BATCH, model.config.channels, size, size)
         return model, lambda: model(images)
     x = inputs()
-    model = nn.Sequential(*(Block(0.1) for _ in range(4))) if name == "sequential" else Tower(4, 0.1)
+    model = (
+        nn.Sequential(*(Block(0.1) for _ in range(4))) if name == "sequential" else Tower(4, 0.1)
+    )
     return model, lambda: model(x)
 
 
@@ -697,7 +733,9 @@ def test_every_model_from_outside(name):
         handle = apply_gradient_checkpointing(model, blocks, **options)
         assert equal(gradients(run, parameters), plain), options
         assert saved_bytes(run, parameters) < before, options
-        assert [name for name, _ in model.named_parameters()] == names and list(model.state_dict()) == keys
+        assert [name for name, _ in model.named_parameters()] == names and list(
+            model.state_dict()
+        ) == keys
         assert [type(module) for module in model.modules()] == classes
         handle.remove()
         handle.remove()
@@ -732,7 +770,9 @@ def test_every_keeps_one_input_for_each_chosen_block(every, kept):
     handle.remove()
 
 
-@pytest.mark.parametrize(("segments", "lengths"), [(1, [6]), (2, [3, 3]), (4, [1, 2, 1, 2]), (6, [1] * 6)])
+@pytest.mark.parametrize(
+    ("segments", "lengths"), [(1, [6]), (2, [3, 3]), (4, [1, 2, 1, 2]), (6, [1] * 6)]
+)
 def test_segments_keep_one_input_each_and_hold_their_blocks_at_once(segments, lengths, tmp_path):
     tower, x = Tower(6), inputs()
     for parameter in tower.parameters():
@@ -741,7 +781,9 @@ def test_segments_keep_one_input_each_and_hold_their_blocks_at_once(segments, le
     apply_gradient_checkpointing(tower, segments=segments, preserve_rng_state=False)
     assert saved_bytes(lambda: tower(x)) == segments * UNIT
     tower(x).sum().backward()
-    assert [block.calls for block in tower.blocks] == [4] + [3] * 5  # block 0 was called once more above
+    assert [block.calls for block in tower.blocks] == [4] + [
+        3
+    ] * 5  # block 0 was called once more above
     left, peak = allocated_bytes(lambda: tower(x).sum().backward(), tmp_path)
     assert left == 0
     # The longest segment is held whole; the rest is for the inputs and for what is in flight.
@@ -894,7 +936,9 @@ def test_blocks_that_pass_on_a_second_output_leave_nothing_to_the_garbage_collec
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     assert allocated_bytes(lambda: model(x).sum().backward(), tmp_path)[0] == 0
-    assert allocated_bytes(lambda: model(x).sum() and None, tmp_path)[0] == 0  # nor without a backward
+    assert (
+        allocated_bytes(lambda: model(x).sum() and None, tmp_path)[0] == 0
+    )  # nor without a backward
 
 
 def test_blocks_that_return_no_tensor_keep_their_inputs():
@@ -921,7 +965,7 @@ def test_blocks_that_return_no_tensor_keep_their_inputs():
     assert saved_bytes(lambda: model(x)) == 2 * UNIT
 
 
-# --- apply_gradient_checkpointing: which blocks, and coming off again ---------------------------------------
+# --- apply_gradient_checkpointing: which blocks, and coming off again -----------------------------
 
 
 class Mixture(nn.Module):
@@ -1061,13 +1105,15 @@ def test_a_deleted_model_is_freed_at_once_but_not_before_its_backward(options):
         gc.enable()
 
 
-# --- On a GPU -----------------------------------------------------------------------------------------------
+# --- On a GPU -------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("save", SAVE.values(), ids=SAVE)
 def test_random_state_and_autocast_on_a_gpu(save):
-    """Fused attention draws its own dropout mask there, which a kept output must not leave undrawn."""
+    """Fused attention draws its own dropout mask there, which a kept output must not
+    leave undrawn.
+    """
 
     def block(x, weight):
         query = (x @ weight).view(2, 64, 4, 16).transpose(1, 2)

@@ -1,5 +1,5 @@
-"""In-place operations: an AdamW that is AdamW to the bit and allocates nothing, and activations that are in place
-only where output and gradients stay what they were."""
+"""In-place operations: an AdamW that is AdamW to the bit and allocates nothing, and activations
+that are in place only where output and gradients stay what they were."""
 
 import copy
 import logging
@@ -30,7 +30,7 @@ def equal(one, other):
     return len(one) == len(other) and all(map(torch.equal, one, other))
 
 
-# --- The optimizer ------------------------------------------------------------------------------------------
+# --- The optimizer --------------------------------------------------------------------------------
 
 
 def gpt_run():
@@ -88,11 +88,15 @@ def test_other_types_are_those_of_adamw_too(dtype):
             optimizer.step()
         return weight.detach()
 
-    assert torch.equal(train(InPlaceAdamW), train(lambda weights: torch.optim.AdamW(weights, foreach=False)))
+    assert torch.equal(
+        train(InPlaceAdamW), train(lambda weights: torch.optim.AdamW(weights, foreach=False))
+    )
 
 
 def step_extra(optimizer_class, **options):
-    """The most bytes at once that a step needs beside what is there already, and the model's sizes."""
+    """The most bytes at once that a step needs beside what is there already, and the
+    model's sizes.
+    """
     sizes = []
 
     def build():
@@ -120,7 +124,9 @@ def test_a_step_holds_a_copy_of_the_model_or_of_two_matrices_or_nothing():
     assert 0 <= extra - 4 * sum(sizes) < scalars
     extra, sizes = step_extra(torch.optim.AdamW, foreach=False)
     assert (
-        0 <= extra - max(8 * n + 4 * before for before, n in zip([0, *sizes], sizes, strict=False)) < scalars
+        0
+        <= extra - max(8 * n + 4 * before for before, n in zip([0, *sizes], sizes, strict=False))
+        < scalars
     )
     extra, sizes = step_extra(InPlaceAdamW)
     assert 0 <= extra < scalars
@@ -185,7 +191,9 @@ def test_gradients_that_cannot_be_written_over_are_refused_before_anything_chang
             weight.grad = gradient
         with pytest.raises(ValueError, match=message):
             optimizer.step()
-        assert all(torch.equal(weight, torch.ones(2, 3)) for weight in weights) and not optimizer.state
+        assert (
+            all(torch.equal(weight, torch.ones(2, 3)) for weight in weights) and not optimizer.state
+        )
 
     shared = torch.ones(2, 3)
     refuse([shared, shared], r"of shape \(2, 3\) shares its memory")
@@ -205,7 +213,7 @@ def test_a_deleted_optimizer_is_freed_at_once():
     assert ghost() is None
 
 
-# --- Activations: bytes -------------------------------------------------------------------------------------
+# --- Activations: bytes ---------------------------------------------------------------------------
 
 ROWS, WIDTH = 32, 16
 
@@ -218,12 +226,21 @@ def chain(make):
 @pytest.mark.parametrize(
     ("make", "less"),
     [
-        (nn.ReLU, 0), (nn.LeakyReLU, 1), (nn.ELU, 1), (nn.CELU, 1), (nn.SELU, 1),
-        (nn.ReLU6, 0), (nn.SiLU, 0), (nn.Hardswish, 0), (nn.Mish, 0),
+        (nn.ReLU, 0),
+        (nn.LeakyReLU, 1),
+        (nn.ELU, 1),
+        (nn.CELU, 1),
+        (nn.SELU, 1),
+        (nn.ReLU6, 0),
+        (nn.SiLU, 0),
+        (nn.Hardswish, 0),
+        (nn.Mish, 0),
     ],
-)  # fmt: skip
+)
 def test_what_is_saved_less_is_one_tensor_or_none(make, less):
-    """LeakyReLU and the ELUs save their input beside their output, which the next layer saves; in place only that."""
+    """LeakyReLU and the ELUs save their input beside their output, which the next layer saves; in
+    place only that.
+    """
     (verdict,) = apply_in_place_activations(chain(make), torch.randn(ROWS, 4)).verdicts
     assert verdict.in_place and verdict.saved_bytes == less * 4 * ROWS * WIDTH
     assert ("saves 2,048 bytes" if less else "a temporary at most") in verdict.reason
@@ -253,7 +270,8 @@ def test_the_ledger_sees_the_bytes_that_the_verdicts_count():
     unit = 4 * 256 * 64
     assert beside.losses == over.losses
     assert beside.columns["activations"] - over.columns["activations"] == 3 * unit
-    # The peak falls by less: with one tensor for two owners, backward finds a gradient's room a layer later.
+    # The peak falls by less: with one tensor for two owners, backward finds a gradient's room a
+    # layer later.
     assert beside.peak_bytes - over.peak_bytes >= 2 * unit
 
 
@@ -267,7 +285,7 @@ def test_a_small_slice_of_a_large_tensor_is_an_example_and_is_copied_alone():
     assert measure(build, steps=1, device="cpu").peak_bytes < data.nbytes / 10
 
 
-# --- Activations: right and wrong ---------------------------------------------------------------------------
+# --- Activations: right and wrong -----------------------------------------------------------------
 
 
 class PreActivation(nn.Module):
@@ -276,7 +294,10 @@ class PreActivation(nn.Module):
     def __init__(self, make, width=8):
         super().__init__()
         self.first, self.second = make(), make()
-        self.narrow, self.wide = nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1)
+        self.narrow, self.wide = (
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.Conv2d(width, width, 3, padding=1),
+        )
         self.norm = nn.BatchNorm2d(width)
 
     def forward(self, x):
@@ -305,7 +326,8 @@ def test_what_is_wrong_without_an_error_is_refused_and_the_rest_is_right(make):
     for block in naive[1:]:
         block.first.inplace = True
     assert not all(
-        torch.allclose(a, b, rtol=0.1) for a, b in zip(gradients(naive, IMAGES), expected, strict=True)
+        torch.allclose(a, b, rtol=0.1)
+        for a, b in zip(gradients(naive, IMAGES), expected, strict=True)
     )
 
     model = residual_net(make)
@@ -348,7 +370,9 @@ def test_a_view_that_autograd_protects_is_refused_with_its_words():
             return self.activation(one) + other
 
     (verdict,) = apply_in_place_activations(Halves(), torch.randn(6, 4)).verdicts
-    assert not verdict.in_place and verdict.reason.startswith("autograd refuses it: Output 0 of Split")
+    assert not verdict.in_place and verdict.reason.startswith(
+        "autograd refuses it: Output 0 of Split"
+    )
 
 
 def test_a_switch_that_is_on_and_wrong_is_turned_off_and_put_back_by_remove():
@@ -364,7 +388,9 @@ def test_a_switch_that_is_on_and_wrong_is_turned_off_and_put_back_by_remove():
 
 
 def test_what_changes_nothing_is_not_known():
-    """A dropout in eval(), a ReLU of positive numbers, a module that does not run: nothing was seen of them."""
+    """A dropout in eval(), a ReLU of positive numbers, a module that does not run: nothing was seen
+    of them.
+    """
 
     class Model(nn.Module):
         def __init__(self):
@@ -382,11 +408,13 @@ def test_what_changes_nothing_is_not_known():
     model = Model().eval()
     handle = apply_in_place_activations(model, torch.randn(6, 4))
     assert [verdict.name for verdict in handle.verdicts] == ["dropout", "relu", "idle"]
-    assert handle.names == [] and all("nothing is known" in verdict.reason for verdict in handle.verdicts)
+    assert handle.names == [] and all(
+        "nothing is known" in verdict.reason for verdict in handle.verdicts
+    )
     assert apply_in_place_activations(model.train(), torch.randn(6, 4)).names == ["dropout"]
 
 
-# --- Activations: real models -------------------------------------------------------------------------------
+# --- Activations: real models ---------------------------------------------------------------------
 
 
 def test_a_gpt_and_a_vit_have_nothing_but_their_dropout():
@@ -411,11 +439,19 @@ def test_a_gpt_and_a_vit_have_nothing_but_their_dropout():
 
 def test_a_hugging_face_codec_keeps_its_residual_branches():
     transformers = pytest.importorskip("transformers")
-    logging.disable(logging.WARNING)  # it looks at every optional package, and some of them complain
+    logging.disable(
+        logging.WARNING
+    )  # it looks at every optional package, and some of them complain
     config = transformers.EncodecConfig(
-        num_filters=4, upsampling_ratios=[2], hidden_size=8, num_lstm_layers=1, codebook_size=8, codebook_dim=8,
-        sampling_rate=8000, target_bandwidths=[1.5],
-    )  # fmt: skip
+        num_filters=4,
+        upsampling_ratios=[2],
+        hidden_size=8,
+        num_lstm_layers=1,
+        codebook_size=8,
+        codebook_dim=8,
+        sampling_rate=8000,
+        target_bandwidths=[1.5],
+    )
     parts = transformers.EncodecModel(config)
     logging.disable(logging.NOTSET)
     model, sound = nn.Sequential(parts.encoder, parts.decoder), torch.randn(1, 1, 64)
@@ -431,7 +467,7 @@ def test_a_hugging_face_codec_keeps_its_residual_branches():
     assert all((a - b).abs().max() < 1e-5 * largest for a, b in zip(given, expected, strict=True))
 
 
-# --- The trial leaves no trace ------------------------------------------------------------------------------
+# --- The trial leaves no trace --------------------------------------------------------------------
 
 
 def test_weights_gradients_buffers_and_random_numbers_stay_as_they_are():
@@ -462,7 +498,9 @@ def test_inputs_by_name_and_in_containers_and_under_no_grad():
 
     x = torch.randn(6, 4, requires_grad=True) * 2  # not a leaf
     with torch.no_grad():
-        handle = apply_in_place_activations(Model(), (x, 3), mask=torch.ones(6, 4).bool(), factor=2.0)
+        handle = apply_in_place_activations(
+            Model(), (x, 3), mask=torch.ones(6, 4).bool(), factor=2.0
+        )
     assert handle.names == ["activation"]
 
 
@@ -480,7 +518,9 @@ def test_bad_input_is_refused_and_the_switches_are_put_back():
         apply_in_place_activations(torch.relu, torch.randn(2))
     model = chain(nn.LeakyReLU)
     model[1].inplace = True
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):  # the model's own error, as it is
+    with pytest.raises(
+        RuntimeError, match="shapes cannot be multiplied"
+    ):  # the model's own error, as it is
         apply_in_place_activations(model, torch.randn(2, 5))
     with pytest.raises(ValueError, match="has no gradient. Are all parameters frozen"):
         apply_in_place_activations(model.requires_grad_(False), torch.randn(2, 4))
@@ -509,7 +549,8 @@ def test_the_table_names_each_activation_once():
         ["1.second", "LeakyReLU", "yes"],
     ]
     assert (
-        repr(apply_in_place_activations(nn.Linear(2, 2), torch.ones(1, 2))) == "0 of 0 activations in place"
+        repr(apply_in_place_activations(nn.Linear(2, 2), torch.ones(1, 2)))
+        == "0 of 0 activations in place"
     )
 
 

@@ -1,5 +1,5 @@
-"""Lean optimizers: the state's bytes by hand count, what a step needs on top, updates that are those of AdamW,
-and a state that survives saving and loading bit for bit."""
+"""Lean optimizers: the state's bytes by hand count, what a step needs on top, updates that are
+those of AdamW, and a state that survives saving and loading bit for bit."""
 
 import copy
 import io
@@ -68,7 +68,7 @@ def expected_8bit(shapes, block_size=BLOCK, smallest=SMALLEST):
     return total
 
 
-# --- Eight bits a number ------------------------------------------------------------------------------------
+# --- Eight bits a number --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dynamic", [True, False])
@@ -83,9 +83,13 @@ def test_a_table_has_256_values_in_order_with_zero_and_one(signed, dynamic):
 
 def test_the_dynamic_table_is_fine_near_zero():
     signed, unsigned = code_table(True), code_table(False)
-    assert signed[signed > 0].min() == pytest.approx(0.55e-6) and unsigned[1] == pytest.approx(3.25e-7)
+    assert signed[signed > 0].min() == pytest.approx(0.55e-6) and unsigned[1] == pytest.approx(
+        3.25e-7
+    )
     # Each power of ten has twice as many values as the one below it.
-    counts = [((unsigned > 10.0**-k) & (unsigned < 10.0 ** (1 - k))).sum().item() for k in range(1, 8)]
+    counts = [
+        ((unsigned > 10.0**-k) & (unsigned < 10.0 ** (1 - k))).sum().item() for k in range(1, 8)
+    ]
     assert counts == [128, 64, 32, 16, 8, 4, 2]
 
 
@@ -94,11 +98,17 @@ def test_the_tables_value_by_value():
     assert torch.equal(code_table(False, dynamic=False), torch.arange(256) / 255)
     for signed in (True, False):
         values = [0.0, 1.0]
-        for power in range(7):  # 0.1 to 1 in equal parts, twice as many as for the power below; their middles
+        for power in range(
+            7
+        ):  # 0.1 to 1 in equal parts, twice as many as for the power below; their middles
             count = 2 ** (power if signed else power + 1)
-            middles = [(0.1 + 0.9 * (part + 0.5) / count) * 10.0 ** (power - 6) for part in range(count)]
+            middles = [
+                (0.1 + 0.9 * (part + 0.5) / count) * 10.0 ** (power - 6) for part in range(count)
+            ]
             values += middles + [-middle for middle in middles if signed]
-        torch.testing.assert_close(code_table(signed), torch.tensor(sorted(values)), rtol=1e-6, atol=0)
+        torch.testing.assert_close(
+            code_table(signed), torch.tensor(sorted(values)), rtol=1e-6, atol=0
+        )
 
 
 def test_a_table_is_made_anew_also_after_one_was_made_without_memory_or_changed():
@@ -122,7 +132,9 @@ def test_the_tables_and_codes_are_those_of_torchao():
         codes = utilities.quantize_8bit_with_qmap(scaled, table)
         ours, our_scales = quantize(values, table)
         assert torch.equal(our_scales, scales)
-        assert (ours.int() - codes.int()).abs().max() <= 1  # halfway, rounding may fall to either side
+        assert (
+            ours.int() - codes.int()
+        ).abs().max() <= 1  # halfway, rounding may fall to either side
         assert (ours != codes).float().mean() < 1e-3
 
 
@@ -171,7 +183,7 @@ def test_wrong_tables_and_block_sizes_are_refused():
             quantize(torch.ones(4), table)
 
 
-# --- Bytes of the state -------------------------------------------------------------------------------------
+# --- Bytes of the state ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("block_size", [64, 256, 2048])
@@ -179,11 +191,15 @@ def test_the_8bit_state_is_what_the_formula_says(block_size):
     model = make_gpt()
     optimizer = AdamW8bit(model.parameters(), block_size=block_size)
     gpt_step(model, optimizer, 0)
-    assert state_bytes(optimizer) == expected_8bit([p.shape for p in model.parameters()], block_size)
+    assert state_bytes(optimizer) == expected_8bit(
+        [p.shape for p in model.parameters()], block_size
+    )
 
 
 def test_the_8bit_state_of_a_vit():
-    config = vit.ViTConfig(image_size=16, patch_size=4, channels=1, classes=10, layers=2, heads=2, hidden=44)
+    config = vit.ViTConfig(
+        image_size=16, patch_size=4, channels=1, classes=10, layers=2, heads=2, hidden=44
+    )
     model = vit.ViT(config)
     optimizer = AdamW8bit(model.parameters())
     F.cross_entropy(model(torch.randn(4, 1, 16, 16)), torch.arange(4)).backward()
@@ -210,7 +226,9 @@ def test_the_states_of_lion_and_apollo():
 
 
 def test_what_a_step_needs_on_top():
-    """Measured: two moments and one more number for each of a slice, 12 bytes; Lion's direction, 4."""
+    """Measured: two moments and one more number for each of a slice, 12 bytes; Lion's
+    direction, 4.
+    """
     config = gpt.tiny(layers=1)
     shapes = [p.shape for p in gpt.GPT(config).parameters()]
     largest, p = max(map(math.prod, shapes)), config.parameter_count
@@ -234,16 +252,19 @@ def test_what_a_step_needs_on_top():
         assert run.phase == "optimizer" and run.columns["optimizer_state"] == state
         return run.peak_bytes - 8 * p - state
 
-    small_print = 5000  # the tables, the loss, the tokens, Python numbers that become tensors for a moment
+    small_print = (
+        5000  # the tables, the loss, the tokens, Python numbers that become tensors for a moment
+    )
     state = expected_8bit(shapes)
-    # Behind the peak of backward, two halves of the tied embedding's gradient, a slice cannot be seen.
+    # Behind the peak of backward, two halves of the tied embedding's gradient, a slice cannot be
+    # seen.
     assert 12 * largest <= on_top(AdamW8bit, state) <= 12 * largest + small_print
     sliced = measure(build(lambda ps: AdamW8bit(ps, slice_size=4096)), device="cpu")
     assert sliced.peak_bytes <= 8 * p + state + max(12 * 4096, 8 * 256 * 64) + small_print
     assert sliced.peak_bytes < 8 * p + state + 12 * largest
 
 
-# --- The updates --------------------------------------------------------------------------------------------
+# --- The updates ----------------------------------------------------------------------------------
 
 
 def trained(model, optimizer, steps=5):
@@ -285,7 +306,9 @@ def test_the_first_8bit_step_is_adamws_and_later_ones_are_close():
             assert all(map(torch.equal, weights, expected))
     for weight, other, before in zip(weights, expected, start, strict=True):
         assert 0 <= (weight - other).norm() < 0.2 * (other - before).norm()
-    assert any(not torch.equal(weight, other) for weight, other in zip(weights, expected, strict=True))
+    assert any(
+        not torch.equal(weight, other) for weight, other in zip(weights, expected, strict=True)
+    )
 
 
 def test_a_slice_and_a_whole_parameter_give_the_same():
@@ -316,14 +339,16 @@ def test_lion_steps_by_the_sign():
     for gradient in ([1.0, -2.0, 0.0, 8.0], [-1.0, 1.0, 0.0, -1.0]):
         parameter.grad = torch.tensor(gradient)
         optimizer.step()
-    # The first step goes against the gradient's signs: (-, +, 0, -). The momentum is then a quarter of that
-    # gradient, (0.25, -0.5, 0, 2), and half of it with half of the second gradient has the signs (-, +, 0, +).
+    # The first step goes against the gradient's signs: (-, +, 0, -). The momentum is then a quarter
+    # of that gradient, (0.25, -0.5, 0, 2), and half of it with half of the second gradient has the
+    # signs (-, +, 0, +).
     assert parameter.tolist() == [-0.5 + 0.5, 0.5 - 0.5, 0.0, -0.5 - 0.5]
 
 
 def test_apollo_scales_columns_as_adamw_does():
-    """Each number of a first AdamW step is 1 in size, so a column of 64 has the norm 8, whatever its gradient's.
-    A projection on 32 rows keeps the norm of a column to within some 1 / sqrt(64), and the mean closer."""
+    """Each number of a first AdamW step is 1 in size, so a column of 64 has the norm 8, whatever
+    its gradient's. A projection on 32 rows keeps the norm of a column to within some 1 / sqrt(64),
+    and the mean closer."""
     parameter = nn.Parameter(torch.zeros(64, 200))
     gradient = torch.randn(64, 200) * torch.logspace(-6, 2, 200)  # columns of very different sizes
     optimizer = Apollo([parameter], lr=1.0, rank=32, weight_decay=0.0, eps=0.0)
@@ -385,7 +410,9 @@ def test_weights_of_16_bits_are_trained(make, dtype):
 def test_a_hugging_face_model_learns(make):
     transformers = pytest.importorskip("transformers")
     sizes = {"vocab_size": 64, "n_positions": 16, "bos_token_id": None, "eos_token_id": None}
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=2, n_head=2, n_embd=64, **sizes))
+    model = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(n_layer=2, n_head=2, n_embd=64, **sizes)
+    )
     tokens = torch.randint(64, (4, 16))
     optimizer = make(model.parameters(), lr=1e-3)
     losses = []
@@ -401,8 +428,8 @@ def test_a_hugging_face_model_learns(make):
 
 
 def test_equally_spaced_codes_lose_the_second_moment():
-    """A second moment below 1/510 of the largest in its block becomes 0, and the next step divides by next to
-    nothing."""
+    """A second moment below 1/510 of the largest in its block becomes 0, and the next step divides
+    by next to nothing."""
     steps = {}
     for dynamic in (True, False):
         parameter = nn.Parameter(torch.zeros(SMALLEST))
@@ -416,7 +443,7 @@ def test_equally_spaced_codes_lose_the_second_moment():
     assert steps[True] < 2 and steps[False] > 10 * steps[True]
 
 
-# --- Rounding, and a state that lies elsewhere --------------------------------------------------------------
+# --- Rounding, and a state that lies elsewhere ----------------------------------------------------
 
 
 def is_far(tensor):
@@ -425,7 +452,9 @@ def is_far(tensor):
 
 @pytest.mark.parametrize("count", [SMALLEST - 1, 2**17])  # FP32 moments, and those of 8 bits
 def test_updates_below_the_spacing_of_bf16_are_right_in_the_mean(count):
-    """Below 1 the next BF16 number is 1/256 away. To the nearest, ten steps of 1e-4 come to nothing."""
+    """Below 1 the next BF16 number is 1/256 away. To the nearest, ten steps of 1e-4 come to
+    nothing.
+    """
     lr, steps = 1e-4, 10
     moved = {}
     for rounding in (None, stochastic_round):
@@ -438,7 +467,10 @@ def test_updates_below_the_spacing_of_bf16_are_right_in_the_mean(count):
     assert moved[None] == 0
     share = 256 * lr  # how often a number moves by 1/256
     deviation = (steps * share * (1 - share) / count) ** 0.5 / 256
-    assert moved[stochastic_round] == pytest.approx(steps * lr, abs=5 * deviation) and 5 * deviation < lr * steps
+    assert (
+        moved[stochastic_round] == pytest.approx(steps * lr, abs=5 * deviation)
+        and 5 * deviation < lr * steps
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -474,12 +506,21 @@ def test_what_a_step_of_16_bit_weights_needs_on_top():
 
     nearest, rounded, sliced = (
         measure(build(**options), device="cpu").peak_bytes
-        for options in ({}, {"rounding": stochastic_round}, {"rounding": stochastic_round, "slice_size": 2**13})
+        for options in (
+            {},
+            {"rounding": stochastic_round},
+            {"rounding": stochastic_round, "slice_size": 2**13},
+        )
     )
-    kept, small = 2 * 2 * count + expected_8bit([(count,)]), 5000  # weights, gradient, state; the tables
-    # Moments (8) and denominators (4). To the nearest: what PyTorch converts for a sum of two types (8).
+    kept, small = (
+        2 * 2 * count + expected_8bit([(count,)]),
+        5000,
+    )  # weights, gradient, state; the tables
+    # Moments (8) and denominators (4). To the nearest: what PyTorch converts for a sum of two types
+    # (8).
     assert kept + 20 * count <= nearest <= kept + 20 * count + small
-    # Moments (8), and for their turn the exact weights, random bits (4 each), the rounded ones (2), which are NaN (1).
+    # Moments (8), and for their turn the exact weights, random bits (4 each), the rounded ones (2),
+    # which are NaN (1).
     assert kept + 19 * count <= rounded <= kept + 19 * count + small
     assert kept + 19 * 2**13 <= sliced <= kept + 20 * 2**13 + small
 
@@ -526,7 +567,9 @@ def test_a_far_state_gives_the_same_weights_bit_for_bit_and_stays_far(dtype, sli
     assert all(map(torch.equal, trained(far, again, 2), trained(near, nearer, 2)))
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda thing: pickle.loads(pickle.dumps(thing))])
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda thing: pickle.loads(pickle.dumps(thing))]
+)
 def test_a_copy_rounds_and_makes_its_state_as_the_original(duplicate):
     parameter = nn.Parameter(torch.ones(SMALLEST, dtype=torch.bfloat16))
     optimizer = AdamW8bit([parameter], lr=1e-4, rounding=stochastic_round, zeros=far_zeros)
@@ -537,13 +580,15 @@ def test_a_copy_rounds_and_makes_its_state_as_the_original(duplicate):
     assert is_far(optimizer.state[parameter]["exp_avg"])
 
 
-@pytest.mark.parametrize("options", [{"rounding": 0.5}, {"rounding": True}, {"zeros": None}, {"zeros": "far"}])
+@pytest.mark.parametrize(
+    "options", [{"rounding": 0.5}, {"rounding": True}, {"zeros": None}, {"zeros": "far"}]
+)
 def test_a_rounding_or_zeros_that_is_no_function_is_refused(options):
     with pytest.raises(TypeError, match="rounding and zeros must be functions, but they are"):
         AdamW8bit([nn.Parameter(torch.zeros(2))], **options)
 
 
-# --- Saving, loading, copying -------------------------------------------------------------------------------
+# --- Saving, loading, copying ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -594,7 +639,9 @@ def test_loading_for_other_parameters_is_refused():
         AdamW8bit([nn.Parameter(torch.zeros(3))]).load_state_dict(optimizer.state_dict())
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda thing: pickle.loads(pickle.dumps(thing))])
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda thing: pickle.loads(pickle.dumps(thing))]
+)
 def test_copies_go_on_as_the_original(duplicate):
     model = make_gpt()
     optimizer = AdamW8bit(model.parameters())
@@ -613,7 +660,7 @@ def test_a_deleted_model_is_freed_with_its_optimizer():
         assert ghost() is None
 
 
-# --- As an optimizer of PyTorch -----------------------------------------------------------------------------
+# --- As an optimizer of PyTorch -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("make", [AdamW8bit, Lion, Apollo])
@@ -674,10 +721,18 @@ def test_numbers_out_of_range_are_refused(make, options, message):
 @pytest.mark.parametrize(
     ("make", "options", "message"),
     [
-        (AdamW8bit, {"block_size": 0}, "1 <= block_size <= slice_size must hold, but they are 0 and 1048576"),
+        (
+            AdamW8bit,
+            {"block_size": 0},
+            "1 <= block_size <= slice_size must hold, but they are 0 and 1048576",
+        ),
         (AdamW8bit, {"slice_size": 100}, "but they are 256 and 100"),
         (AdamW8bit, {"eps": -1e-8}, "eps must be at least 0"),
-        (Apollo, {"rank": 0}, "rank, interval and growth must be at least 1, but they are 0, 200 and 1.01"),
+        (
+            Apollo,
+            {"rank": 0},
+            "rank, interval and growth must be at least 1, but they are 0, 200 and 1.01",
+        ),
         (Apollo, {"growth": 0.9}, "growth must be at least 1"),
     ],
 )
@@ -691,7 +746,8 @@ def test_sparse_gradients_and_complex_parameters_are_refused(make):
     embedding = nn.Embedding(10, 4, sparse=True)
     embedding(torch.tensor([1, 2])).sum().backward()
     with pytest.raises(
-        ValueError, match="dense gradients, but parameter 0 is torch.float32 and its gradient torch.sp"
+        ValueError,
+        match="dense gradients, but parameter 0 is torch.float32 and its gradient torch.sp",
     ):
         make(embedding.parameters()).step()
     number = nn.Parameter(torch.zeros(3, dtype=torch.complex64))
@@ -714,13 +770,17 @@ def test_on_a_gpu_the_update_is_close_to_that_of_the_cpu(make):
         # Apollo's random numbers are other ones on a GPU: at a rank above every matrix it is AdamW.
         optimizer = make(model.parameters(), **({"rank": 10**6} if make is Apollo else {}))
         for seed in range(3):
-            tokens = torch.randint(256, (2, 16), generator=torch.Generator().manual_seed(seed)).to(device)
+            tokens = torch.randint(256, (2, 16), generator=torch.Generator().manual_seed(seed)).to(
+                device
+            )
             model(tokens, tokens.roll(-1, 1)).backward()
             optimizer.step()
             optimizer.zero_grad()
         weights[device] = [parameter.detach().cpu() for parameter in model.parameters()]
     moved = sum((one - before).norm() for one, before in zip(weights["cpu"], start, strict=True))
-    apart = sum((one - two).norm() for one, two in zip(weights["cpu"], weights["cuda"], strict=True))
+    apart = sum(
+        (one - two).norm() for one, two in zip(weights["cpu"], weights["cuda"], strict=True)
+    )
     assert 0 < moved and apart < 0.2 * moved
 
 

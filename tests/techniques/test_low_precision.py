@@ -1,5 +1,5 @@
-"""Low precision: which bytes halve, rounding that is right in the mean, optimizers that lose no small update, and
-what is refused."""
+"""Low precision: which bytes halve, rounding that is right in the mean, optimizers that lose no
+small update, and what is refused."""
 
 import copy
 import pickle
@@ -42,12 +42,21 @@ def small_vit():
 
 def llama():
     transformers = pytest.importorskip("transformers")
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=64, use_cache=False, **sizes))
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(vocab_size=64, use_cache=False, **sizes)
+    )
 
 
 def loss_of(model):
-    """One loss of each of the three models, in the model's own dtype, on the same data each time."""
+    """One loss of each of the three models, in the model's own dtype, on the same data
+    each time.
+    """
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(64, (4, 17), generator=generator)
     if isinstance(model, gpt.GPT):
@@ -65,7 +74,7 @@ def neighbours(x):
     return below, above
 
 
-# --- Casting ------------------------------------------------------------------------------------------------
+# --- Casting --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])
@@ -144,7 +153,11 @@ def large_weight(model):
     ("change", "arguments", "message"),
     [
         (None, {"dtype": FP32}, "must be torch.bfloat16 or torch.float16, but it is torch.float32"),
-        (None, {"keep": "inv_freq"}, "keep names inv_freq, but GPT has no such parameter or buffer"),
+        (
+            None,
+            {"keep": "inv_freq"},
+            "keep names inv_freq, but GPT has no such parameter or buffer",
+        ),
         (None, {"keep": ["blocks"]}, "keep names blocks"),
         (with_gradient, {}, "token_embedding.weight has a gradient: call zero_grad"),
         (complex_parameter, {}, "phase is complex"),
@@ -196,7 +209,7 @@ def test_infinite_weights_are_not_mistaken_for_large_ones():
     assert layer.weight[0, 0] == float("-inf")
 
 
-# --- Stochastic rounding ------------------------------------------------------------------------------------
+# --- Stochastic rounding --------------------------------------------------------------------------
 
 
 def test_rounding_goes_to_one_of_the_two_neighbours():
@@ -210,7 +223,9 @@ def test_rounding_goes_to_one_of_the_two_neighbours():
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("share", [0.03125, 0.25, 0.5, 0.9375])
 def test_the_mean_of_many_roundings_is_the_number(sign, share):
-    """Five standard deviations of the mean of n roundings, each a coin that shows heads with this share."""
+    """Five standard deviations of the mean of n roundings, each a coin that shows heads with this
+    share.
+    """
     n = 200_000
     x = sign * (1.5 + share / 128)
     rounded = stochastic_round(torch.full((n,), x))
@@ -222,21 +237,27 @@ def test_the_mean_of_many_roundings_is_the_number(sign, share):
 
 def test_numbers_that_are_bf16_already_stay():
     x = torch.randn(5000).bfloat16().float()
-    special = torch.tensor([0.0, -0.0, float("inf"), float("-inf"), 2.0**-133, torch.finfo(BF16).max])
+    special = torch.tensor(
+        [0.0, -0.0, float("inf"), float("-inf"), 2.0**-133, torch.finfo(BF16).max]
+    )
     for exact in (x, special):
         assert torch.equal(stochastic_round(exact).float(), exact)
     assert stochastic_round(torch.tensor([-0.0])).signbit().item()
 
 
 def test_nans_stay_nans_whatever_their_bits():
-    bits = torch.tensor([0x7FC00000, 0x7FFFFFFF, -1, 0x7F800001]).to(torch.int32)  # -1 is a NaN, too
+    bits = torch.tensor([0x7FC00000, 0x7FFFFFFF, -1, 0x7F800001]).to(
+        torch.int32
+    )  # -1 is a NaN, too
     assert stochastic_round(bits.view(FP32).repeat(1000)).isnan().all()
 
 
 def test_the_generator_decides_and_the_input_is_left_alone():
     x = torch.randn(7, 11).t()  # not contiguous
     before = x.clone()
-    one, two, other = (stochastic_round(x, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
+    one, two, other = (
+        stochastic_round(x, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)
+    )
     assert torch.equal(one, two) and not torch.equal(one, other)
     assert torch.equal(x, before) and one.shape == x.shape and one.dtype == BF16
     assert stochastic_round(torch.empty(0, 3)).shape == (0, 3)
@@ -248,7 +269,7 @@ def test_only_fp32_is_rounded():
             stochastic_round(x)
 
 
-# --- The optimizers -----------------------------------------------------------------------------------------
+# --- The optimizers -------------------------------------------------------------------------------
 
 
 def gradients_like(parameter, steps):
@@ -321,7 +342,9 @@ def test_the_second_moment_follows_and_with_rounding_to_the_nearest_it_does_not(
 
     ours, theirs = (nn.Parameter(torch.ones(200, dtype=BF16)) for _ in range(2))
     expected = 1 - 0.999**1000
-    assert moment(StochasticRoundingAdamW([ours], lr=0.0), ours) == pytest.approx(expected, rel=0.02)
+    assert moment(StochasticRoundingAdamW([ours], lr=0.0), ours) == pytest.approx(
+        expected, rel=0.02
+    )
     assert moment(torch.optim.AdamW([theirs], lr=0.0, foreach=False), theirs) < 0.85 * expected
 
 
@@ -333,7 +356,12 @@ def test_state_takes_four_or_twelve_bytes_a_parameter(model, make, state):
     optimizer = make(model.parameters())
     loss_of(model).backward()
     optimizer.step()
-    tensors = [v for entry in optimizer.state.values() for v in entry.values() if isinstance(v, torch.Tensor)]
+    tensors = [
+        v
+        for entry in optimizer.state.values()
+        for v in entry.values()
+        if isinstance(v, torch.Tensor)
+    ]
     parameters = sum(p.numel() for p in model.parameters())
     assert sum(tensor.nbytes for tensor in tensors) == state * parameters
     dtypes = {BF16} if make is StochasticRoundingAdamW else {FP32}
@@ -345,7 +373,9 @@ def test_state_takes_four_or_twelve_bytes_a_parameter(model, make, state):
 )
 @pytest.mark.parametrize("slice_size", [2**20, 1024])
 def test_the_peak_of_a_step_is_what_the_docstring_says(make, state, a_number, slice_size):
-    """Counted by hand: weights and gradients 2 + 2, the state, and so many bytes a number of a slice."""
+    """Counted by hand: weights and gradients 2 + 2, the state, and so many bytes a number of a
+    slice.
+    """
     rows, columns = 64, 128
 
     def build():
@@ -498,7 +528,10 @@ def test_a_copy_of_the_optimizer_can_step(make):
 def test_replicas_with_equal_generators_stay_equal():
     one, two = (nn.Parameter(start(50)) for _ in range(2))
     for parameter in (one, two):
-        trained(parameter, StochasticRoundingAdamW([parameter], generator=torch.Generator().manual_seed(5)))
+        trained(
+            parameter,
+            StochasticRoundingAdamW([parameter], generator=torch.Generator().manual_seed(5)),
+        )
     assert torch.equal(one, two)
 
 
@@ -553,7 +586,7 @@ def test_fp16_and_sparse_gradients_are_refused(make):
     assert torch.equal(first, start(3))  # nobody was stepped
 
 
-# --- FP8 storage --------------------------------------------------------------------------------------------
+# --- FP8 storage ----------------------------------------------------------------------------------
 
 # Half the spacing of 4 (3) significant bits, over the number's largest value in its binade.
 FORMATS = [(torch.float8_e4m3fn, 2**-4), (torch.float8_e5m2, 2**-3)]
@@ -589,8 +622,12 @@ def test_the_ends_of_the_range(dtype):
     assert back.isfinite().all() and torch.equal(back[1], x[1])
     assert torch.allclose(back, x, rtol=0.13)
     for bad in (float("inf"), float("-inf"), float("nan")):
-        assert from_float8(*to_float8(torch.tensor([[1.0, bad], [1.0, 2.0]]), dtype))[0].isnan().all()
-        assert from_float8(*to_float8(torch.tensor([[1.0, bad], [1.0, 2.0]]), dtype))[1].tolist() == [1, 2]
+        assert (
+            from_float8(*to_float8(torch.tensor([[1.0, bad], [1.0, 2.0]]), dtype))[0].isnan().all()
+        )
+        assert from_float8(*to_float8(torch.tensor([[1.0, bad], [1.0, 2.0]]), dtype))[
+            1
+        ].tolist() == [1, 2]
 
 
 def test_shapes():

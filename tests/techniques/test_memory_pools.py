@@ -14,7 +14,7 @@ from memlab import measure, proof
 from memlab.techniques.memory_pools import Plan, Pool, Request, plan
 from memlab.workloads import gpt, vit
 
-# --- Plans --------------------------------------------------------------------------------------------------
+# --- Plans ----------------------------------------------------------------------------------------
 
 
 def clashes(requests, offsets):
@@ -46,10 +46,13 @@ def test_no_two_that_are_alive_together_share_a_byte(order, alignment):
         assert clashes(requests, places.offsets) == []
         assert all(offset % alignment == 0 for offset in places.offsets)
         ends = [
-            -(-r.bytes // alignment) * alignment + at for r, at in zip(requests, places.offsets, strict=True)
+            -(-r.bytes // alignment) * alignment + at
+            for r, at in zip(requests, places.offsets, strict=True)
         ]
         assert places.pool_bytes == max(ends) >= places.peak_bytes
-        alive = [sum(r.bytes for r in requests if r.born <= moment < r.died) for moment in range(60)]
+        alive = [
+            sum(r.bytes for r in requests if r.born <= moment < r.died) for moment in range(60)
+        ]
         assert places.peak_bytes == max(alive)
         assert places.total_bytes == sum(r.bytes for r in requests)
         assert places.lost_bytes == places.pool_bytes - places.peak_bytes
@@ -97,7 +100,7 @@ def test_a_request_that_cannot_be_is_refused(requests, options, message):
         plan(requests, **options)
 
 
-# --- The pool -----------------------------------------------------------------------------------------------
+# --- The pool -------------------------------------------------------------------------------------
 
 
 def test_tensors_lie_in_one_buffer_aligned_and_apart():
@@ -205,7 +208,9 @@ def test_a_planned_place_that_is_in_use_is_refused():
     lease = pool.take((16,), at=64)
     assert lease.tensor.data_ptr() - pool._buffer.data_ptr() == 64
     for at, size in ((64, 1), (0, 17), (0, 64)):
-        with pytest.raises(RuntimeError, match="still in use: a tensor lives longer than the plan says"):
+        with pytest.raises(
+            RuntimeError, match="still in use: a tensor lives longer than the plan says"
+        ):
             pool.take((size,), at=at)
     pool.take((16,), at=0), pool.take((32,), at=128)
     lease.give_back()
@@ -247,7 +252,9 @@ def test_a_write_to_one_tensor_is_no_write_to_another_for_autograd():
     assert weight.grad.tolist() == [3] * 4
     loss = (weight * one.tensor).sum()
     one.tensor.fill_(4)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):  # and this still is one
+    with pytest.raises(
+        RuntimeError, match="modified by an inplace operation"
+    ):  # and this still is one
         loss.backward()
 
 
@@ -294,7 +301,7 @@ def test_of_two_threads_that_give_back_one_lease_one_is_refused():
         assert len(refused) == 1 and "was given back" in refused[0]
 
 
-# --- Real steps: recorded, planned, played back -------------------------------------------------------------
+# --- Real steps: recorded, planned, played back ---------------------------------------------------
 
 
 def training(make_model, make_loss):
@@ -329,25 +336,38 @@ def vit_run():
 
 def llama_config(transformers):
     return transformers.LlamaConfig(
-        vocab_size=64, max_position_embeddings=32, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=2, bos_token_id=0, eos_token_id=0, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=64,
+        max_position_embeddings=32,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
 
 
 def hugging_face_run():
     transformers = pytest.importorskip("transformers")
-    logging.disable(logging.WARNING)  # it looks at every optional package, and some of them complain
+    logging.disable(
+        logging.WARNING
+    )  # it looks at every optional package, and some of them complain
     config, tokens = llama_config(transformers), torch.arange(32).reshape(2, 16)
     logging.disable(logging.NOTSET)
     return training(
-        lambda: transformers.LlamaForCausalLM(config), lambda model: model(tokens, labels=tokens).loss
+        lambda: transformers.LlamaForCausalLM(config),
+        lambda model: model(tokens, labels=tokens).loss,
     )
 
 
 @pytest.mark.parametrize("make_run", [gpt_run, vit_run, hugging_face_run])
 def test_a_recorded_step_fits_its_planned_pool_and_every_tensor_keeps_its_bytes(make_run):
     run = measure(make_run(), device="cpu")
-    requests = [Request(b.bytes, b.born, math.inf if b.died is None else b.died) for b in run.ledger.blocks]
+    requests = [
+        Request(b.bytes, b.born, math.inf if b.died is None else b.died) for b in run.ledger.blocks
+    ]
     for order in ("size", "birth"):
         places = plan(requests, order=order)
         assert clashes(requests, places.offsets) == []
@@ -366,7 +386,9 @@ def replay(pool, requests, offsets):
     held = {}
     for _, begins, number in moments:
         if begins:
-            held[number] = pool.take((requests[number].bytes,), torch.uint8, offsets and offsets[number])
+            held[number] = pool.take(
+                (requests[number].bytes,), torch.uint8, offsets and offsets[number]
+            )
             held[number].tensor.fill_(number % 251)
         else:
             low, high = torch.aminmax(held[number].tensor)
@@ -425,7 +447,9 @@ def test_training_with_static_batch_and_gradients_is_the_same_and_holds_the_grad
 
 
 def test_a_hugging_face_model_generates_the_same_from_a_cache_in_a_pool():
-    """Keys and values are copied into leases: what the model writes does not depend on where they lie."""
+    """Keys and values are copied into leases: what the model writes does not depend on where they
+    lie.
+    """
     transformers = pytest.importorskip("transformers")
     logging.disable(logging.WARNING)
     config = llama_config(transformers)

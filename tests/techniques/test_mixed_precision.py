@@ -1,5 +1,5 @@
-"""Mixed precision: which bytes change and which do not, the gradients of a handwritten autocast block, and
-loss scaling that agrees with torch.amp.GradScaler step by step."""
+"""Mixed precision: which bytes change and which do not, the gradients of a handwritten autocast
+block, and loss scaling that agrees with torch.amp.GradScaler step by step."""
 
 import copy
 import inspect
@@ -41,8 +41,8 @@ def mlp():
 
 
 def saved_tensors(run, exclude=()):
-    """What hooks around `run` see saved: one tensor a storage, without those of `exclude`, in order of
-    saving."""
+    """What hooks around `run` see saved: one tensor a storage, without those of `exclude`, in order
+    of saving."""
     storages = {}
 
     def pack(tensor):
@@ -66,7 +66,7 @@ def equal(one, other):
     return len(one) == len(other) and all(map(torch.equal, one, other))
 
 
-# --- What the device can do ---------------------------------------------------------------------------------
+# --- What the device can do -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -76,8 +76,16 @@ def equal(one, other):
         ({"avx512_bf16": True}, "native", "emulated"),
         ({"amx_bf16": True, "amx_fp16": False}, "native", "emulated"),
         ({"avx512_bf16": True, "avx512_fp16": True}, "native", "native"),
-        ({"architecture": "arm64", "neon": True, "fp16_arith": True, "bf16": False}, "emulated", "native"),
-        ({"architecture": "arm64", "neon": True, "fp16_arith": True, "bf16": True}, "native", "native"),
+        (
+            {"architecture": "arm64", "neon": True, "fp16_arith": True, "bf16": False},
+            "emulated",
+            "native",
+        ),
+        (
+            {"architecture": "arm64", "neon": True, "fp16_arith": True, "bf16": True},
+            "native",
+            "native",
+        ),
         ({}, "emulated", "emulated"),
     ],
 )
@@ -130,7 +138,7 @@ def test_a_gpu_answers():
     assert bf16_support() == bf16_support("cuda") == ("native" if major >= 8 else "emulated")
 
 
-# --- Which bytes change -------------------------------------------------------------------------------------
+# --- Which bytes change ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -147,8 +155,8 @@ def test_saved_activations_halve_and_the_copy_of_a_weight_costs_two_bytes_a_para
     assert output.dtype == dtype
     assert {tensor.dtype for tensor in after} == {dtype}
     sizes = sorted(tensor.untyped_storage().nbytes() for tensor in after)
-    # The input, the hidden layer, and the second layer's weight. The first layer's is not saved: no gradient
-    # goes to the input.
+    # The input, the hidden layer, and the second layer's weight. The first layer's is not saved: no
+    # gradient goes to the input.
     assert sizes == sorted([2 * BATCH * INPUTS, 2 * BATCH * HIDDEN, 2 * HIDDEN * OUTPUTS])
     handle.remove()
     assert equal(saved_tensors(lambda: model(x), weights)[0], before)
@@ -159,8 +167,8 @@ def test_with_a_small_batch_more_is_saved_than_in_fp32_and_with_a_large_one_less
         tensors, _ = saved_tensors(lambda: model(torch.randn(batch, INPUTS)), model.parameters())
         return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
-    # Half of 4 (INPUTS + HIDDEN) bytes a sample is saved, 2 HIDDEN OUTPUTS bytes of weight are added: they
-    # balance at HIDDEN OUTPUTS / (INPUTS + HIDDEN) samples, 4.57.
+    # Half of 4 (INPUTS + HIDDEN) bytes a sample is saved, 2 HIDDEN OUTPUTS bytes of weight are
+    # added: they balance at HIDDEN OUTPUTS / (INPUTS + HIDDEN) samples, 4.57.
     model = mlp()
     full = {batch: saved(model, batch) for batch in (4, 5)}
     apply_mixed_precision(model)
@@ -194,7 +202,8 @@ def test_the_cache_holds_two_bytes_for_each_parameter_until_autocast_ends(
     parameters = sum(parameter.numel() for parameter in model.parameters())
     apply_mixed_precision(model, cache_weights=cache_weights)
     model(x)
-    # Nothing is saved for backward, and the outer context keeps the cache from being emptied too early.
+    # Nothing is saved for backward, and the outer context keeps the cache from being emptied too
+    # early.
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             output = model(x)
@@ -212,13 +221,15 @@ def test_weights_gradients_and_adam_state_stay_fp32_to_the_byte():
     model(x).float().sum().backward()
     optimizer.step()
     gradients = [parameter.grad for parameter in model.parameters()]
-    state = [value for entry in optimizer.state.values() for value in entry.values() if value.ndim > 0]
+    state = [
+        value for entry in optimizer.state.values() for value in entry.values() if value.ndim > 0
+    ]
     for tensors, bytes_each in ((list(model.parameters()), 4), (gradients, 4), (state, 8)):
         assert {tensor.dtype for tensor in tensors} == {torch.float32}
         assert sum(tensor.nbytes for tensor in tensors) == bytes_each * parameters
 
 
-# --- The same numbers ---------------------------------------------------------------------------------------
+# --- The same numbers -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cache_weights", [True, False])
@@ -243,8 +254,9 @@ def test_gradients_are_those_of_a_handwritten_autocast_block(dtype, cache_weight
 
 @pytest.mark.parametrize(("dtype", "epsilon"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
 def test_gradients_are_close_to_fp32(dtype, epsilon):
-    """A rounding is at most `epsilon`, and over 30 seeds the largest difference was 1.7 of these. That is so
-    for a smooth activation: a ReLU turns some sums near zero off or on by rounding, which made 36 of it."""
+    """A rounding is at most `epsilon`, and over 30 seeds the largest difference was 1.7 of these.
+    That is so for a smooth activation: a ReLU turns some sums near zero off or on by rounding,
+    which made 36 of it."""
     model, x = mlp(), torch.randn(256, INPUTS)
     model[1] = nn.GELU()
     full = gradients(model, lambda: model(x))
@@ -277,7 +289,9 @@ def test_outputs_keep_their_form():
 def test_a_hugging_face_model_keeps_its_output_type():
     transformers = pytest.importorskip("transformers")
     sizes = {"vocab_size": 50, "n_positions": 8, "bos_token_id": None, "eos_token_id": None}
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=2, n_head=2, n_embd=32, **sizes))
+    model = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(n_layer=2, n_head=2, n_embd=32, **sizes)
+    )
     tokens = torch.randint(50, (2, 8))
     plain = model.eval()(input_ids=tokens, labels=tokens, use_cache=False)
     apply_mixed_precision(model)
@@ -298,14 +312,16 @@ def test_under_checkpointing_the_recomputation_is_in_mixed_precision_too():
     assert equal(gradients(model, lambda: model(x)), expected)
 
 
-# --- Applying and removing ----------------------------------------------------------------------------------
+# --- Applying and removing ------------------------------------------------------------------------
 
 
 def test_names_keys_and_classes_stay_and_copies_wait_for_remove():
     model, x = mlp(), torch.randn(BATCH, INPUTS)
     names, keys = [name for name, _ in model.named_parameters()], list(model.state_dict())
     handle = apply_mixed_precision(model)
-    assert [name for name, _ in model.named_parameters()] == names and list(model.state_dict()) == keys
+    assert [name for name, _ in model.named_parameters()] == names and list(
+        model.state_dict()
+    ) == keys
     assert type(model) is nn.Sequential
     for duplicate in (copy.deepcopy, pickle.dumps):
         with pytest.raises(TypeError, match="remove\\(\\) it before copying or pickling"):
@@ -362,9 +378,24 @@ def test_a_deleted_model_is_freed_at_once():
             ValueError,
             "must be FP32, but Linear has torch.bfloat16",
         ),
-        (nn.Linear(2, 2).half(), torch.bfloat16, ValueError, "must be FP32, but Linear has torch.float16"),
-        (nn.Linear(2, 2).double(), torch.bfloat16, ValueError, "must be FP32, but Linear has torch.float64"),
-        (nn.Linear(2, 2, device="meta"), torch.bfloat16, ValueError, "Nothing is known of meta devices"),
+        (
+            nn.Linear(2, 2).half(),
+            torch.bfloat16,
+            ValueError,
+            "must be FP32, but Linear has torch.float16",
+        ),
+        (
+            nn.Linear(2, 2).double(),
+            torch.bfloat16,
+            ValueError,
+            "must be FP32, but Linear has torch.float64",
+        ),
+        (
+            nn.Linear(2, 2, device="meta"),
+            torch.bfloat16,
+            ValueError,
+            "Nothing is known of meta devices",
+        ),
         (
             nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta")),
             torch.bfloat16,
@@ -385,7 +416,7 @@ def test_a_dtype_that_the_device_lacks_is_refused(monkeypatch):
         apply_mixed_precision(mlp())
 
 
-# --- Loss scaling -------------------------------------------------------------------------------------------
+# --- Loss scaling ---------------------------------------------------------------------------------
 
 
 def run_beside_grad_scaler(optimizer_class, make_loss, steps=14, clip=None, **settings):
@@ -417,7 +448,11 @@ def run_beside_grad_scaler(optimizer_class, make_loss, steps=14, clip=None, **se
         )
         moved = not equal(weights, list(theirs.parameters()))
         logs[1].append(
-            (moved, grad_scaler.get_scale(), *(parameter.clone() for parameter in theirs.parameters()))
+            (
+                moved,
+                grad_scaler.get_scale(),
+                *(parameter.clone() for parameter in theirs.parameters()),
+            )
         )
     return logs
 
@@ -435,7 +470,9 @@ def one_infinite_loss(model, x, y, step):
 def one_nan_weight_gradient(model, x, y, step):
     loss = F.mse_loss(model(x), y)
     if step == 4:
-        loss = loss + (model[2].bias[3] * 0).sqrt()  # its gradient is 0 / 0, and that of no other weight
+        loss = (
+            loss + (model[2].bias[3] * 0).sqrt()
+        )  # its gradient is 0 / 0, and that of no other weight
     return loss
 
 
@@ -444,19 +481,32 @@ def one_nan_weight_gradient(model, x, y, step):
 @pytest.mark.parametrize(
     ("make_loss", "settings", "skips"),
     [
-        # 2^24 times the gradients overflows FP16: the scale falls until none does, then it may grow again.
+        # 2^24 times the gradients overflows FP16: the scale falls until none does, then it may grow
+        # again.
         (fp16_loss, {"init_scale": 2.0**24, "growth_interval": 4}, None),
         (one_infinite_loss, {"init_scale": 2.0**16, "growth_interval": 3}, [2, 3, 9]),
         (one_nan_weight_gradient, {"growth_interval": 2}, [4]),
-        (one_infinite_loss, {"init_scale": 1024.0, "growth_factor": 4.0, "backoff_factor": 0.25,
-                             "growth_interval": 1}, [2, 3, 9]),
+        (
+            one_infinite_loss,
+            {
+                "init_scale": 1024.0,
+                "growth_factor": 4.0,
+                "backoff_factor": 0.25,
+                "growth_interval": 1,
+            },
+            [2, 3, 9],
+        ),
         (lambda *args: fp16_loss(*args), {"init_scale": 2.0**126, "growth_interval": 1}, None),
     ],
     ids=["fp16 overflow", "infinite", "nan", "factors", "largest scale"],
-)  # fmt: skip
-def test_the_same_scale_skips_and_weights_as_grad_scaler(make_loss, settings, skips, optimizer_class, clip):
+)
+def test_the_same_scale_skips_and_weights_as_grad_scaler(
+    make_loss, settings, skips, optimizer_class, clip
+):
     steps = 120 if settings.get("init_scale") == 2.0**126 else 14
-    ours, theirs = run_beside_grad_scaler(optimizer_class, make_loss, steps=steps, clip=clip, **settings)
+    ours, theirs = run_beside_grad_scaler(
+        optimizer_class, make_loss, steps=steps, clip=clip, **settings
+    )
     for step, (one, other) in enumerate(zip(ours, theirs, strict=True)):
         assert one[:2] == other[:2], step
         assert equal(one[2:], other[2:]), step
@@ -464,7 +514,9 @@ def test_the_same_scale_skips_and_weights_as_grad_scaler(make_loss, settings, sk
     assert skipped and len(skipped) < len(ours)  # the overflow was provoked, and got over
     assert skips is None or skipped == skips
     scales = [entry[1] for entry in ours]
-    assert max(scales) > min(scales) and any(b > a for a, b in zip(scales, scales[1:], strict=False))
+    assert max(scales) > min(scales) and any(
+        b > a for a, b in zip(scales, scales[1:], strict=False)
+    )
 
 
 def test_the_scale_stops_where_fp32_ends():
@@ -475,7 +527,11 @@ def test_the_scale_stops_where_fp32_ends():
         init_scale=2.0**125,
         growth_interval=1,
     )
-    assert [entry[1] for entry in ours] == [entry[1] for entry in theirs] == [2.0**126] + [2.0**127] * 5
+    assert (
+        [entry[1] for entry in ours]
+        == [entry[1] for entry in theirs]
+        == [2.0**126] + [2.0**127] * 5
+    )
 
 
 def test_scaling_saves_gradients_that_would_be_zero():
@@ -519,7 +575,9 @@ def test_looking_for_overflow_takes_no_memory_of_a_gradients_size():
             nonlocal largest
             output = operator(*args, **(kwargs or {}))
             for tensor in output if isinstance(output, tuple) else (output,):
-                if isinstance(tensor, torch.Tensor) and not any(tensor is argument for argument in args):
+                if isinstance(tensor, torch.Tensor) and not any(
+                    tensor is argument for argument in args
+                ):
                     largest = max(largest, tensor.nbytes)
             return output
 
@@ -656,7 +714,9 @@ def test_a_loss_that_is_nan_whatever_the_scale_is_said_to_be_so():
 
 @pytest.mark.gpu
 def test_weights_that_wait_on_the_host_do_not_keep_autocast_from_the_gpu():
-    """As where they are streamed: the model computes on the GPU, wherever its first parameter is."""
+    """As where they are streamed: the model computes on the GPU, wherever its first
+    parameter is.
+    """
 
     class Streamed(nn.Linear):
         def forward(self, x):

@@ -1,4 +1,6 @@
-"""Offloading: the same gradients and weights, the bytes that the formula says, and nothing left behind."""
+"""Offloading: the same gradients and weights, the bytes that the formula says, and nothing left
+behind.
+"""
 
 import contextlib
 import copy
@@ -48,7 +50,10 @@ def a_vit(device="cpu"):
     torch.manual_seed(0)
     sizes = {"image_size": 16, "patch_size": 4, "channels": 1, "classes": 10}
     model = vit.ViT(vit.ViTConfig(**sizes, layers=2, heads=2, hidden=32)).to(device)
-    images, labels = torch.randn(4, 1, 16, 16, device=device), torch.randint(10, (4,), device=device)
+    images, labels = (
+        torch.randn(4, 1, 16, 16, device=device),
+        torch.randint(10, (4,), device=device),
+    )
     return model, list(model.blocks), lambda: model(images, labels)
 
 
@@ -81,7 +86,7 @@ def is_far(tensor):
     return tensor.is_pinned() or tensor.untyped_storage().filename is not None
 
 
-# --- The far side -------------------------------------------------------------------------------------------
+# --- The far side ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
@@ -149,7 +154,7 @@ def test_a_far_tensor_that_cannot_be_made_is_refused(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == []
 
 
-# --- Activations: the same numbers --------------------------------------------------------------------------
+# --- Activations: the same numbers ----------------------------------------------------------------
 
 
 @MODELS
@@ -217,18 +222,20 @@ def test_what_is_no_plain_tensor_stays_as_it_is():
         assert equal(run(), expected)
 
 
-# --- Activations: the bytes ---------------------------------------------------------------------------------
+# --- Activations: the bytes -----------------------------------------------------------------------
 
 
 def test_the_bytes_that_move_are_the_hand_count():
-    """A block saves 16 hidden states in 8 storages; the norms' statistics and the softmax's denominators are
-    smaller than a hidden state. After the blocks come the last norm's two and the log-softmax."""
+    """A block saves 16 hidden states in 8 storages; the norms' statistics and the softmax's
+    denominators are smaller than a hidden state. After the blocks come the last norm's two and the
+    log-softmax."""
     model, _, run = a_gpt()
     offload = offload_activations(model, min_bytes=U)
     gradients(model, run, offload)
     assert offload.moved_bytes == 3 * 16 * U + 2 * U + 4 * TOKENS * 64
-    # All of them: statistics (16 bytes a token and block, 8 in the end) and denominators; the token's indices and
-    # the targets are the batch, which moves unless it is named, and the positions' indices; the loss's weight.
+    # All of them: statistics (16 bytes a token and block, 8 in the end) and denominators; the
+    # token's indices and the targets are the batch, which moves unless it is named, and the
+    # positions' indices; the loss's weight.
     more = offload_activations(model, min_bytes=0)
     gradients(model, run, more)
     statistics = 3 * (16 + 4 * 2) * TOKENS + 8 * TOKENS
@@ -317,7 +324,7 @@ def test_the_peak_is_thirteen_hidden_states_and_the_model():
     assert offloaded.peak_bytes < 0.6 * plain.peak_bytes
 
 
-# --- Activations: nothing left behind, nothing wrong ----------------------------------------------------------
+# --- Activations: nothing left behind, nothing wrong ----------------------------------------------
 
 
 def test_the_room_on_the_far_side_is_used_again():
@@ -424,7 +431,7 @@ def test_wrong_arguments_are_refused(stays, options, error, message):
         offload_activations(*stays, **options)
 
 
-# --- Optimizer state ------------------------------------------------------------------------------------------
+# --- Optimizer state ------------------------------------------------------------------------------
 
 OPTIMIZERS = {
     "AdamW": lambda p: torch.optim.AdamW(p, lr=1e-2),
@@ -470,7 +477,10 @@ def test_groups_keep_their_rates_and_schedulers_work_applied_before_or_after():
         model, blocks, run = a_gpt()
         inner = {id(p) for block in blocks for p in block.parameters()}
         others = [p for p in model.parameters() if id(p) not in inner]
-        groups = [{"params": list(model.blocks.parameters()), "lr": 1e-2}, {"params": others, "lr": 1e-3}]
+        groups = [
+            {"params": list(model.blocks.parameters()), "lr": 1e-2},
+            {"params": others, "lr": 1e-3},
+        ]
         optimizer = torch.optim.AdamW(groups)
         for what in order:
             if what == "scheduler":
@@ -511,7 +521,9 @@ def test_a_checkpoint_file_can_be_written_and_loaded(tmp_path):
     optimizer = torch.optim.AdamW(model.parameters())
     offload_optimizer_state(optimizer, min_bytes=512)
     train(model, run, optimizer, steps=2)
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "file.pt")
+    torch.save(
+        {"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "file.pt"
+    )
     expected = train(model, run, optimizer, steps=2)
     model, _, run = a_gpt()
     optimizer = torch.optim.AdamW(model.parameters())
@@ -574,7 +586,7 @@ def test_wrong_optimizers_are_refused():
         offload_optimizer_state(optimizer)
 
 
-# --- Parameters -----------------------------------------------------------------------------------------------
+# --- Parameters -----------------------------------------------------------------------------------
 
 
 @MODELS
@@ -608,7 +620,9 @@ def test_parameters_that_are_far_already_stay_where_they_are(make, device, tmp_p
         parameter.data = far_like(parameter, tmp_path).copy_(parameter.detach())
     pointers = [parameter.data_ptr() for parameter in model.parameters()]
     stream_parameters(blocks, min_bytes=1024, device=device)
-    weights = train(model, run, torch.optim.AdamW(model.parameters()), context=offload_activations(model))
+    weights = train(
+        model, run, torch.optim.AdamW(model.parameters()), context=offload_activations(model)
+    )
     assert equal(weights, expected)
     assert [parameter.data_ptr() for parameter in model.parameters()] == pointers
     run().backward()
@@ -627,7 +641,9 @@ def test_matrices_and_their_gradients_are_far_and_small_ones_near():
     for parameter in blocks[0].parameters():
         assert is_far(parameter) == is_far(parameter.grad) == (parameter.ndim == 2)
     assert not is_far(model.token_embedding.weight.grad)
-    assert offload.moved_bytes == 0  # no activation is of a MiB, and what is saved of weights is far already
+    assert (
+        offload.moved_bytes == 0
+    )  # no activation is of a MiB, and what is saved of weights is far already
 
 
 @pytest.mark.parametrize("way", ["offload", "checkpoint"])
@@ -676,7 +692,10 @@ def test_after_an_exception_in_a_streamed_block_its_parameters_are_its_own_again
     with pytest.raises(KeyboardInterrupt):
         run()
     handle.remove()
-    assert blocks[1].mlp.projection.weight is dict(model.named_parameters())["blocks.1.mlp.projection.weight"]
+    assert (
+        blocks[1].mlp.projection.weight
+        is dict(model.named_parameters())["blocks.1.mlp.projection.weight"]
+    )
     run().backward()
 
 
@@ -708,7 +727,7 @@ def test_what_cannot_be_streamed_is_refused():
         stream_parameters(blocks, min_bytes=0)
 
 
-# --- On a GPU -------------------------------------------------------------------------------------------------
+# --- On a GPU -------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu
@@ -726,8 +745,8 @@ def test_everything_far_trains_to_the_same_weights_on_a_gpu(make, ahead):
         weights = train(model, run, optimizer, context=context)
         assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(weights, expected, strict=True))
         assert context._leaving == type(context._leaving)() and context.moved_bytes > 0
-        # Adam's first steps are the gradients' signs, and where a gradient is next to nothing, the host and the GPU
-        # do not agree on that. SGD steps as the gradients are.
+        # Adam's first steps are the gradients' signs, and where a gradient is next to nothing, the
+        # host and the GPU do not agree on that. SGD steps as the gradients are.
         model, blocks, run = make("cuda")
         expected = train(model, run, torch.optim.SGD(model.parameters(), lr=0.1))
         model, blocks, run = make("cuda")

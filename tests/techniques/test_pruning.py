@@ -1,4 +1,6 @@
-"""Pruning: a cut model computes what the whole one does with the cut units at zero, and holds the bytes counted by hand."""
+"""Pruning: a cut model computes what the whole one does with the cut units at zero, and holds the
+bytes counted by hand.
+"""
 
 import copy
 import gc
@@ -38,12 +40,16 @@ def vit_model():
 
 def hugging_face(name, **sizes):
     transformers = pytest.importorskip("transformers")
-    logging.disable(logging.WARNING)  # it looks at every optional package, and some of them complain
+    logging.disable(
+        logging.WARNING
+    )  # it looks at every optional package, and some of them complain
     try:
         config = getattr(transformers, f"{name}Config")(
             vocab_size=50, pad_token_id=0, bos_token_id=0, eos_token_id=0, use_cache=False, **sizes
         )
-        model = getattr(transformers, "GPT2LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM")(config)
+        model = getattr(
+            transformers, "GPT2LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM"
+        )(config)
     finally:
         logging.disable(logging.NOTSET)
     tokens = torch.randint(1, 50, (2, 8))
@@ -61,10 +67,13 @@ def llama_model(name="Llama", **sizes):
         "num_hidden_layers": 2,
         "tie_word_embeddings": True,
     }
-    return hugging_face(name, **{**defaults, "num_attention_heads": 8, "num_key_value_heads": 4, **sizes})
+    return hugging_face(
+        name, **{**defaults, "num_attention_heads": 8, "num_key_value_heads": 4, **sizes}
+    )
 
 
-def qwen3_model():  # it norms queries and keys head by head, and its heads do not fill the hidden size
+# it norms queries and keys head by head, and its heads do not fill the hidden size
+def qwen3_model():
     return llama_model("Qwen3", head_dim=16)
 
 
@@ -72,8 +81,13 @@ MODELS = [gpt_model, vit_model, gpt2_model, llama_model, qwen3_model]
 
 
 def readers(model, kind):
-    """By module name the layer that reads the units, and the axis of its weight along which they lie."""
-    names = {"heads": ("projection", "c_proj", "o_proj"), "channels": ("projection", "c_proj", "down_proj")}
+    """By module name the layer that reads the units, and the axis of its weight along which they
+    lie.
+    """
+    names = {
+        "heads": ("projection", "c_proj", "o_proj"),
+        "channels": ("projection", "c_proj", "down_proj"),
+    }
     for name in score_units(model, kind):
         module = model.get_submodule(name)
         [layer] = [getattr(module, x) for x in names[kind] if hasattr(module, x)]
@@ -121,11 +135,15 @@ def test_a_cut_model_computes_what_the_whole_one_does_with_the_cut_units_at_zero
     same = [n for n, p in model.named_parameters() if p.grad.shape == gradients[n].shape]
     assert len(same) >= 8
     for name in same:
-        torch.testing.assert_close(model.get_parameter(name).grad, gradients[name], rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(
+            model.get_parameter(name).grad, gradients[name], rtol=1e-9, atol=1e-12
+        )
     # And of a layer that was cut: those of the kept units.
     for name, layer, axis in readers(reference, kind):
         full = (
-            layer.weight.grad.movedim(axis, 0).unflatten(0, (len(scores[name]), -1))[kept[name]].flatten(0, 1)
+            layer.weight.grad.movedim(axis, 0)
+            .unflatten(0, (len(scores[name]), -1))[kept[name]]
+            .flatten(0, 1)
         )
         cut = dict((n, x) for n, x, _ in readers(model, kind))[name].weight.grad.movedim(axis, 0)
         torch.testing.assert_close(cut, full, rtol=1e-9, atol=1e-12)
@@ -147,14 +165,26 @@ def test_parameters_and_attributes_are_counted_by_hand():
         assert attention.heads == 1
         assert attention.query_key_value.weight.shape == (3 * h // 4, h)
         assert attention.query_key_value.out_features == 3 * h // 4
-        assert attention.projection.weight.shape == (h, h // 4) and attention.projection.in_features == h // 4
-        assert mlp.expansion.weight.shape == (2 * h, h) and mlp.projection.weight.shape == (h, 2 * h)
-        assert all(p.untyped_storage().nbytes() == p.nbytes for p in block.parameters())  # no slices
-    assert model.head.weight is model.token_embedding.weight is embedding  # still tied, and as it was
+        assert (
+            attention.projection.weight.shape == (h, h // 4)
+            and attention.projection.in_features == h // 4
+        )
+        assert mlp.expansion.weight.shape == (2 * h, h) and mlp.projection.weight.shape == (
+            h,
+            2 * h,
+        )
+        assert all(
+            p.untyped_storage().nbytes() == p.nbytes for p in block.parameters()
+        )  # no slices
+    assert (
+        model.head.weight is model.token_embedding.weight is embedding
+    )  # still tied, and as it was
 
 
 def test_the_columns_of_a_training_run():
-    """Everything that belongs to a cut unit goes: weights, gradients, moments, activations, to the byte."""
+    """Everything that belongs to a cut unit goes: weights, gradients, moments, activations, to the
+    byte.
+    """
 
     def run(keep):
         def build():
@@ -178,8 +208,11 @@ def test_the_columns_of_a_training_run():
         return measure(build, device="cpu")
 
     whole, half, tokens, h, layers = run(1), run(0.5), 2 * 64, 64, 2
-    # Of 16 hidden states a token, query, key, value and the heads' output (4) and the MLP's (8) halve.
-    cut = layers * tokens * 4 * (2 + 4) * h + layers * tokens * 4 * 2  # with two softmax denominators
+    # Of 16 hidden states a token, query, key, value and the heads' output (4) and the MLP's (8)
+    # halve.
+    cut = (
+        layers * tokens * 4 * (2 + 4) * h + layers * tokens * 4 * 2
+    )  # with two softmax denominators
     assert whole.columns["activations"] - half.columns["activations"] == cut
     weights = layers * 4 * (2 * h * h + 3 * h // 2 + 4 * h * h + 2 * h)
     # (The meter sees the scratch of the cutting too, so compare what the model holds after it.)
@@ -204,7 +237,8 @@ def test_magnitude_and_taylor_scores_are_what_they_say():
     assert list(scores) == ["blocks.0.attention", "blocks.1.attention"]
     torch.testing.assert_close(scores["blocks.1.attention"][2], by_hand.sqrt().detach())
 
-    # To first order, by how much the loss changes when the unit is scaled down: a difference quotient says the same.
+    # To first order, by how much the loss changes when the unit is scaled down: a difference
+    # quotient says the same.
     loss_of(model).backward()
     for kind, name, unit in (("heads", "blocks.0.attention", 1), ("channels", "blocks.1.mlp", 7)):
         score = score_units(model, kind, "taylor")[name][unit].item()
@@ -214,7 +248,9 @@ def test_magnitude_and_taylor_scores_are_what_they_say():
         for scale in (1 + 1e-5, 1 - 1e-5):
             twin = copy.deepcopy(model)
             with torch.no_grad():
-                twin.get_submodule(name).projection.weight[:, unit * width : (unit + 1) * width] *= scale
+                twin.get_submodule(name).projection.weight[
+                    :, unit * width : (unit + 1) * width
+                ] *= scale
                 ends.append(loss_of(twin).item())
         assert score == pytest.approx(abs(ends[0] - ends[1]) / 2e-5, rel=1e-5) and score > 1e-7
 
@@ -241,7 +277,9 @@ def test_pruning_twice_and_copies():
     prune_heads(model, 0.5)
     prune_heads(once, 0.25)
     assert model.blocks[0].attention.heads == once.blocks[0].attention.heads == 1
-    torch.testing.assert_close(loss_of(model), loss_of(once))  # the lowest of the lowest go either way
+    torch.testing.assert_close(
+        loss_of(model), loss_of(once)
+    )  # the lowest of the lowest go either way
     prune_mlp(once, 1e-9)
     assert once.blocks[0].mlp.expansion.out_features == 1  # one always stays
     ghost = weakref.ref(model)
@@ -250,7 +288,9 @@ def test_pruning_twice_and_copies():
     assert ghost() is None
 
 
-@pytest.mark.parametrize("name", ["Llama", "Qwen2"])  # Qwen2's config has no head size until it needs one
+@pytest.mark.parametrize(
+    "name", ["Llama", "Qwen2"]
+)  # Qwen2's config has no head size until it needs one
 def test_the_config_says_what_the_layers_are(name):
     torch.manual_seed(0)
     model, loss_of = llama_model(name)
@@ -260,8 +300,14 @@ def test_the_config_says_what_the_layers_are(name):
     assert (config.num_key_value_heads, config.num_attention_heads, config.head_dim) == (2, 4, 4)
     assert config.intermediate_size == 36 and config.hidden_size == 32
     layer = model.model.layers[1]
-    assert layer.self_attn.q_proj.weight.shape == (16, 32) and layer.self_attn.k_proj.weight.shape == (8, 32)
-    assert layer.self_attn.o_proj.weight.shape == (32, 16) and layer.mlp.down_proj.weight.shape == (32, 36)
+    assert layer.self_attn.q_proj.weight.shape == (
+        16,
+        32,
+    ) and layer.self_attn.k_proj.weight.shape == (8, 32)
+    assert layer.self_attn.o_proj.weight.shape == (32, 16) and layer.mlp.down_proj.weight.shape == (
+        32,
+        36,
+    )
     assert model.lm_head.weight is model.model.embed_tokens.weight
     fresh = type(model)(type(config)(**config.to_dict())).eval()
     fresh.load_state_dict(model.state_dict())
@@ -279,8 +325,12 @@ def test_gpt2_is_cut_along_the_right_axes_and_generates():
     assert (block.attn.num_heads, block.attn.split_size, block.attn.head_dim) == (1, 8, 8)
     assert block.mlp.c_fc.weight.shape == (32, 64) and model.config.n_inner == 64
     tokens = torch.randint(1, 50, (1, 4))
-    cached = model.generate(tokens, max_new_tokens=4, min_new_tokens=4, do_sample=False, use_cache=True)
-    again = model.generate(tokens, max_new_tokens=4, min_new_tokens=4, do_sample=False, use_cache=False)
+    cached = model.generate(
+        tokens, max_new_tokens=4, min_new_tokens=4, do_sample=False, use_cache=True
+    )
+    again = model.generate(
+        tokens, max_new_tokens=4, min_new_tokens=4, do_sample=False, use_cache=False
+    )
     assert cached.shape == (1, 8) and torch.equal(cached, again)
 
 
@@ -363,7 +413,9 @@ def test_bad_input_is_refused_before_anything_is_cut():
     model.blocks[1].mlp.expansion.weight = model.blocks[0].mlp.expansion.weight
     with pytest.raises(ValueError, match="share one weight"):
         prune_mlp(model, 0.5)
-    assert model.blocks[0].mlp.expansion.out_features == 256 and model.blocks[0].attention.heads == 4
+    assert (
+        model.blocks[0].mlp.expansion.out_features == 256 and model.blocks[0].attention.heads == 4
+    )
     model.blocks[1].mlp.expansion.weight = nn.Parameter(weight)
     assert torch.equal(loss_of(model), expected)
     naive = gpt.GPT(gpt.tiny(layers=1, attention="naive"))
@@ -384,9 +436,9 @@ def test_on_a_gpu_the_cut_model_is_the_zeroed_one_and_its_bytes_are_gone():
     kept = prune_heads(model, 0.5)
     reference = zeroed(whole, "heads", {name: units.cpu() for name, units in kept.items()})
     torch.testing.assert_close(model(tokens), reference(tokens), rtol=1e-3, atol=1e-4)
-    assert sum(p.untyped_storage().nbytes() for p in model.blocks[0].attention.parameters()) == 4 * (
-        3 * 32 * 65 + 64 * 32 + 64
-    )
+    assert sum(
+        p.untyped_storage().nbytes() for p in model.blocks[0].attention.parameters()
+    ) == 4 * (3 * 32 * 65 + 64 * 32 + 64)
 
 
 @pytest.mark.gpu
@@ -398,5 +450,7 @@ def test_on_a_gpu_two_of_four_is_compressed_to_nine_sixteenths():
     x = torch.randn(128, 1024, device="cuda", dtype=torch.float16)
     before = torch.cuda.memory_allocated()
     sparse = torch.sparse.to_sparse_semi_structured(weight)
-    assert (torch.cuda.memory_allocated() - before) / weight.nbytes == pytest.approx(9 / 16, rel=0.01)
+    assert (torch.cuda.memory_allocated() - before) / weight.nbytes == pytest.approx(
+        9 / 16, rel=0.01
+    )
     torch.testing.assert_close(nn.functional.linear(x, sparse), x @ weight.T, rtol=1e-2, atol=0.5)

@@ -1,7 +1,8 @@
-"""Sharding: the weights and gradients of one process, the bytes of the formula, and ranks that are ended.
+"""Sharding: the weights and gradients of one process, the bytes of the formula, and ranks that are
+ended.
 
-Results are compared in real processes, which `run_ranks` starts: this file is also what they run. Bytes are
-counted on one rank of PyTorch's fake process group, whose messages go nowhere.
+Results are compared in real processes, which `run_ranks` starts: this file is also what they run.
+Bytes are counted on one rank of PyTorch's fake process group, whose messages go nowhere.
 """
 
 import functools
@@ -27,7 +28,7 @@ sgd = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 adamw = functools.partial(torch.optim.AdamW, lr=1e-3, fused=True)
 
 
-# --- What every rank runs: four models, three steps each, every stage ---------------------------------------
+# --- What every rank runs: four models, three steps each, every stage -----------------------------
 
 
 def make_gpt():
@@ -57,7 +58,9 @@ def make_llama():
 
 
 def make_odd():
-    """Sizes that two or three do not divide, a layer in two blocks, one that is frozen and one unused."""
+    """Sizes that two or three do not divide, a layer in two blocks, one that is frozen and one
+    unused.
+    """
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(12, 7, generator=generator)
     blocks = [nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 7)) for _ in range(3)]
@@ -77,10 +80,14 @@ OF_THREE = (
 
 
 def train(make, stage, *, rank=0, ranks=1, group=None, backwards=1, zero="optimizer"):
-    """The losses of three steps and the weights after them; `stage` None trains one process with all rows."""
+    """The losses of three steps and the weights after them; `stage` None trains one process with
+    all rows.
+    """
     torch.manual_seed(rank)  # other weights on each rank: rank 0's count
     model, loss_of = make()
-    optimizer = sgd(model.parameters()) if stage is None else apply_sharding(model, sgd, stage, group=group)
+    optimizer = (
+        sgd(model.parameters()) if stage is None else apply_sharding(model, sgd, stage, group=group)
+    )
     losses = []
     for _ in range(3):
         for backward in range(backwards):
@@ -125,7 +132,7 @@ def largest_difference(weights, others):
     return max((a - b).abs().max().item() for a, b in zip(weights, others, strict=True))
 
 
-# --- The results are those of one process -------------------------------------------------------------------
+# --- The results are those of one process ---------------------------------------------------------
 
 
 CASES = [(2, name) for name in MAKES] + [(3, "gpt"), (3, "odd")]
@@ -142,7 +149,9 @@ def test_every_stage_trains_as_one_process_does(found, ranks, name):
         for _, weights in given:
             assert largest_difference(weights, expected) < 2e-5
             assert largest_difference(weights, given[0][1]) == 0
-        losses = [sum(at_once) / ranks for at_once in zip(*(losses for losses, _ in given), strict=True)]
+        losses = [
+            sum(at_once) / ranks for at_once in zip(*(losses for losses, _ in given), strict=True)
+        ]
         assert losses == pytest.approx(expected_losses, abs=1e-5)
 
 
@@ -164,7 +173,7 @@ def test_zero_grad_of_the_model_is_as_good(found, stage):
     assert largest_difference(found[0][2, "zeroed", stage][1], found[0][2, "odd", stage][1]) == 0
 
 
-# --- The bytes are those of the formula ---------------------------------------------------------------------
+# --- The bytes are those of the formula -----------------------------------------------------------
 
 
 @pytest.fixture
@@ -207,7 +216,9 @@ def test_what_is_held_is_divided(fake, stage, ranks):
     run = measure(build_layers(stage), device="cpu")
     weight = 4 * WIDTH * WIDTH
     parameters, gradients, state = (ranks if stage >= divided else 1 for divided in (3, 2, 1))
-    end = run.ledger.columns_at(max(span.end for span in run.ledger.phases if span.kind == "backward"))
+    end = run.ledger.columns_at(
+        max(span.end for span in run.ledger.phases if span.kind == "backward")
+    )
     assert end["parameters"] == LAYERS * weight // parameters + 4 * LAYERS * (stage == 3)
     assert end["gradients"] == LAYERS * weight // gradients
     assert end["optimizer_state"] == 2 * LAYERS * weight // state + 4 * LAYERS
@@ -217,9 +228,11 @@ def test_stage_3_holds_one_block_at_a_time(fake):
     fake(8)
     run = measure(build_layers(3), device="cpu")
     weight, row = 4 * WIDTH * WIDTH, 4 * WIDTH
-    # The slices of parameters and state, the step counters, what is left of absent weights; all gradients but one.
+    # The slices of parameters and state, the step counters, what is left of absent weights; all
+    # gradients but one.
     held = LAYERS * 3 * weight // 8 + 2 * 4 * LAYERS + (LAYERS - 1) * weight // 8
-    # In backward: one weight, or its gradient and the slice of it. And less than twenty rows of two vectors.
+    # In backward: one weight, or its gradient and the slice of it. And less than twenty rows of two
+    # vectors.
     line = run.timeline
     assert 0 <= line.total[line.phase == "backward"].max() - held - 2 * weight < 40 * row
 
@@ -236,7 +249,7 @@ def test_no_rank_holds_more_than_another(fake):
     assert sizes[0] == sizes[1] == sizes[2] == [-(-count // 3) for count in trained]
 
 
-# --- What is not there cannot be mistaken for a number ------------------------------------------------------
+# --- What is not there cannot be mistaken for a number --------------------------------------------
 
 
 def test_an_absent_parameter_is_nan_and_whole_again_inside(fake):
@@ -272,7 +285,7 @@ def test_a_deleted_model_is_gone(fake, stage):
     assert [reference() for reference in gone] == [None, None, None]
 
 
-# --- Bad input ----------------------------------------------------------------------------------------------
+# --- Bad input ------------------------------------------------------------------------------------
 
 
 def test_a_process_group_is_needed():
@@ -310,7 +323,7 @@ def test_an_optimizer_that_would_compute_something_else_is_refused(fake):
         apply_sharding(nn.Linear(2, 2), lambda shards: sgd(shards[:1]), 1)
 
 
-# --- The launcher -------------------------------------------------------------------------------------------
+# --- The launcher ---------------------------------------------------------------------------------
 
 
 def script(folder, text):
@@ -322,10 +335,13 @@ def script(folder, text):
 def test_a_rank_that_dies_ends_all_and_is_named(tmp_path):
     path = script(
         tmp_path,
-        "import os, sys, time\nif os.environ['RANK'] == '1':\n    sys.exit('out of data')\ntime.sleep(600)",
+        "import os, sys, time\nif os.environ['RANK'] == '1':\n    sys.exit('out of"
+        " data')\ntime.sleep(600)",
     )
     began = time.monotonic()
-    with pytest.raises(RankError, match=r"Rank 1 of 2 died \(exit code 1\)(.|\n)*out of data") as caught:
+    with pytest.raises(
+        RankError, match=r"Rank 1 of 2 died \(exit code 1\)(.|\n)*out of data"
+    ) as caught:
         run_ranks(path, 2, seconds=120)
     assert (caught.value.rank, caught.value.exit_code) == (1, 1)
     assert time.monotonic() - began < 120  # not by the limit, nor by the sleep
@@ -334,8 +350,8 @@ def test_a_rank_that_dies_ends_all_and_is_named(tmp_path):
 def test_ranks_that_hang_are_ended(tmp_path):
     path = script(
         tmp_path,
-        "import os, sys, time\nopen(os.path.join(sys.argv[1], os.environ['RANK']), 'w').write(str(os.getpid()))\n"
-        "print('waiting', flush=True)\ntime.sleep(600)",
+        "import os, sys, time\nopen(os.path.join(sys.argv[1], os.environ['RANK']),"
+        " 'w').write(str(os.getpid()))\nprint('waiting', flush=True)\ntime.sleep(600)",
     )
     with pytest.raises(RankError, match="After 6 s 2 ranks were not done") as caught:
         run_ranks(path, 2, tmp_path, seconds=6)
@@ -359,17 +375,13 @@ def test_what_cannot_be_run_is_refused(tmp_path):
 def test_one_gpu_under_nccl(tmp_path):
     path = script(
         tmp_path,
-        "import torch, torch.distributed as dist\nfrom memlab.techniques.sharding import apply_sharding\n"
-        "dist.init_process_group('nccl')\n"
-        "for stage in range(4):\n"
-        "    torch.manual_seed(0)\n"
-        "    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)).cuda()\n"
-        "    optimizer = apply_sharding(model, torch.optim.AdamW, stage)\n"
-        "    for _ in range(2):\n"
-        "        loss = model(torch.ones(2, 8, device='cuda')).square().mean()\n"
-        "        loss.backward(); optimizer.step(); optimizer.zero_grad()\n"
-        "    print(f'{loss.item():.6f}')\n"
-        "dist.destroy_process_group()\n",
+        "import torch, torch.distributed as dist\nfrom memlab.techniques.sharding import"
+        " apply_sharding\ndist.init_process_group('nccl')\nfor stage in range(4):\n   "
+        " torch.manual_seed(0)\n    model = torch.nn.Sequential(torch.nn.Linear(8, 8),"
+        " torch.nn.Linear(8, 8)).cuda()\n    optimizer = apply_sharding(model, torch.optim.AdamW,"
+        " stage)\n    for _ in range(2):\n        loss = model(torch.ones(2, 8,"
+        " device='cuda')).square().mean()\n        loss.backward(); optimizer.step();"
+        " optimizer.zero_grad()\n    print(f'{loss.item():.6f}')\ndist.destroy_process_group()\n",
     )
     [said] = run_ranks(path, 1)
     assert len(said.split()) == 4 and len(set(said.split())) == 1

@@ -1,5 +1,5 @@
-"""Sparse attention: the window in pieces is the window by a mask, forward and backward, and keeps nothing of the
-size sequence x sequence."""
+"""Sparse attention: the window in pieces is the window by a mask, forward and backward, and keeps
+nothing of the size sequence x sequence."""
 
 import copy
 import functools
@@ -42,13 +42,19 @@ def by_a_mask(
     return scores.masked_fill(~seen, float("-inf")).softmax(-1) @ value
 
 
-def tensors(queries, keys, heads=4, key_heads=4, width=8, value_width=8, dtype=torch.float64, device="cpu"):
+def tensors(
+    queries, keys, heads=4, key_heads=4, width=8, value_width=8, dtype=torch.float64, device="cpu"
+):
     shapes = (heads, queries, width), (key_heads, keys, width), (key_heads, keys, value_width)
-    return [torch.randn(2, *shape, dtype=dtype, device=device, requires_grad=True) for shape in shapes]
+    return [
+        torch.randn(2, *shape, dtype=dtype, device=device, requires_grad=True) for shape in shapes
+    ]
 
 
 def difference(one, other):
-    """The largest difference between two lists of tensors, relative to the largest value of each."""
+    """The largest difference between two lists of tensors, relative to the largest
+    value of each.
+    """
     pairs = list(zip(one, other, strict=True))
     assert all(a.shape == b.shape and a.dtype == b.dtype for a, b in pairs)
     return max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
@@ -57,11 +63,13 @@ def difference(one, other):
 def with_gradients(attention, inputs, **options):
     output = attention(*inputs, **options)
     torch.manual_seed(1)
-    weights = torch.randn(output.shape, dtype=torch.float64)  # the same numbers in any layout and type
+    weights = torch.randn(
+        output.shape, dtype=torch.float64
+    )  # the same numbers in any layout and type
     return [output.detach(), *torch.autograd.grad(output, inputs, weights.to(output))]
 
 
-# --- The function -------------------------------------------------------------------------------------------
+# --- The function ---------------------------------------------------------------------------------
 
 
 def test_the_mask_is_the_definition():
@@ -114,7 +122,10 @@ def test_output_and_gradients_are_those_of_the_masked_reference(
 def test_scale_and_a_value_of_another_width_are_kept():
     inputs = tensors(20, 20, value_width=5)
     expected = with_gradients(by_a_mask, inputs, window=4, scale=0.3)
-    assert difference(with_gradients(sliding_window_attention, inputs, window=4, scale=0.3), expected) < 1e-12
+    assert (
+        difference(with_gradients(sliding_window_attention, inputs, window=4, scale=0.3), expected)
+        < 1e-12
+    )
 
 
 def test_the_causal_window_of_the_whole_sequence_is_full_attention():
@@ -127,7 +138,9 @@ def test_the_causal_window_of_the_whole_sequence_is_full_attention():
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
 def test_other_types(dtype, tolerance):
     inputs = tensors(50, 50, dtype=dtype)
-    expected = with_gradients(by_a_mask, [t.detach().double().requires_grad_() for t in inputs], window=8)
+    expected = with_gradients(
+        by_a_mask, [t.detach().double().requires_grad_() for t in inputs], window=8
+    )
     given = with_gradients(sliding_window_attention, inputs, window=8)
     assert difference([t.double() for t in given], expected) < tolerance
 
@@ -138,7 +151,9 @@ def test_under_autocast_it_runs_in_the_lower_type_also_in_backward():
         output = sliding_window_attention(*inputs, window=8)
     assert output.dtype == torch.bfloat16
     gradients = torch.autograd.grad(output.float().sum(), inputs)
-    assert all(gradient.dtype == torch.float32 and gradient.isfinite().all() for gradient in gradients)
+    assert all(
+        gradient.dtype == torch.float32 and gradient.isfinite().all() for gradient in gradients
+    )
 
 
 def test_only_some_inputs_learn_or_none():
@@ -165,11 +180,13 @@ def test_one_more_token_with_the_last_keys_is_the_last_row():
     whole = sliding_window_attention(query, key, value, window=8)
     for t in (0, 3, 20, 29):
         seen = slice(max(0, t - 7), t + 1)
-        one = sliding_window_attention(query[:, :, t : t + 1], key[:, :, seen], value[:, :, seen], window=8)
+        one = sliding_window_attention(
+            query[:, :, t : t + 1], key[:, :, seen], value[:, :, seen], window=8
+        )
         torch.testing.assert_close(one, whole[:, :, t : t + 1])
 
 
-# --- Bytes --------------------------------------------------------------------------------------------------
+# --- Bytes ----------------------------------------------------------------------------------------
 
 HEADS, WIDTH, LENGTH, WINDOW = 2, 16, 512, 32
 
@@ -228,14 +245,21 @@ def test_the_ledger_of_a_gpt_is_full_fused_attention_s_and_a_mask_s_is_higher_by
 
     full, by_mask, ours = map(
         run,
-        (F.scaled_dot_product_attention, masked, functools.partial(sliding_window_attention, window=WINDOW)),
+        (
+            F.scaled_dot_product_attention,
+            masked,
+            functools.partial(sliding_window_attention, window=WINDOW),
+        ),
     )
     assert full.columns["activations"] == gpt.activation_bytes(config, 1, LENGTH)
     for column in ("peak", "activations"):
         of_full, of_mask, of_ours = (
-            run.peak_bytes if column == "peak" else run.columns[column] for run in (full, by_mask, ours)
+            run.peak_bytes if column == "peak" else run.columns[column]
+            for run in (full, by_mask, ours)
         )
-        assert of_full - of_ours == 3 * 4 * config.heads * LENGTH, column  # the softmax's denominators
+        assert of_full - of_ours == 3 * 4 * config.heads * LENGTH, (
+            column
+        )  # the softmax's denominators
         assert of_mask - of_full == 3 * 4 * LENGTH**2, column  # a mask in each layer
     assert ours.losses == pytest.approx(by_mask.losses, rel=1e-5)
 
@@ -252,7 +276,7 @@ def test_nothing_grows_with_the_square_of_the_length():
     assert abs((larger - large) - 2 * (large - small)) < 0.02 * larger
 
 
-# --- Applied from outside -----------------------------------------------------------------------------------
+# --- Applied from outside -------------------------------------------------------------------------
 
 ATTENTION = functools.partial(sliding_window_attention, window=7)
 REFERENCE = functools.partial(by_a_mask, window=7)
@@ -281,12 +305,17 @@ def test_a_gpt_with_a_window_is_the_masked_gpt():
         for handle in handles:
             handle.remove()
             handle.remove()
-    # The gradient of the keys' bias is zero but for rounding, so it is compared with the largest of all.
+    # The gradient of the keys' bias is zero but for rounding, so it is compared with the largest of
+    # all.
     largest = max(gradient.abs().max() for gradient in found[REFERENCE][1:])
     gaps = [(a - b).abs().max() for a, b in zip(found[ATTENTION], found[REFERENCE], strict=True)]
     assert max(gaps) < 1e-5 * largest
-    assert abs(found[ATTENTION][0] - full[0]) > 1e-5  # a window is another model than full attention
-    assert all(map(torch.equal, trained(model, *batch), full))  # removed, it is the model that it was
+    assert (
+        abs(found[ATTENTION][0] - full[0]) > 1e-5
+    )  # a window is another model than full attention
+    assert all(
+        map(torch.equal, trained(model, *batch), full)
+    )  # removed, it is the model that it was
 
 
 def test_some_layers_may_keep_full_attention():
@@ -381,7 +410,7 @@ def test_a_deleted_model_is_freed_at_once():
     handle.remove()
 
 
-# --- Bad input ----------------------------------------------------------------------------------------------
+# --- Bad input ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -390,25 +419,45 @@ def test_a_deleted_model_is_freed_at_once():
         ({"window": 0}, ValueError, "window must be a whole number of at least 1, but it is 0"),
         ({"window": 2.0}, ValueError, "window must be a whole number"),
         ({"window": True}, ValueError, "window must be a whole number"),
-        ({"after": -1, "is_causal": False}, ValueError, "after must be a whole number of at least 0"),
+        (
+            {"after": -1, "is_causal": False},
+            ValueError,
+            "after must be a whole number of at least 0",
+        ),
         ({"piece": 0}, ValueError, "piece must be a whole number of at least 1"),
         ({"after": 2}, ValueError, "is_causal=True and after=2 contradict"),
         ({"attn_mask": torch.ones(20, 20).bool()}, ValueError, "attn_mask must be None"),
         ({"dropout_p": 0.1}, ValueError, "dropout_p must be 0, not 0.1"),
         ({"query": None}, TypeError, "query must be a floating-point tensor, but it is None"),
-        ({"key": torch.ones(2, 4, 20, 8).long()}, TypeError, "key must be a floating-point tensor, but it is torch.int64"),
+        (
+            {"key": torch.ones(2, 4, 20, 8).long()},
+            TypeError,
+            "key must be a floating-point tensor, but it is torch.int64",
+        ),
         ({"query": torch.randn(4, 20, 8)}, ValueError, r"query \(4, 20, 8\)"),
         ({"query": torch.randn(2, 4, 20, 7)}, ValueError, r"query \(2, 4, 20, 7\)"),
         ({"query": torch.randn(2, 8, 20, 8)}, ValueError, "only under enable_gqa"),
-        ({"query": torch.randn(2, 6, 20, 8), "enable_gqa": True}, ValueError, r"query \(2, 6, 20, 8\)"),
+        (
+            {"query": torch.randn(2, 6, 20, 8), "enable_gqa": True},
+            ValueError,
+            r"query \(2, 6, 20, 8\)",
+        ),
         ({"value": torch.randn(2, 4, 19, 8)}, ValueError, r"value \(2, 4, 19, 8\)"),
         ({"query": torch.randn(2, 4, 21, 8)}, ValueError, "21 queries and 20 keys"),
         ({"query": torch.randn(2, 4, 0, 8)}, ValueError, r"query \(2, 4, 0, 8\)"),
-        ({"query": torch.randn(2, 4, 20, 8).double()}, ValueError, "query torch.float64 on cpu, key torch.float32"),
+        (
+            {"query": torch.randn(2, 4, 20, 8).double()},
+            ValueError,
+            "query torch.float64 on cpu, key torch.float32",
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_refused(changes, error, message):
-    given = {name: torch.randn(2, 4, 20, 8) for name in ("query", "key", "value")} | {"window": 4} | changes
+    given = (
+        {name: torch.randn(2, 4, 20, 8) for name in ("query", "key", "value")}
+        | {"window": 4}
+        | changes
+    )
     with pytest.raises(error, match=message):
         sliding_window_attention(**given)
 
@@ -418,7 +467,7 @@ def test_a_mask_for_more_queries_than_keys_is_refused():
         window_mask(5, 4, 2)
 
 
-# --- Hugging Face -------------------------------------------------------------------------------------------
+# --- Hugging Face ---------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -426,13 +475,21 @@ def mistral():
     transformers = pytest.importorskip("transformers")
     from transformers.masking_utils import flash_attention_mask
 
-    logging.disable(logging.WARNING)  # it looks at every optional package, and some of them complain
+    logging.disable(
+        logging.WARNING
+    )  # it looks at every optional package, and some of them complain
     transformers.AttentionInterface.register("window", hugging_face_attention)
     transformers.AttentionMaskInterface.register("window", flash_attention_mask)
     config = transformers.MistralConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, sliding_window=16, max_position_embeddings=256,
-    )  # fmt: skip
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=16,
+        max_position_embeddings=256,
+    )
     torch.manual_seed(0)
     yield transformers.MistralForCausalLM(config).double()
     logging.disable(logging.NOTSET)
@@ -490,7 +547,9 @@ def test_padding_and_what_else_a_window_cannot_do_is_refused(mistral):
     layer, inputs = mistral.model.layers[0].self_attn, tensors(20, 20, key_heads=2)
     with pytest.raises(ValueError, match="has no softcap, and MistralAttention needs it"):
         hugging_face_attention(layer, *inputs, None, softcap=30.0)
-    with pytest.raises(ValueError, match="hugging_face_attention is causal, and MistralAttention is not"):
+    with pytest.raises(
+        ValueError, match="hugging_face_attention is causal, and MistralAttention is not"
+    ):
         hugging_face_attention(layer, *inputs, None, is_causal=False)
     transformers = pytest.importorskip("transformers")
     static = transformers.StaticCache(config=mistral.config, max_cache_len=64)
@@ -498,7 +557,7 @@ def test_padding_and_what_else_a_window_cannot_do_is_refused(mistral):
         mistral(input_ids=tokens[:, :5], past_key_values=static, use_cache=True)
 
 
-# --- On a GPU -----------------------------------------------------------------------------------------------
+# --- On a GPU -------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu
@@ -516,8 +575,12 @@ def test_on_a_gpu_it_is_the_masked_reference(window, after, piece):
 def test_on_a_gpu_nothing_of_sequence_by_sequence_is_there():
     length, window = 8192, 128
     inputs = tensors(length, length, 1, 1, 64, 64, torch.float32, "cuda")
-    sliding_window_attention(*inputs, window=window).sum().backward()  # work spaces come with the first call
+    sliding_window_attention(
+        *inputs, window=window
+    ).sum().backward()  # work spaces come with the first call
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     sliding_window_attention(*inputs, window=window).sum().backward()
-    assert torch.cuda.max_memory_allocated() - before < length**2  # a mask of one byte a pair would be that
+    assert (
+        torch.cuda.max_memory_allocated() - before < length**2
+    )  # a mask of one byte a pair would be that

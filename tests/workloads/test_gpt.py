@@ -243,7 +243,9 @@ def test_tied_weights_are_one_storage():
 
 def test_same_seed_same_model():
     first, again, other = build(TINY), build(TINY), build(TINY, seed=1)
-    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True)
+    )
     assert not torch.equal(first.token_embedding.weight, other.token_embedding.weight)
 
 

@@ -28,7 +28,9 @@ def test_size_8_is_the_data_set_itself():
     theirs = datasets.load_digits()
     ours = images.load(8)
     together = torch.cat((ours.train.images, ours.validation.images))
-    torch.testing.assert_close(together[:, 0] * 16, torch.tensor(theirs.images, dtype=torch.float32))
+    torch.testing.assert_close(
+        together[:, 0] * 16, torch.tensor(theirs.images, dtype=torch.float32)
+    )
     assert torch.cat((ours.train.labels, ours.validation.labels)).tolist() == theirs.target.tolist()
 
 
@@ -81,7 +83,10 @@ def test_batch_depends_on_the_seed_alone():
 
 @pytest.mark.gpu
 def test_batch_is_the_same_on_the_gpu():
-    here, there = images.batch(NUMBERED, 12, seed=3), images.batch(NUMBERED, 12, seed=3, device="cuda")
+    here, there = (
+        images.batch(NUMBERED, 12, seed=3),
+        images.batch(NUMBERED, 12, seed=3, device="cuda"),
+    )
     assert all(part.is_cuda for part in there)
     assert all(torch.equal(a, b.cpu()) for a, b in zip(here, there, strict=True))
 

@@ -88,7 +88,9 @@ def test_the_device_decides(memory_gib, native_bfloat16, name, pretend):
     assert chosen.memory_bytes == memory
 
 
-@pytest.mark.parametrize("name", ["cpu", "t4", "gpu", "large"], ids="scale-{}".format)  # "gpu" alone is a marker
+@pytest.mark.parametrize(
+    "name", ["cpu", "t4", "gpu", "large"], ids="scale-{}".format
+)  # "gpu" alone is a marker
 def test_memlab_scale_overrides_the_device(name, pretend, monkeypatch):
     pretend(79.1, True)
     assert scale().name == "gpu"
@@ -105,12 +107,16 @@ def test_an_empty_memlab_scale_is_none(cpu_only, monkeypatch):
 
 
 def test_unknown_names_are_refused(monkeypatch):
-    with pytest.raises(ValueError, match=r"scale\(name\) must be one of cpu, t4, gpu, large, but it is 'tpu'"):
+    with pytest.raises(
+        ValueError, match=r"scale\(name\) must be one of cpu, t4, gpu, large, but it is 'tpu'"
+    ):
         scale("tpu")
     with pytest.raises(ValueError, match="but it is ''"):
         scale("")
     monkeypatch.setenv("MEMLAB_SCALE", "GPU!")
-    with pytest.raises(ValueError, match="MEMLAB_SCALE must be one of cpu, t4, gpu, large, but it is 'GPU!'"):
+    with pytest.raises(
+        ValueError, match="MEMLAB_SCALE must be one of cpu, t4, gpu, large, but it is 'GPU!'"
+    ):
         scale()
 
 
@@ -124,9 +130,13 @@ def test_a_gpu_scale_without_a_gpu_is_refused(name, cpu_only, monkeypatch):
 
 
 LARGE = {
-    "name": "large", "gpt": gpt.gpt2_124m(), "batch_size": 8, "sequence_length": 1024,
-    "ladder_gpt": gpt.gpt2_124m(), "ladder_batch_size": 8,
-}  # fmt: skip
+    "name": "large",
+    "gpt": gpt.gpt2_124m(),
+    "batch_size": 8,
+    "sequence_length": 1024,
+    "ladder_gpt": gpt.gpt2_124m(),
+    "ladder_batch_size": 8,
+}
 
 
 def test_the_large_scale_is_the_cpus_with_one_geometry_and_one_repeat(cpu_only, monkeypatch):
@@ -139,7 +149,9 @@ def test_the_large_scale_is_the_cpus_with_one_geometry_and_one_repeat(cpu_only, 
 
 
 @pytest.mark.parametrize("memory_gib, native_bfloat16", [(14.56, False), (22, True), (139.7, True)])
-def test_the_large_scale_is_a_gpus_with_the_same_geometry_on_every_gpu(memory_gib, native_bfloat16, pretend):
+def test_the_large_scale_is_a_gpus_with_the_same_geometry_on_every_gpu(
+    memory_gib, native_bfloat16, pretend
+):
     memory = pretend(memory_gib, native_bfloat16)
     chosen = scale("large")
     assert chosen == dataclasses.replace(scale("gpu"), **LARGE)
@@ -149,11 +161,18 @@ def test_the_large_scale_is_a_gpus_with_the_same_geometry_on_every_gpu(memory_gi
 
 
 def test_the_ladder_is_smaller_on_a_cpu_and_its_head_large_beside_the_rest(cpu_only):
-    """The capstone climbs many rungs, each measured: on a CPU half the layers and a quarter of the batch have to do."""
+    """The capstone climbs many rungs, each measured: on a CPU half the layers and a quarter of the
+    batch have to do.
+    """
     here = scale("cpu")
-    assert (here.ladder_gpt.layers, here.ladder_batch_size) == (here.gpt.layers // 2, here.batch_size // 4)
+    assert (here.ladder_gpt.layers, here.ladder_batch_size) == (
+        here.gpt.layers // 2,
+        here.batch_size // 4,
+    )
     head = here.ladder_gpt.vocabulary_size * here.ladder_gpt.hidden
-    assert head > 0.4 * here.ladder_gpt.parameter_count  # else the lines about the head would be idle
+    assert (
+        head > 0.4 * here.ladder_gpt.parameter_count
+    )  # else the lines about the head would be idle
 
 
 @pytest.mark.parametrize("memory_gib", [14.56, 22, 139.7])
@@ -191,7 +210,9 @@ def test_more_memory_makes_the_gpt_larger(device, config, batch_size):
     assert gpt_for(int(DEVICES[device] * GIB)) == (config, batch_size)
 
 
-@pytest.mark.parametrize("device, layers, batch_size", [("T4", 12, 64), ("L4", 24, 32), ("H200", 24, 256)])
+@pytest.mark.parametrize(
+    "device, layers, batch_size", [("T4", 12, 64), ("L4", 24, 32), ("H200", 24, 256)]
+)
 def test_more_memory_makes_the_vit_larger(device, layers, batch_size):
     config, chosen = vit_for(int(DEVICES[device] * GIB))
     assert (config.layers, chosen) == (layers, batch_size)
@@ -219,11 +240,14 @@ def test_a_device_that_is_too_small_is_refused():
 
 
 def test_the_arithmetic_by_hand():
-    # 124,439,808 parameters of 16 bytes; 12 layers, in each 16 x 768 numbers a token and 12 heads of scores;
-    # three scores and three logits more; 8 sequences of 1024 tokens.
+    # 124,439,808 parameters of 16 bytes; 12 layers, in each 16 x 768 numbers a token and 12 heads
+    # of scores; three scores and three logits more; 8 sequences of 1024 tokens.
     tokens, scores = 8 * 1024, 8 * 12 * 1024 * 1024
     expected = (
-        16 * 124_439_808 + 12 * 4 * (16 * 768 * tokens + scores) + 3 * 4 * scores + 3 * 4 * 50257 * tokens
+        16 * 124_439_808
+        + 12 * 4 * (16 * 768 * tokens + scores)
+        + 3 * 4 * scores
+        + 3 * 4 * 50257 * tokens
     )
     assert gpt_baseline_bytes(gpt.gpt2_124m(), 8, 1024) == expected
     # The measured peak was 15,413 MiB.
@@ -301,7 +325,9 @@ def test_the_sizes_belong_together(memory_gib, cpu_only, pretend):
     assert chosen.seeds == (0, 1, 2)
     assert (chosen.vit.channels, chosen.vit.classes) == (1, 10)
     assert chosen.gpt.dropout == chosen.vit.dropout == 0  # as the arithmetic has it
-    assert min(chosen.batch_size, chosen.image_batch_size, chosen.training_steps, chosen.repeats) >= 1
+    assert (
+        min(chosen.batch_size, chosen.image_batch_size, chosen.training_steps, chosen.repeats) >= 1
+    )
     assert chosen.image_batch_size <= 1437  # the images there are
 
 
@@ -310,7 +336,9 @@ def test_the_cpu_sizes_run(cpu_only):
     pytest.importorskip("sklearn")
     model = gpt.GPT(chosen.gpt)
     with torch.no_grad():
-        loss = model(*text.batch(text.load().train, 1, chosen.sequence_length, seed=0, device=chosen.device))
+        loss = model(
+            *text.batch(text.load().train, 1, chosen.sequence_length, seed=0, device=chosen.device)
+        )
         assert loss.isfinite()
         data = images.load(chosen.vit.image_size).train
         assert vit.ViT(chosen.vit)(*images.batch(data, 2, seed=0)).isfinite()
@@ -318,8 +346,8 @@ def test_the_cpu_sizes_run(cpu_only):
 
 def test_it_prints_in_three_lines(pretend, monkeypatch):
     pretend(139.7, True, name="NVIDIA H200")
-    assert str(scale()) == (
-        "Scale gpu on cuda:1: NVIDIA H200, 139.7 GiB\n"
+    assert (
+        str(scale()) == "Scale gpu on cuda:1: NVIDIA H200, 139.7 GiB\n"
         "GPT: 1,557,611,200 parameters (48 layers, 1600 wide, 25 heads, vocabulary 50,257); "
         "batch 8 x sequence 1024\n"
         "ViT: 302,787,594 parameters (24 layers, 1024 wide, 16 heads, patches of 16 x 16); "

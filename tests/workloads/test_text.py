@@ -83,7 +83,8 @@ def test_other_content_goes_to_another_file(cache, monkeypatch):
     assert len(list(cache.iterdir())) == 2
     assert joined(old) == whole
     assert all(
-        f"python{sys.version_info.major}.{sys.version_info.minor}-" in file.name for file in cache.iterdir()
+        f"python{sys.version_info.major}.{sys.version_info.minor}-" in file.name
+        for file in cache.iterdir()
     )
 
 
@@ -119,7 +120,9 @@ def test_a_cache_folder_that_cannot_be_written_says_what_to_do(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("value", [None, "", "relative/folder"])
-def test_without_an_absolute_xdg_cache_home_the_cache_is_in_the_home_folder(value, tmp_path, monkeypatch):
+def test_without_an_absolute_xdg_cache_home_the_cache_is_in_the_home_folder(
+    value, tmp_path, monkeypatch
+):
     monkeypatch.delenv("XDG_CACHE_HOME")
     if value is not None:
         monkeypatch.setenv("XDG_CACHE_HOME", value)

@@ -27,14 +27,18 @@ def build(config, seed=0):
 
 def random_images(config=TINY, batch=3):
     generator = torch.Generator().manual_seed(1)
-    return torch.rand(batch, config.channels, config.image_size, config.image_size, generator=generator)
+    return torch.rand(
+        batch, config.channels, config.image_size, config.image_size, generator=generator
+    )
 
 
 def count(model):
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("geometry, published", [(vit.vit_b_16, 86_567_656), (vit.vit_l_16, 304_326_632)])
+@pytest.mark.parametrize(
+    "geometry, published", [(vit.vit_b_16, 86_567_656), (vit.vit_l_16, 304_326_632)]
+)
 def test_parameter_counts_are_the_published_ones(geometry, published):
     with torch.device("meta"):
         model = ViT(geometry())
@@ -165,7 +169,9 @@ def test_every_position_sees_every_other():
 
 
 def test_patches_are_read_row_by_row():
-    """The position of a patch is its place in the image, so a mix-up of rows and columns would show here."""
+    """The position of a patch is its place in the image, so a mix-up of rows and columns would show
+    here.
+    """
     model = build(TINY)
     images = torch.zeros(1, 2, 16, 16)
     images[:, :, 0:4, 4:8] = 1  # the second patch of the first row
@@ -196,7 +202,9 @@ def test_loss_is_a_scalar():
 
 def test_same_seed_same_model():
     first, again, other = build(TINY), build(TINY), build(TINY, seed=1)
-    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True)
+    )
     assert not torch.equal(first.class_token, other.class_token)
 
 
