@@ -46,3 +46,21 @@ def format_bytes(count: int | None) -> str:
         if abs(count) >= unit:
             return f"{count / unit:,.2f} {name}"
     return f"{count:,} B"
+
+
+def times_less(before: float, after: float) -> float:
+    """How many times smaller `after` is than `before`, in the same unit (below 1: it grew)."""
+    return before / after
+
+
+def times_time(before: float | None, after: float | None) -> float | None:
+    """How many times as long `after` takes as `before`; None where one of them was not timed."""
+    return None if before is None or after is None else after / before
+
+
+def residual(measured: int, predicted: int | None) -> float | None:
+    """What a prediction missed, as a part of the prediction: 0.01 is 1 % more than predicted.
+
+    None where nothing was predicted.
+    """
+    return None if predicted is None else (measured - predicted) / predicted

@@ -2,7 +2,17 @@
 
 import pytest
 
-from memlab.units import GiB, KiB, MiB, TiB, format_bytes, parse_bytes
+from memlab.units import (
+    GiB,
+    KiB,
+    MiB,
+    TiB,
+    format_bytes,
+    parse_bytes,
+    residual,
+    times_less,
+    times_time,
+)
 
 
 @pytest.mark.parametrize(
@@ -87,3 +97,10 @@ def test_a_size_is_written_for_people(size, text):
 
 def test_what_was_not_measured_is_not_written_as_a_number():
     assert format_bytes(None) == "-"
+
+
+def test_ratios_and_what_a_prediction_missed():
+    assert times_less(4 * MiB, MiB) == 4 and times_less(MiB, 2 * MiB) == 0.5
+    assert times_time(0.5, 0.75) == 1.5
+    assert times_time(None, 1.0) is None and times_time(1.0, None) is None
+    assert residual(99, 100) == -0.01 and residual(100, None) is None
