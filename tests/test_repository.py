@@ -7,6 +7,7 @@ CONTRIBUTING.md.
 
 import ast
 import copy
+import json
 import re
 import runpy
 import subprocess
@@ -222,11 +223,18 @@ def pins(path):
 # --- One technique, one name, three places --------------------------------------------------------
 
 
+def taught(path):
+    """The techniques that a notebook teaches: those in its metadata, or the one in its name."""
+    about = json.loads(path.read_text(encoding="utf-8"))["metadata"].get("memlab", {})
+    return about.get("techniques", [topic(path)])
+
+
 def name_problems(root):
     notebooks = [p for p in notebook_paths(root) if topic(p) not in NO_TECHNIQUE]
+    lessons = [name for path in notebooks for name in taught(path)]
     places = {
         "memlab/techniques/{}.py": {p.stem for p in (root / "memlab/techniques").glob("[!_]*.py")},
-        "notebooks/NN_{}.ipynb": {topic(p) for p in notebooks},
+        "notebooks/NN_{}.ipynb": set(lessons),
         "tests/techniques/test_{}.py": {
             p.stem[5:] for p in (root / "tests/techniques").glob("test_*.py")
         },
@@ -235,6 +243,8 @@ def name_problems(root):
         missing = [place.format(name) for place, names in places.items() if name not in names]
         if missing:
             yield f"technique {name}: missing {' and '.join(missing)}"
+        if lessons.count(name) > 1:
+            yield f"technique {name} is taught by {lessons.count(name)} notebooks"
     stems = [p.stem for p in notebook_paths(root)]
     for path in notebook_paths(root):
         elective = path.parent.name == "electives"
@@ -268,6 +278,17 @@ def test_a_technique_without_one_of_its_places_is_found(good_tree, lost):
     (good_tree / lost).unlink()
     [problem] = name_problems(good_tree)
     assert problem.startswith("technique x: missing") and Path(lost).name.lstrip("01") in problem
+
+
+def test_a_notebook_may_say_in_its_metadata_which_techniques_it_teaches(good_tree):
+    path = good_tree / "notebooks/01_x.ipynb"
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    notebook["metadata"].setdefault("memlab", {})["techniques"] = ["x", "y"]
+    path.write_text(json.dumps(notebook), encoding="utf-8")
+    [problem] = name_problems(good_tree)
+    assert problem.startswith("technique y: missing memlab/techniques/y.py")
+    path.with_name("02_x.ipynb").write_bytes(path.read_bytes())
+    assert "technique x is taught by 2 notebooks" in list(name_problems(good_tree))
 
 
 def test_a_notebook_without_a_number_is_found(good_tree):

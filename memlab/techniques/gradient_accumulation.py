@@ -244,6 +244,37 @@ class OptimizerInBackward:
 _in_backward: "weakref.WeakSet[OptimizerInBackward]" = weakref.WeakSet()  # whose hooks are in place
 
 
+def clip_gradient_norm(parameters: Tensor | Iterable[Tensor], max_norm: float) -> Tensor:
+    """Scale all gradients so that their common norm is `max_norm` at most.
+
+    It is `torch.nn.utils.clip_grad_norm_`, which returns 0 when there are no gradients, and clips
+    nothing: an optimizer in backward has used each of them up before the last one was there. Here
+    that is an error.
+
+    Args:
+        parameters: One parameter, or those whose gradients have a common norm.
+        max_norm: The largest norm that is left as it is.
+
+    Returns:
+        The norm that it was, a scalar.
+
+    Raises:
+        RuntimeError: No parameter has a gradient, or the norm is not finite.
+        ValueError: `max_norm` is not a positive number.
+    """
+    parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    if not max_norm > 0:
+        raise ValueError(f"max_norm must be a positive number, but it is {max_norm!r}.")
+    if all(parameter.grad is None for parameter in parameters):
+        raise RuntimeError(
+            f"None of the {len(parameters)} parameters has a gradient, so there is no norm to clip."
+            " An optimizer in backward steps with each gradient before the last one is known: it"
+            " excludes clipping by the common norm. Clip each gradient by itself inside it, or"
+            " step after backward."
+        )
+    return nn.utils.clip_grad_norm_(parameters, max_norm, error_if_nonfinite=True)
+
+
 # --- Layer by layer, which lets both work together ------------------------------------------------
 
 

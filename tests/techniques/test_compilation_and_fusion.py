@@ -15,13 +15,13 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from memlab import measure
-from memlab.techniques.capstone import tiled_linear_cross_entropy
 from memlab.techniques.compilation_and_fusion import (
     UncomputedLogits,
     apply_fused_loss,
     linear_cross_entropy,
 )
 from memlab.techniques.gradient_checkpointing import apply_gradient_checkpointing
+from memlab.techniques.large_vocabulary import tiled_linear_cross_entropy
 from memlab.techniques.mixed_precision import apply_mixed_precision
 from memlab.workloads import gpt, vit
 

@@ -17,6 +17,7 @@ from memlab import measure
 from memlab.techniques.gradient_accumulation import (
     accumulate_gradients,
     apply_layer_major_micro_batches,
+    clip_gradient_norm,
     count_targets,
     groups_of,
     in_micro_batches,
@@ -579,6 +580,51 @@ def test_applying_twice_and_removing_out_of_order_are_refused():
     model.blocks[0].forward = ours
     handle.remove()
     assert model.blocks[0].forward is wrapped and "forward" not in vars(model.blocks[1])
+
+
+# --- The common norm, and the optimizer in backward that excludes it ------------------------------
+
+
+@pytest.mark.parametrize("max_norm", [1e-3, 1, 1e3, float("inf")])
+def test_the_norm_is_clipped_as_torch_does_it(max_norm):
+    ours, theirs = make_gpt(), make_gpt()
+    for model in (ours, theirs):
+        model(*ragged()).backward()
+    ours.final_norm.bias.grad = theirs.final_norm.bias.grad = None  # not every one has a gradient
+    norm = clip_gradient_norm(ours.parameters(), max_norm)
+    assert torch.equal(norm, nn.utils.clip_grad_norm_(theirs.parameters(), max_norm)) and norm > 0.1
+    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert (one.grad is None and other.grad is None) or torch.equal(one.grad, other.grad)
+
+
+def test_where_there_is_no_norm_clipping_is_refused():
+    model = make_gpt()
+    optimizer = optimizer_in_backward(model, lambda p: torch.optim.SGD(p, lr=0.1))
+    model(*ragged()).backward()
+    with pytest.raises(RuntimeError, match="parameters has a gradient.* An optimizer in backward"):
+        clip_gradient_norm(model.parameters(), 1.0)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="None of the 0 parameters"):
+        clip_gradient_norm([], 1.0)
+
+
+@pytest.mark.parametrize(
+    ("gradient", "max_norm", "error", "message"),
+    [
+        (float("nan"), 1.0, RuntimeError, "non-finite"),
+        (float("inf"), 1.0, RuntimeError, "non-finite"),
+        (1.0, 0, ValueError, "max_norm must be a positive number, but it is 0"),
+        (1.0, float("nan"), ValueError, "but it is nan"),
+    ],
+)
+def test_a_norm_that_cannot_be_clipped_is_refused_and_nothing_is_changed(
+    gradient, max_norm, error, message
+):
+    parameter = nn.Parameter(torch.zeros(2))
+    parameter.grad = torch.tensor([3.0, gradient])
+    with pytest.raises(error, match=message):
+        clip_gradient_norm(parameter, max_norm)  # one tensor is taken, too
+    assert parameter.grad[0] == 3
 
 
 # --- The bytes ------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
-"""What the whole recipe needs: a start without a second copy, the loss in tiles of words, the tied
-embedding's one gradient, the norm that cannot be clipped, and everything together on our GPT and on
-a model of Hugging Face."""
+"""The loss in tiles of words, the tied embedding's one gradient, and everything together on our GPT
+and on a model of Hugging Face.
+"""
 
 import contextlib
 import copy
@@ -8,7 +8,6 @@ import functools
 import gc
 import logging
 import weakref
-from collections.abc import Mapping
 from types import SimpleNamespace
 
 import pytest
@@ -17,12 +16,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from memlab import measure
-from memlab.techniques.capstone import (
-    apply_tied_embedding,
-    clip_gradient_norm,
-    materialize,
-    tiled_linear_cross_entropy,
-)
 from memlab.techniques.compilation_and_fusion import apply_fused_loss
 from memlab.techniques.gradient_accumulation import (
     apply_layer_major_micro_batches,
@@ -30,7 +23,9 @@ from memlab.techniques.gradient_accumulation import (
     optimizer_in_backward,
 )
 from memlab.techniques.gradient_checkpointing import apply_gradient_checkpointing
+from memlab.techniques.large_vocabulary import apply_tied_embedding, tiled_linear_cross_entropy
 from memlab.techniques.lean_optimizers import AdamW8bit
+from memlab.techniques.lean_start import materialize
 from memlab.techniques.low_precision import stochastic_round
 from memlab.techniques.mixed_precision import apply_mixed_precision
 from memlab.techniques.offloading import far_like, far_zeros, offload_activations, stream_parameters
@@ -119,175 +114,6 @@ def largest_difference(ones, others):
 
 def is_far(tensor):
     return tensor.is_pinned() or tensor.untyped_storage().filename is not None
-
-
-# --- The start ------------------------------------------------------------------------------------
-
-
-def on_meta(make, dtype=torch.float32):
-    with torch.device("meta"):
-        return make().to(dtype)
-
-
-def near(name, like):
-    return torch.empty_like(like, device="cpu")
-
-
-def numbers_of(model):
-    """All of them, with the buffers that are never saved."""
-    return {**model.state_dict(), **dict(model.named_buffers())}
-
-
-def test_a_model_gets_its_numbers_and_runs_as_the_one_they_are_from():
-    expected, model = small_gpt(), on_meta(small_gpt)
-    model.blocks[0].mlp.expansion.weight.requires_grad_(False)
-    asked = []
-
-    def place(name, like):
-        assert like.is_meta
-        asked.append(name)
-        return near(name, like)
-
-    assert materialize(model, expected.state_dict(), place) is None
-    assert asked == [name for name, _ in expected.named_parameters()]  # the tied one once
-    assert model.head.weight is model.token_embedding.weight
-    assert type(model.head.weight) is nn.Parameter
-    assert [p.requires_grad for p in model.parameters()].count(False) == 1
-    assert not model.blocks[0].mlp.expansion.weight.requires_grad
-    for name, number in expected.state_dict().items():
-        assert torch.equal(model.state_dict()[name], number)
-        assert model.state_dict()[name].data_ptr() != number.data_ptr()
-    model.requires_grad_(True)
-    loss, gradients = loss_and_gradients(model, run_gpt)
-    wanted, others = loss_and_gradients(expected, run_gpt)
-    assert torch.equal(loss, wanted) and all(map(torch.equal, gradients, others))
-
-
-def test_buffers_of_every_kind_and_what_is_shared_within_a_module():
-    class Odd(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.one = self.two = nn.Parameter(torch.arange(6.0).view(2, 3))
-            self.inner = nn.BatchNorm1d(3)
-            self.register_buffer("kept", torch.arange(3))
-            self.register_buffer("unsaved", torch.ones(2), persistent=False)
-            self.register_buffer("nothing", None)
-            self.inner.register_buffer("same", self.kept)
-
-    expected, model = Odd(), on_meta(Odd)
-    materialize(model, numbers_of(expected), near)
-    assert model.one is model.two and model.inner.same is model.kept and model.nothing is None
-    assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
-    assert model.state_dict().keys() == expected.state_dict().keys()  # "unsaved" stays so
-    assert all(map(torch.equal, numbers_of(model).values(), numbers_of(expected).values()))
-
-
-def test_numbers_are_converted_as_they_are_copied_and_lie_where_place_says(tmp_path):
-    expected, model = small_gpt(), on_meta(small_gpt, torch.bfloat16)
-
-    def place(name, like):
-        return far_like(like, tmp_path, device="cpu") if "mlp" in name else near(name, like)
-
-    materialize(model, expected.state_dict(), place)
-    for name, parameter in model.named_parameters():
-        assert parameter.dtype == torch.bfloat16 and is_far(parameter) == ("mlp" in name)
-        assert torch.equal(parameter, expected.state_dict()[name].bfloat16())
-
-
-def test_a_hugging_face_model_is_materialized(transformers):
-    expected, model = llama(transformers), on_meta(lambda: llama(transformers))
-    materialize(model, numbers_of(expected), near)
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert torch.equal(run_hugging_face(model), run_hugging_face(expected))
-
-
-def test_never_more_than_one_tensor_is_there_twice(tmp_path):
-    """From a file the model is all that is allocated; of a state that is made as it is read, one
-    FP32 tensor more.
-    """
-    torch.save(small_gpt().state_dict(), tmp_path / "weights.pt")
-    sizes = {name: p.numel() for name, p in small_gpt().named_parameters()}
-
-    class Lazy(Mapping):
-        """A state whose tensors exist only while somebody holds them."""
-
-        shapes = {name: p.shape for name, p in small_gpt().named_parameters()}
-
-        def __getitem__(self, name):
-            return torch.ones(self.shapes[name])
-
-        def __iter__(self):
-            return iter(self.shapes)
-
-        def __len__(self):
-            return len(self.shapes)
-
-    def build(state):
-        def build_run():
-            model = on_meta(small_gpt, torch.bfloat16)
-            materialize(model, state(), near)
-            return lambda: model.head.weight.data_ptr()
-
-        return build_run
-
-    from_file = measure(
-        build(lambda: torch.load(tmp_path / "weights.pt", mmap=True)), device="cpu", steps=1
-    )
-    assert from_file.peak_bytes == 2 * sum(sizes.values())
-    lazily = measure(build(Lazy), device="cpu", steps=1)
-    counts = list(sizes.values())
-    # Tensor by tensor: those made, 2 bytes a number, and the one that is read, 4.
-    expected = max(2 * sum(counts[: i + 1]) + 4 * count for i, count in enumerate(counts))
-    assert lazily.peak_bytes == max(expected, 2 * sum(counts)) < 4 * sum(counts)
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        (
-            {"model": lambda: small_gpt()},
-            ValueError,
-            "token_embedding.weight has numbers already: make the model",
-        ),
-        (
-            {"lacks": "final_norm.bias"},
-            ValueError,
-            "The state has no final_norm.bias.*add it to the state",
-        ),
-        (
-            {"shape": "final_norm.bias"},
-            ValueError,
-            r"final_norm.bias is \(3,\), but the model needs \(64,\)",
-        ),
-        (
-            {"place": lambda n, like: torch.empty(2)},
-            TypeError,
-            r"return \(500, 64\), torch.float32 for token_emb",
-        ),
-        ({"place": lambda n, like: near(n, like).double()}, TypeError, "place must return"),
-        ({"place": lambda n, like: like}, TypeError, "place must return .*, not Parameter"),
-        ({"place": lambda n, like: None}, TypeError, "for token_embedding.weight, not None"),
-    ],
-)
-def test_what_cannot_be_materialized_is_refused_and_nothing_is_changed(change, error, message):
-    state = small_gpt().state_dict()
-    if "lacks" in change:
-        del state[change["lacks"]]
-    if "shape" in change:
-        state[change["shape"]] = torch.zeros(3)
-    model = change.get("model", lambda: on_meta(small_gpt))()
-    before = list(model.parameters())
-    with pytest.raises(error, match=message):
-        materialize(model, state, change.get("place", near))
-    assert all(one is other for one, other in zip(model.parameters(), before, strict=True))
-
-
-def test_a_buffer_that_is_never_saved_is_named(transformers):
-    model = on_meta(lambda: llama(transformers))
-    with pytest.raises(
-        ValueError, match="inv_freq. If it is a buffer that is never saved, add it to the state"
-    ):
-        materialize(model, llama(transformers).state_dict(), near)
 
 
 # --- The loss, a tile of words at a time: the same numbers ----------------------------------------
@@ -1087,65 +913,14 @@ def test_layers_that_are_not_found_can_be_named():
     assert "TiedLookup" in model[0](torch.tensor([1])).grad_fn.name()
 
 
-# --- The norm -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("max_norm", [1e-3, 1, 1e3, float("inf")])
-def test_the_norm_is_clipped_as_torch_does_it(max_norm):
-    ours, theirs = small_gpt(), small_gpt()
-    for model in (ours, theirs):
-        run_gpt(model).backward()
-    ours.final_norm.bias.grad = theirs.final_norm.bias.grad = None  # not every one has a gradient
-    norm = clip_gradient_norm(ours.parameters(), max_norm)
-    assert torch.equal(norm, nn.utils.clip_grad_norm_(theirs.parameters(), max_norm)) and norm > 0.1
-    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
-        assert (one.grad is None and other.grad is None) or torch.equal(one.grad, other.grad)
-
-
-def test_the_norm_of_one_tensor():
-    parameter = nn.Parameter(torch.zeros(2))
-    parameter.grad = torch.tensor([3.0, 4.0])
-    assert clip_gradient_norm(parameter, 1.0).item() == 5
-    torch.testing.assert_close(parameter.grad, torch.tensor([0.6, 0.8]))
-
-
-def test_where_there_is_no_norm_clipping_is_refused():
-    model = small_gpt()
-    count = len(list(model.parameters()))
-    with pytest.raises(RuntimeError, match=f"None of the {count} parameters has a gradient"):
-        clip_gradient_norm(model.parameters(), 1.0)
-    with pytest.raises(RuntimeError, match="None of the 0 parameters"):
-        clip_gradient_norm([], 1.0)
-    optimizer = optimizer_in_backward(model, lambda p: torch.optim.SGD(p, lr=0.1))
-    run_gpt(model).backward()
-    with pytest.raises(
-        RuntimeError, match="An optimizer in backward steps with each gradient before the last"
-    ):
-        clip_gradient_norm(model.parameters(), 1.0)
-    optimizer.step()
-
-
-@pytest.mark.parametrize("number", [float("nan"), float("inf")])
-def test_a_norm_that_is_not_finite_is_refused(number):
-    parameter = nn.Parameter(torch.zeros(2))
-    parameter.grad = torch.tensor([3.0, number])
-    with pytest.raises(RuntimeError, match="non-finite"):
-        clip_gradient_norm([parameter], 1.0)
-    assert parameter.grad[0] == 3
-
-
-@pytest.mark.parametrize("max_norm", [0, -1.0, float("nan")])
-def test_other_norms_are_refused(max_norm):
-    parameter = nn.Parameter(torch.zeros(2))
-    parameter.grad = torch.ones(2)
-    with pytest.raises(ValueError, match="max_norm must be a positive number, but it is"):
-        clip_gradient_norm(parameter, max_norm)
-    assert torch.equal(parameter.grad, torch.ones(2))
-
-
 # --- Everything together --------------------------------------------------------------------------
 
 LEAST = 1024  # bytes: what is smaller stays near
+
+
+def numbers_of(model):
+    """All of them, with the buffers that are never saved."""
+    return {**model.state_dict(), **dict(model.named_buffers())}
 
 
 def a_gpt(_):
@@ -1166,7 +941,8 @@ def make_optimizer(parameters, lr=1e-4):
 
 def everything(kind, state, dtype=torch.float32, **options):
     """The fullest composition: its model and its training step."""
-    model = on_meta(kind.make, dtype)
+    with torch.device("meta"):
+        model = kind.make().to(dtype)
 
     def place(name, like):
         return (far_like if like.nbytes >= LEAST else torch.empty_like)(like, device="cpu")
