@@ -132,13 +132,15 @@ class Measurement:
 
     @property
     def known_bytes(self) -> int:
-        """The peak without what is in no tensor: to compare two runs to the byte.
+        """The most bytes at once without what is in no tensor: to compare two runs to the byte.
 
-        On the CPU that is `peak_bytes`, unless something stayed unattributed. A GPU's allocator
-        gives out blocks that are up to 1 MiB too large when it has one at hand, and whether it has
-        depends on what went before: two equal runs may differ by that.
+        Left out is what operators took for themselves and gave back before they were done: how much
+        that is depends on the processor and on the number of threads. Left out is also what stayed
+        unattributed: a GPU's allocator gives out blocks that are up to 1 MiB too large when it has
+        one at hand, and whether it has depends on what went before. So two equal runs have equal
+        known bytes, on any processor.
         """
-        return self.peak_bytes - self.columns["unattributed"]
+        return self.ledger.known_peak_bytes
 
     def largest(self, count: int = 10) -> list[Block]:
         """The largest blocks alive at the peak: what they are, and which operator in which module

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from memlab import COLUMNS, Measurement, MemoryLeakError, measure, watch
-from memlab.ledger import PHASES, Ledger, Observation
+from memlab.ledger import PHASES, Block, Ledger, Observation
 from memlab.measure import Seconds, _Recording, environment
 from memlab.meters.columns import Use, live_objects, objects_set_aside
 
@@ -1003,5 +1003,11 @@ def test_a_memory_map_from_before_that_nobody_uses_is_no_part_of_the_run(tmp_pat
 
 
 def test_what_is_in_no_tensor_is_left_out_of_the_known_bytes():
-    columns = dict.fromkeys(COLUMNS, 0) | {"parameters": 1000, "unattributed": 24}
-    assert Measurement(1024, columns, "forward", Ledger([]), {}).known_bytes == 1000
+    blocks = [
+        Block(1000, 1, 0, column="parameters"),
+        Block(24, 2, 0, column="unattributed"),
+        Block(50, 3, 0, column="temporaries", scratch=True),
+    ]
+    ledger = Ledger(blocks)
+    measured = Measurement(1074, ledger.peak_columns(), "forward", ledger, {})
+    assert measured.known_bytes == 1000

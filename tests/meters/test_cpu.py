@@ -331,6 +331,100 @@ def test_pytorchs_own_tracker_finds_the_same_peak(build):
 # What is no memory of the allocator's -------------------------------------------------------------
 
 
+# What operators take for themselves ----------------------------------------------------------------
+
+#: Operators whose scratch depends on the processor or on the number of threads, one after the other.
+PROCESSOR_PROBE = """
+    import torch
+    from torch import nn
+    from torch.nn import functional as F
+    from memlab import measure
+
+    def convolution():
+        convolve = nn.Conv2d(16, 16, 3, padding=1)
+        return nn.Sequential(nn.Conv2d(8, 16, 3), nn.BatchNorm2d(16), nn.LeakyReLU(), convolve)
+
+    def low_precision():
+        return nn.Sequential(nn.Linear(256, 512), nn.GELU(), nn.Linear(512, 64)).bfloat16()
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.project = nn.Linear(32, 96)
+
+        def forward(self, x):
+            heads = self.project(x).unflatten(-1, (3, 4, 8)).transpose(1, 3)
+            return F.scaled_dot_product_attention(*heads.unbind(2), is_causal=True)
+
+    class Words(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(1000, 64)
+            self.lstm = nn.LSTM(64, 64, batch_first=True)
+
+        def forward(self, x):
+            return F.layer_norm(self.lstm(self.table(x))[0], (64,))
+
+    def run(make, batch):
+        def build():
+            torch.manual_seed(0)
+            model = make()
+            inputs = batch()
+
+            def step():
+                model(inputs).float().square().sum().backward()
+                model.zero_grad()
+
+            return step
+
+        return measure(build, device="cpu")
+
+    for make, batch in (
+        (convolution, lambda: torch.randn(4, 8, 32, 32)),
+        (low_precision, lambda: torch.randn(64, 256).bfloat16()),
+        (Attention, lambda: torch.randn(2, 128, 32)),
+        (Words, lambda: torch.randint(0, 1000, (8, 64))),
+    ):
+        print(make.__name__, run(make, batch).known_bytes)
+"""
+
+
+@pytest.mark.slow
+def test_the_known_bytes_are_those_of_any_processor():
+    """The same network has the same known bytes with other instructions and more threads."""
+
+    def known_bytes(**settings):
+        command = [sys.executable, "-c", textwrap.dedent(PROCESSOR_PROBE)]
+        found = subprocess.run(
+            command, env=os.environ | settings, capture_output=True, text=True, check=True
+        )
+        return found.stdout
+
+    as_it_is = known_bytes()
+    assert len(as_it_is.splitlines()) == 4
+    old = {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"}
+    assert known_bytes(**old, OMP_NUM_THREADS="1") == as_it_is
+    assert known_bytes(ONEDNN_MAX_CPU_ISA="AVX2", OMP_NUM_THREADS="4") == as_it_is
+
+
+def test_a_convolutions_scratch_is_told_apart():
+    def build():
+        convolve = nn.Conv2d(8, 16, 3, bias=False)
+        image = torch.randn(4, 8, 34, 34)
+        return lambda: convolve(image).sum().backward()
+
+    measured = measure(build, steps=1, device="cpu")
+    scratch = [block for block in measured.ledger.blocks if block.scratch]
+    assert {block.operator for block in scratch} >= {
+        "aten::mkldnn_convolution",
+        "aten::convolution_backward",
+    }
+    # In backward: weight and image, the gradients of the weight and of what the convolution made,
+    # and the loss with its gradient.
+    weight, image, made = 16 * 8 * 3 * 3, 4 * 8 * 34 * 34, 4 * 16 * 32 * 32
+    assert measured.known_bytes == FLOAT * (2 * weight + image + made) + 2 * FLOAT
+
+
 def test_memory_maps_are_reported_apart(tmp_path):
     trace = Trace()
     trace.start()

@@ -1,0 +1,32 @@
+"""The ledger: which bytes were alive at which moment, and what each of them was for.
+
+Plain data. A meter (`memlab.meters`) hands over three lists, and this room joins them:
+
+- *events*: the allocator's own, one when a block of memory is handed out and one when it comes
+  back;
+- *observations*: "at this moment, this address held a parameter";
+- *spans*: "from here to there a module ran forward", "... an operator ran", "... the optimizer
+  stepped".
+
+Nothing here imports torch, so every rule can be tested with a handful of made-up events.
+"""
+
+from memlab.ledger.blocks import COLUMNS, Block, Event, Ledger, Timeline, lives
+from memlab.ledger.labels import PRIORITY, Observation, build_ledger
+from memlab.ledger.phases import PHASES
+from memlab.ledger.spans import Span, Spans
+
+__all__ = [
+    "COLUMNS",
+    "PHASES",
+    "PRIORITY",
+    "Block",
+    "Event",
+    "Ledger",
+    "Observation",
+    "Span",
+    "Spans",
+    "Timeline",
+    "build_ledger",
+    "lives",
+]

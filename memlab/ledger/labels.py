@@ -1,0 +1,213 @@
+"""What each block was for: from what was seen in it, or from its life.
+
+One more thing is told here, since it is about who asked for a block: which ones are an operator's
+scratch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from memlab.ledger.blocks import Block, Event, Ledger, lives
+from memlab.ledger.phases import Phases, find_phases
+from memlab.ledger.spans import FOREVER, Span, Spans
+
+#: When one block was seen as several things, the first of these wins: a weight that autograd saved
+#: is a parameter.
+PRIORITY = {"parameters": 0, "optimizer_state": 1, "gradients": 2, "batch": 3, "activations": 4}
+
+#: Operators that do nothing but hand out memory, filled or not: who called them has asked for it.
+_ALLOCATORS = {
+    f"aten::{name}"
+    for name in (
+        *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"),
+        *("zeros", "zeros_like", "new_zeros", "ones", "ones_like", "new_ones"),
+        *("full", "full_like", "new_full", "resize_", "resize_as_"),
+    )
+}
+
+
+class Observation(NamedTuple):
+    """At `time`, the block at `address` was seen to be `column`; `name` says which (a parameter's
+    name, say).
+    """
+
+    time: int
+    address: int
+    column: str
+    name: str = ""
+
+
+def build_ledger(
+    events: Iterable[Event],
+    observations: Iterable[Observation] = (),
+    spans: Iterable[Span] = (),
+    alive: Sequence[Block] = (),
+    *,
+    start: int | None = None,
+    end: int | None = None,
+) -> tuple[Ledger, list[Observation]]:
+    """Join the allocator's events with what was seen, and give every block its column.
+
+    Args:
+        events: the allocator's events in their order.
+        observations: what was seen at which address.
+        spans: what ran when.
+        alive: blocks that were alive before the first event, with their `died` filled in where it
+            was seen.
+        start, end: the first and last moment of the run (nanoseconds); by default those of the
+            events.
+
+    Returns:
+        The ledger, and the observations that fall on no block: memory that this allocator did not
+        hand out.
+    """
+    spans = Spans(spans)
+    blocks = lives(events, alive)
+    times = [block.born for block in blocks]
+    times += [block.died for block in blocks if block.died is not None]
+    start = start if start is not None else min(times, default=0)
+    end = end if end is not None else max(times, default=0)
+
+    found = find_phases(spans, start, end)
+    _place(blocks, spans, found.phases)
+    _tell_scratch(blocks, spans)
+    missed = _label(blocks, observations)
+    _label_by_life(blocks, found, spans)
+    return Ledger(blocks, list(found.phases), start, end), missed
+
+
+def _place(blocks: list[Block], spans: Spans, phases: Spans) -> None:
+    """Note for every block the phase, the operator and the module in which it was born."""
+    modules = spans.of("module")
+    nodes = spans.of("backward")
+    operators = spans.of("operator", "backward")
+
+    # A backward node carries the sequence number of the forward operator that made it: so it knows
+    # its module.
+    module_of: dict[int, str] = {}
+    for span in operators:
+        module = modules.at(span.start)
+        if span.kind == "operator" and span.sequence >= 0 and module is not None:
+            module_of.setdefault(span.sequence, module.name)
+
+    for block in blocks:
+        phase = phases.at(block.born)
+        operator = operators.at(block.born)
+        module = modules.at(block.born)
+        node = nodes.at(block.born)
+        block.phase = phase.kind if phase else "other"
+        if operator is not None:
+            block.operator = operator.name
+        if module is not None:
+            block.module = module.name
+        elif node is not None:
+            block.module = module_of.get(node.sequence, "")
+
+
+def _tell_scratch(blocks: list[Block], spans: Spans) -> None:
+    """Mark the blocks that an operator took for itself: they come back before the operator that
+    asked for them is over.
+
+    Who asked is the innermost operator that does more than hand out memory. What an operator called
+    by another one makes is a tensor: it outlives the operator that made it, if not the caller.
+    Autograd's nodes and functions written in Python are no operators here.
+    """
+    operators = Spans(span for span in spans.of("operator") if _computes(span.name))
+    for block in blocks:
+        asked = operators.at(block.born)
+        block.scratch = asked is not None and block.died is not None and block.died <= asked.end
+
+
+def _computes(name: str) -> bool:
+    is_operator = "::" in name and not name.startswith("torch::autograd::")
+    return is_operator and name not in _ALLOCATORS
+
+
+def _label(blocks: list[Block], observations: Iterable[Observation]) -> list[Observation]:
+    """Give a block the column of what was seen in it. One look labels the block's whole life."""
+    by_address: dict[int, list[Block]] = {}
+    for block in blocks:
+        by_address.setdefault(block.address, []).append(block)
+    best: dict[int, int] = {}
+    missed = []
+    for seen in observations:
+        block = _tenant(by_address.get(seen.address, ()), seen.time)
+        if block is None:
+            missed.append(seen)
+            continue
+        # What a module is given is the batch only if it was there before the model ran; else it is
+        # an activation.
+        if seen.column == "batch" and block.phase != "other":
+            continue
+        rank = PRIORITY[seen.column]
+        if rank <= best.get(id(block), len(PRIORITY)):
+            best[id(block)] = rank
+            block.column = seen.column
+            block.name = seen.name or block.name
+    return missed
+
+
+def _tenant(lives: Sequence[Block], time: int, slack: int = 50_000) -> Block | None:
+    """Which of the blocks that lived at one address was there at a moment.
+
+    The looker's clock and the allocator's differ by a microsecond or so; within `slack` nanoseconds
+    of a life still counts, the nearest first.
+    """
+    nearest, distance = None, slack
+    for block in lives:
+        died = FOREVER if block.died is None else block.died
+        if block.born <= time < died:
+            return block
+        away = block.born - time if time < block.born else time - died
+        if away < distance:
+            nearest, distance = block, away
+    return nearest
+
+
+def _label_by_life(blocks: list[Block], found: Phases, spans: Spans) -> None:
+    """Give every block that nobody saw a column by when it was born and when it came back.
+
+    - born in forward and alive when backward begins: an *activation*, whatever kept it (autograd's
+      saved tensors are seen this way even when checkpointing or offloading hides them from hooks);
+    - born in a forward that no backward follows, and alive after the module's call: an activation
+      too, if gradients were enabled: a graph holds it, for nothing;
+    - born in a recomputation and alive after it: an activation too;
+    - born in backward and alive after it: a *gradient*;
+    - born in the optimizer's step and alive after it: *optimizer state*;
+    - gone within the phase it was born in: a *temporary*;
+    - born between the phases and alive when a forward begins: the *batch*, made for it;
+    - born between the phases and alive in any other, and nobody saw what it is: *unattributed*.
+    """
+    with_graph = Spans(s for s in spans if s.kind == "module" and s.sequence >= 0).outermost()
+    for block in blocks:
+        if block.column in PRIORITY:
+            continue
+        died = FOREVER if block.died is None else block.died
+        phase = found.phases.at(block.born)
+        if phase is None:
+            block.column = _column_between_phases(block, died, found.phases)
+        elif phase.kind == "forward":
+            end = phase.end
+            call = with_graph.at(block.born)
+            if call is not None and found.backwards.at(end) is None:
+                end = call.end
+            block.column = "activations" if died > end else "temporaries"
+        elif phase.kind == "optimizer":
+            block.column = "optimizer_state" if died > phase.end else "temporaries"
+        elif recomputation := found.recomputations.at(block.born):
+            block.column = "activations" if died > recomputation.end else "temporaries"
+        else:
+            # The backward as a whole, even where an optimizer that steps inside it cuts it in
+            # pieces.
+            backward = found.backwards.at(block.born)
+            block.column = "gradients" if died > backward.end else "temporaries"
+
+
+def _column_between_phases(block: Block, died: int, phases: Spans) -> str:
+    number = phases.begun(block.born)
+    following = phases[number] if number < len(phases) else None
+    if died <= (following.start if following else FOREVER - 1):
+        return "temporaries"
+    return "batch" if following and following.kind == "forward" else "unattributed"
