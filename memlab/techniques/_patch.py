@@ -22,7 +22,6 @@ import functools
 import inspect
 import weakref
 from collections.abc import Callable
-from types import MethodType
 
 from torch import nn
 
@@ -123,7 +122,7 @@ class _PatchedForward:
         module = self.module()
         if module is None:
             raise ReferenceError("The model is gone that this forward belongs to: keep the model.")
-        return self.before or MethodType(type(module).forward, module)
+        return self.before or functools.partial(type(module).forward, module)
 
     def __call__(self, *args, **kwargs):
         forward = self.unpatched()

@@ -14,8 +14,10 @@ et al., "Longformer" (2020), arXiv:2004.05150, for windows; Sheng et al., "FlexG
 arXiv:2303.06865, for a compressed cache.
 """
 
+import functools
+import inspect
+import weakref
 from collections.abc import Callable, Iterator
-from types import MethodType, SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -324,56 +326,69 @@ def in_chunks(
 
 def apply_chunked_feed_forward(
     model: nn.Module, name: str, chunk_size: int, *, recompute: bool = False
-):
-    """Let the modules called `name` ("mlp" means every "blocks.0.mlp") take `chunk_size` tokens at
-    a time.
+) -> "Handle":
+    """Let the modules of one name take `chunk_size` tokens at a time.
 
-    They must map one tensor (..., hidden) and treat each token apart. recompute: see `in_chunks`.
-    `remove()` on the result undoes it. Raises ValueError if there is none, or its forward was
-    replaced or holds a batch norm; and when it runs first, if of two tokens one changes the other's
-    output.
+    They must map one tensor (..., hidden) and treat each token apart. The first time that one runs,
+    it is tried on two tokens: ValueError, if one of them changes the output of the other.
+
+    Args:
+        model: The model whose modules are changed.
+        name: What the modules are called: "mlp" means every "blocks.0.mlp".
+        chunk_size: Tokens of a chunk.
+        recompute: Keep only a chunk's inputs for backward, see `in_chunks`.
+
+    Returns:
+        A handle: `names` of the modules, and `remove()`, which undoes it.
+
+    Raises:
+        ValueError: No module has this name, it has been applied to one already, one holds a batch
+            norm, or `chunk_size` is below 1.
     """
     _check_count("chunk_size", chunk_size)
-    found = [
-        module for path, module in model.named_modules() if path and f".{path}".endswith(f".{name}")
-    ]
+    found = {
+        path: module
+        for path, module in model.named_modules()
+        if path and f".{path}".endswith(f".{name}")
+    }
     if not found:
         raise ValueError(f"No module of this {type(model).__name__} is called {name!r}.")
-    parts = [type(part) for module in found for part in module.modules()]
-    if any("forward" in vars(module) for module in found) or {nn.BatchNorm1d, nn.SyncBatchNorm} & {
-        *parts
-    }:
-        raise ValueError(
-            f"{name!r} has another forward already, which remove() undoes, or a batch norm."
-        )
-    for module in found:
-        module._chunks = {"chunk_size": chunk_size, "recompute": recompute}
-        module.forward = MethodType(_chunked_forward, module)
-
-    def remove() -> None:
-        for module in found:
-            vars(module).pop("forward", None)
-
-    return SimpleNamespace(modules=found, remove=remove)
+    for path, module in found.items():
+        if _is_applied(module, _run_in_chunks):
+            raise ValueError(f"{path} takes its tokens in chunks already: remove() that first.")
+        if any(isinstance(inner, nn.BatchNorm1d | nn.SyncBatchNorm) for inner in module.modules()):
+            raise ValueError(f"{path} holds a batch norm, which sees all tokens at once.")
+    handle = Handle()
+    for path, module in found.items():
+        handle.wrap_forward(path, module, _run_in_chunks, chunk_size, recompute, {"tried": False})
+    return handle
 
 
-def _chunked_forward(module: nn.Module, x: Tensor) -> Tensor:
-    rows, whole = x.reshape(-1, x.shape[-1]), MethodType(type(module).forward, module)
-    if not hasattr(module, "_chunks_tried") and len(two := rows.detach()[:2]) > 1:
-        modes = [(part, part.training) for part in module.modules()]
-        module.eval()  # two draws of a dropout are never alike
+def _run_in_chunks(module, forward, chunk_size, recompute, memory, /, x: Tensor) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    if not memory["tried"] and len(rows) > 1:
+        _refuse_mixed_tokens(module, forward, rows.detach()[:2])
+        memory["tried"] = True
+    output = in_chunks(forward, rows, chunk_size=chunk_size, recompute=recompute)
+    return output.reshape(*x.shape[:-1], -1)
+
+
+def _refuse_mixed_tokens(module: nn.Module, forward: Callable, two: Tensor) -> None:
+    """Raise ValueError if of two tokens, (2, hidden), one changes the output of the other."""
+    modes = [(inner, inner.training) for inner in module.modules()]
+    module.eval()  # two draws of a dropout are never alike
+    try:
         with torch.no_grad():
-            together, apart = whole(two), torch.cat([whole(two[:1]), whole(two[1:])])
-        for part, mode in modes:
-            part.training = mode
-        if (together - apart).abs().max() > torch.finfo(
-            together.dtype
-        ).eps ** 0.5 * together.abs().max():
-            raise ValueError(
-                f"{type(module).__name__} mixes tokens: in chunks it would give another output."
-            )
-        module._chunks_tried = True
-    return in_chunks(whole, rows, **module._chunks).reshape(*x.shape[:-1], -1)
+            together = forward(two)
+            apart = torch.cat([forward(two[:1]), forward(two[1:])])
+    finally:
+        for inner, mode in modes:
+            inner.training = mode
+    rounding = torch.finfo(together.dtype).eps ** 0.5
+    if (together - apart).abs().max() > rounding * together.abs().max():
+        raise ValueError(
+            f"{type(module).__name__} mixes tokens: in chunks it would give another output."
+        )
 
 
 def _check_count(name: str, size) -> None:
@@ -381,3 +396,143 @@ def _check_count(name: str, size) -> None:
         raise ValueError(
             f"{name} must be a whole number of tokens, at least 1, but it is {size!r}."
         )
+
+
+# --- pasted from _patch.py: begin -----------------------------------------------------------------
+
+
+class Handle:
+    """What a technique has changed in a model: `names` says where, `remove()` undoes it.
+
+    As a context manager it removes at the end of the block. It holds the model weakly, and a model
+    keeps what was applied to it when its handle is gone.
+    """
+
+    def __init__(self):
+        self.names: list[str] = []
+        self._replaced = []
+        self._undo = []
+
+    def wrap_forward(
+        self, name: str, module: nn.Module, function: Callable, *options, innermost: bool = False
+    ) -> None:
+        """Let `function(module, forward, *options, *args, **kwargs)` run as the module's forward.
+
+        Its `forward` is what ran before, or runs further inside. A copy or a pickle of the model
+        takes function and options along: a function that has a name, and plain options.
+
+        Args:
+            name: What the module is called in the model.
+            innermost: Put it below all that is applied already, for a function that computes what
+                the module's own forward does, and never calls it.
+        """
+        patched = vars(module).get("forward")
+        if type(patched).__name__ != "_PatchedForward":
+            patched = module.forward = _PatchedForward(module, patched)
+        patch = (function, options)
+        patched.patches.insert(0 if innermost else len(patched.patches), patch)
+        self.names.append(name)
+        self._undo.append(functools.partial(_unwrap, weakref.ref(patched), patch))
+
+    def replace(self, name: str, owner, attribute: str, value) -> None:
+        """Give an attribute or submodule of `owner` another value, until `remove()`."""
+        before = getattr(owner, attribute)
+        is_its_own = attribute in vars(owner) or isinstance(before, nn.Module)
+        setattr(owner, attribute, value)
+        self.names.append(name)
+        self._replaced.append((name, weakref.ref(owner), attribute, value))
+        restore = (setattr, before) if is_its_own else (delattr,)
+        self._undo.append(functools.partial(_restore, weakref.ref(owner), attribute, *restore))
+
+    def on_remove(self, undo: Callable) -> None:
+        """Let `remove()` call `undo()` too: the `remove` of a hook, for example."""
+        self._undo.append(undo)
+
+    def remove(self) -> None:
+        """Undo what was applied, the last change first, whatever was applied to the model since.
+
+        A second call does nothing.
+
+        Raises:
+            RuntimeError: Something else has replaced an attribute since. Nothing is undone then.
+        """
+        for name, owner, attribute, value in self._replaced:
+            if owner() is not None and getattr(owner(), attribute, None) is not value:
+                raise RuntimeError(
+                    f"Something has replaced {attribute!r} of {name or 'the model'} since this was"
+                    " applied: undo that first, then call remove() again."
+                )
+        self._replaced.clear()
+        while self._undo:
+            self._undo.pop()()
+
+    def __enter__(self) -> "Handle":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(names={self.names})"
+
+
+class _PatchedForward:
+    """The `forward` of a module that something is applied to: each patch around the one before.
+
+    It holds the module weakly: otherwise a deleted model would be a cycle, and stay in memory until
+    the garbage collector came. In a copy of the model it is the copy's.
+    """
+
+    # Slots, and so no `__dict__`: `functools.wraps` would copy that to a forward put over this one.
+    __slots__ = ("__weakref__", "before", "module", "patches")
+
+    def __init__(self, module: nn.Module, before: Callable | None, patches=()):
+        self.module = weakref.ref(module)
+        self.before = before  # a forward that the instance had, from somebody else
+        self.patches = list(patches)
+
+    def unpatched(self) -> Callable:
+        module = self.module()
+        if module is None:
+            raise ReferenceError("The model is gone that this forward belongs to: keep the model.")
+        return self.before or functools.partial(type(module).forward, module)
+
+    def __call__(self, *args, **kwargs):
+        forward = self.unpatched()
+        for function, options in self.patches:
+            forward = functools.partial(function, self.module(), forward, *options)
+        return forward(*args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.unpatched())
+
+    def __reduce__(self):
+        return type(self), (self.module(), self.before, self.patches)
+
+
+def _is_applied(module: nn.Module, function: Callable) -> bool:
+    """Whether `function` is among the patches of a module's forward."""
+    patches = getattr(vars(module).get("forward"), "patches", ())
+    return any(patch[0] is function for patch in patches)
+
+
+def _unwrap(reference: weakref.ref, patch: tuple) -> None:
+    patched = reference()
+    if patched is None:
+        return
+    patched.patches[:] = [other for other in patched.patches if other is not patch]
+    module = patched.module()
+    if module is None or patched.patches or vars(module).get("forward") is not patched:
+        return  # a forward that somebody has put over it stays, and what is below lets all through
+    del module.forward
+    if patched.before is not None:
+        module.forward = patched.before
+
+
+def _restore(owner: weakref.ref, attribute: str, set_or_delete: Callable, *before) -> None:
+    if owner() is not None:
+        set_or_delete(owner(), attribute, *before)
+
+
+# --- pasted from _patch.py: end -------------------------------------------------------------------

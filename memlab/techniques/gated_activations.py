@@ -13,10 +13,11 @@ production: `torch.compile`, which finds the same by itself, or `torch.utils.che
 activation and the last layer.
 """
 
+import functools
+import inspect
 import itertools
-from collections.abc import Iterator
-from functools import partial
-from types import SimpleNamespace
+import weakref
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -28,7 +29,11 @@ aten = torch.ops.aten
 _ACTIVATIONS = {
     "silu": (F.silu, aten.silu_backward, {}),
     "gelu": (F.gelu, aten.gelu_backward, {"approximate": "none"}),
-    "gelu_tanh": (partial(F.gelu, approximate="tanh"), aten.gelu_backward, {"approximate": "tanh"}),
+    "gelu_tanh": (
+        functools.partial(F.gelu, approximate="tanh"),
+        aten.gelu_backward,
+        {"approximate": "tanh"},
+    ),
     "sigmoid": (torch.sigmoid, aten.sigmoid_backward, {}),
     "relu": (F.relu, aten.threshold_backward, {"threshold": 0}),
 }
@@ -196,90 +201,94 @@ class _Layout(NamedTuple):
         return gated_linear(gate, up, down.weight, down.bias, self.activation)
 
 
-class _Recomputing:
-    """The `forward` of a changed MLP, as a class before the MLP's own: a copy of the model is
-    changed too, and no cycle of references keeps a deleted model in memory."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._layout.compute(self, x)
-
-
-def apply_gated_recomputation(model: nn.Module):
-    """Let a model's MLPs keep for backward no more than the activation's input and the factor
-    beside it.
+def apply_gated_recomputation(model: nn.Module) -> "Handle":
+    """Let the MLPs of a model keep for backward the activation's input and the factor beside it.
 
     An MLP is a module of two or three `nn.Linear` and at most one activation that computes
     `down(act(gate(x)) * up(x))`, the same with one layer for gate and up, or `down(act(up(x)))`.
     Its names do not matter: each form is tried on a few random numbers, and one has to give the
-    same bits, in train() and eval(). Others, as an MLP with dropout inside, stay as they are. Hooks
-    on the last layer are not called.
+    same bits, in train() and eval(). Others stay as they are, as an MLP with dropout inside, or one
+    whose forward is replaced already. Hooks on the last layer are not called.
 
-    Returns a handle: `names`, of the changed MLPs, and `remove()`. Raises TypeError for a model
-    that is no module, ValueError when no MLP is found; `remove()` RuntimeError if an MLP's class
-    was changed since.
+    Args:
+        model: The model whose MLPs are changed, or one MLP.
+
+    Returns:
+        A handle: `names` of the MLPs, and `remove()`, which undoes it.
+
+    Raises:
+        TypeError: `model` is no module.
+        ValueError: It holds no such MLP.
     """
-    found, changed = _find(model), []
+    found = _find(model)
     if not found:
         raise ValueError(
             f"{type(model).__name__} holds no MLP that could be changed: two or three nn.Linear in"
             f" a module, no dropout, weights other than zero, and one of {', '.join(_ACTIVATIONS)}."
         )
-    for mlp, (_, layout) in found.items():
-        own = type(mlp)
-        mlp.__class__ = type(f"Recomputing{own.__name__}", (_Recomputing, own), {"_layout": layout})
-        changed.append((mlp, own, type(mlp)))
-
-    def remove() -> None:
-        if any(type(mlp) is not ours for mlp, _, ours in changed):
-            raise RuntimeError("Something changed the class of an MLP since: undo that first.")
-        for mlp, own, _ in changed:
-            mlp.__class__ = own
-        changed.clear()
-
-    return SimpleNamespace(names=[name for name, _ in found.values()], remove=remove)
+    handle = Handle()
+    for mlp, (name, layout) in found.items():
+        handle.wrap_forward(name, mlp, _run_recomputing, layout)
+    return handle
 
 
-def apply_gated_mlp(model: nn.Module, activation: str = "silu", inner: int | None = None):
-    """Put a new `GatedMLP` in the place of each plain MLP. It is another model then, to be trained
-    anew.
+def _run_recomputing(module, forward, layout, /, x: Tensor) -> Tensor:
+    return layout.compute(module, x)  # what `forward` does: `_recognise` has tried it
 
-    inner: the width inside; None takes `gated_width`. Weights are drawn with the standard deviation
-    of those that they replace, biases are zero. Call it before the optimizer is made.
 
-    Returns a handle: `names`, of the new MLPs, and `remove()`, which puts the old ones back. Raises
-    TypeError for a model that is no module and ValueError for an unknown activation, a size below 1
-    or no plain MLP.
+def apply_gated_mlp(
+    model: nn.Module, activation: str = "silu", inner: int | None = None
+) -> "Handle":
+    """Put a new `GatedMLP` in the place of each plain MLP.
+
+    It is another model then, to be trained anew. Weights are drawn with the standard deviation of
+    those that they replace, biases are zero. Call it before the optimizer is made.
+
+    Args:
+        model: The model that holds the MLPs.
+        activation: As for `gated_linear`.
+        inner: The width inside; None takes `gated_width`.
+
+    Returns:
+        A handle: `names` of the new MLPs, and `remove()`, which puts the old ones back.
+
+    Raises:
+        TypeError: `model` is no module.
+        ValueError: The activation is unknown, `inner` is below 1, or there is no plain MLP.
     """
     _activation(activation)
     _check_sizes(inner=1 if inner is None else inner)
     new = {}
     for mlp, (name, layout) in _find(model).items():
-        first, last = mlp.get_submodule(layout.gate), mlp.get_submodule(layout.down)
-        hidden, bias = first.in_features, last.bias is not None
-        if not name or layout.up or last.out_features != hidden:
-            continue
-        width = inner or gated_width(hidden, first.out_features, bias)
-        with first.weight.device:
-            gated = GatedMLP(hidden, width, activation, bias)
-        for layer, before in ((gated.gate, first), (gated.up, first), (gated.down, last)):
-            nn.init.normal_(layer.weight, std=before.weight.std().item())
-            if bias:
-                nn.init.zeros_(layer.bias)
-        new[mlp] = gated.to(first.weight).train(mlp.training)
-    old = [(name, m) for name, m in model.named_modules(remove_duplicate=False) if m in new]
-    for name, mlp in old:
-        model.set_submodule(name, new[mlp])
-    if not old:
+        width = mlp.get_submodule(layout.down).out_features
+        if name and not layout.up and width == mlp.get_submodule(layout.gate).in_features:
+            new[mlp] = _gated_like(mlp, layout, activation, inner)
+    if not new:
         raise ValueError(
             f"{type(model).__name__} holds no plain MLP, down(act(up(x))), to be replaced."
         )
+    places = [(name, m) for name, m in model.named_modules(remove_duplicate=False) if m in new]
+    handle = Handle()
+    for name, mlp in places:
+        parent, _, attribute = name.rpartition(".")
+        handle.replace(name, model.get_submodule(parent), attribute, new[mlp])
+    return handle
 
-    def remove() -> None:
-        for name, mlp in old:
-            model.set_submodule(name, mlp)
-        old.clear()
 
-    return SimpleNamespace(names=[name for name, _ in old], remove=remove)
+def _gated_like(mlp: nn.Module, layout: _Layout, activation: str, inner: int | None) -> GatedMLP:
+    """A new gated MLP of a plain one's hidden size, device, dtype and mode."""
+    first = mlp.get_submodule(layout.gate)
+    last = mlp.get_submodule(layout.down)
+    hidden = last.out_features
+    bias = last.bias is not None
+    width = inner or gated_width(hidden, first.out_features, bias)
+    with first.weight.device:
+        gated = GatedMLP(hidden, width, activation, bias)
+    for layer, before in ((gated.gate, first), (gated.up, first), (gated.down, last)):
+        nn.init.normal_(layer.weight, std=before.weight.std().item())
+        if bias:
+            nn.init.zeros_(layer.bias)
+    return gated.to(first.weight).train(mlp.training)
 
 
 def _find(model: nn.Module) -> dict[nn.Module, tuple[str, _Layout]]:
@@ -293,13 +302,9 @@ def _recognise(module: nn.Module) -> _Layout | None:
     children = dict(module.named_children())
     linears = [name for name, child in children.items() if type(child) is nn.Linear]
     weights = {id(p) for name in linears for p in children[name].parameters()}
-    if (
-        len(linears) not in (2, 3)
-        or len(children) > len(linears) + 1
-        or isinstance(module, _Recomputing)
-    ):
+    if len(linears) not in (2, 3) or len(children) > len(linears) + 1:
         return None
-    # A forward on the instance, as checkpointing puts it there, would go before that of the class.
+    # What is replaced already, as by checkpointing, may do more than its class says.
     if "forward" in vars(module) or any(id(p) not in weights for p in module.parameters()):
         return None
     like, generator = children[linears[0]].weight, torch.Generator().manual_seed(0)
@@ -343,3 +348,143 @@ def _computes(layout: _Layout, module: nn.Module, probe: Tensor, expected: Tenso
         )
     except (IndexError, RuntimeError, ValueError):  # the shapes do not fit
         return False
+
+
+# --- pasted from _patch.py: begin -----------------------------------------------------------------
+
+
+class Handle:
+    """What a technique has changed in a model: `names` says where, `remove()` undoes it.
+
+    As a context manager it removes at the end of the block. It holds the model weakly, and a model
+    keeps what was applied to it when its handle is gone.
+    """
+
+    def __init__(self):
+        self.names: list[str] = []
+        self._replaced = []
+        self._undo = []
+
+    def wrap_forward(
+        self, name: str, module: nn.Module, function: Callable, *options, innermost: bool = False
+    ) -> None:
+        """Let `function(module, forward, *options, *args, **kwargs)` run as the module's forward.
+
+        Its `forward` is what ran before, or runs further inside. A copy or a pickle of the model
+        takes function and options along: a function that has a name, and plain options.
+
+        Args:
+            name: What the module is called in the model.
+            innermost: Put it below all that is applied already, for a function that computes what
+                the module's own forward does, and never calls it.
+        """
+        patched = vars(module).get("forward")
+        if type(patched).__name__ != "_PatchedForward":
+            patched = module.forward = _PatchedForward(module, patched)
+        patch = (function, options)
+        patched.patches.insert(0 if innermost else len(patched.patches), patch)
+        self.names.append(name)
+        self._undo.append(functools.partial(_unwrap, weakref.ref(patched), patch))
+
+    def replace(self, name: str, owner, attribute: str, value) -> None:
+        """Give an attribute or submodule of `owner` another value, until `remove()`."""
+        before = getattr(owner, attribute)
+        is_its_own = attribute in vars(owner) or isinstance(before, nn.Module)
+        setattr(owner, attribute, value)
+        self.names.append(name)
+        self._replaced.append((name, weakref.ref(owner), attribute, value))
+        restore = (setattr, before) if is_its_own else (delattr,)
+        self._undo.append(functools.partial(_restore, weakref.ref(owner), attribute, *restore))
+
+    def on_remove(self, undo: Callable) -> None:
+        """Let `remove()` call `undo()` too: the `remove` of a hook, for example."""
+        self._undo.append(undo)
+
+    def remove(self) -> None:
+        """Undo what was applied, the last change first, whatever was applied to the model since.
+
+        A second call does nothing.
+
+        Raises:
+            RuntimeError: Something else has replaced an attribute since. Nothing is undone then.
+        """
+        for name, owner, attribute, value in self._replaced:
+            if owner() is not None and getattr(owner(), attribute, None) is not value:
+                raise RuntimeError(
+                    f"Something has replaced {attribute!r} of {name or 'the model'} since this was"
+                    " applied: undo that first, then call remove() again."
+                )
+        self._replaced.clear()
+        while self._undo:
+            self._undo.pop()()
+
+    def __enter__(self) -> "Handle":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(names={self.names})"
+
+
+class _PatchedForward:
+    """The `forward` of a module that something is applied to: each patch around the one before.
+
+    It holds the module weakly: otherwise a deleted model would be a cycle, and stay in memory until
+    the garbage collector came. In a copy of the model it is the copy's.
+    """
+
+    # Slots, and so no `__dict__`: `functools.wraps` would copy that to a forward put over this one.
+    __slots__ = ("__weakref__", "before", "module", "patches")
+
+    def __init__(self, module: nn.Module, before: Callable | None, patches=()):
+        self.module = weakref.ref(module)
+        self.before = before  # a forward that the instance had, from somebody else
+        self.patches = list(patches)
+
+    def unpatched(self) -> Callable:
+        module = self.module()
+        if module is None:
+            raise ReferenceError("The model is gone that this forward belongs to: keep the model.")
+        return self.before or functools.partial(type(module).forward, module)
+
+    def __call__(self, *args, **kwargs):
+        forward = self.unpatched()
+        for function, options in self.patches:
+            forward = functools.partial(function, self.module(), forward, *options)
+        return forward(*args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.unpatched())
+
+    def __reduce__(self):
+        return type(self), (self.module(), self.before, self.patches)
+
+
+def _is_applied(module: nn.Module, function: Callable) -> bool:
+    """Whether `function` is among the patches of a module's forward."""
+    patches = getattr(vars(module).get("forward"), "patches", ())
+    return any(patch[0] is function for patch in patches)
+
+
+def _unwrap(reference: weakref.ref, patch: tuple) -> None:
+    patched = reference()
+    if patched is None:
+        return
+    patched.patches[:] = [other for other in patched.patches if other is not patch]
+    module = patched.module()
+    if module is None or patched.patches or vars(module).get("forward") is not patched:
+        return  # a forward that somebody has put over it stays, and what is below lets all through
+    del module.forward
+    if patched.before is not None:
+        module.forward = patched.before
+
+
+def _restore(owner: weakref.ref, attribute: str, set_or_delete: Callable, *before) -> None:
+    if owner() is not None:
+        set_or_delete(owner(), attribute, *before)
+
+
+# --- pasted from _patch.py: end -------------------------------------------------------------------

@@ -19,7 +19,6 @@ import inspect
 import itertools
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from types import MethodType, SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -63,11 +62,6 @@ def count_targets(*micro_batch: Tensor, **named) -> Tensor:
     return (targets != -100).sum()
 
 
-_accumulating = (
-    False  # whether more than one backward pass is to be added up, for `optimizer_in_backward`
-)
-
-
 def accumulate_gradients(
     mean_loss: Callable, micro_batches: Iterable, count=count_targets
 ) -> Tensor:
@@ -91,27 +85,50 @@ def accumulate_gradients(
     Raises ValueError when no target counts or a loss is no scalar, TypeError for a dict without
     `count`, and RuntimeError when `optimizer_in_backward` would step after each micro-batch.
     """
-    global _accumulating
     micro_batches = list(micro_batches)
-    counts, total = [int(_call(count, one)) for one in micro_batches], 0.0
+    counts = [int(_call(count, micro_batch)) for micro_batch in micro_batches]
     if sum(counts) == 0 or min(counts) < 0:
         raise ValueError(f"There must be targets that count, but the micro-batches have {counts}.")
-    _accumulating = len(micro_batches) > 1
-    try:
-        for one, number in zip(micro_batches, counts, strict=True):
-            if number == 0:
-                continue
-            output = _call(mean_loss, one)
-            loss = getattr(output, "loss", output)
-            del output  # its logits would stay alive through backward
-            if not isinstance(loss, Tensor) or loss.numel() != 1:
-                raise ValueError(f"mean_loss must return a scalar, but it returned {loss!r:.80}.")
-            loss = loss * (number / sum(counts))
-            loss.backward()
-            total += loss.detach()
-    finally:
-        _accumulating = False
+    total = 0.0
+    for micro_batch, number in zip(micro_batches, counts, strict=True):
+        if number == 0:
+            continue
+        output = _call(mean_loss, micro_batch)
+        loss = getattr(output, "loss", output)
+        del output  # its logits would stay alive through backward
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise ValueError(f"mean_loss must return a scalar, but it returned {loss!r:.80}.")
+        if len(micro_batches) > 1:
+            _refuse_optimizer_in_backward(loss)
+        loss = loss * (number / sum(counts))
+        loss.backward()
+        total += loss.detach()
     return total
+
+
+def _refuse_optimizer_in_backward(loss: Tensor) -> None:
+    """Raise RuntimeError if backward would step a parameter, before it has stepped any."""
+    stepped = _stepped_in_backward()
+    if not stepped:
+        return
+    # The parameters that the loss depends on hang at the ends of its graph.
+    nodes = [loss.grad_fn]
+    seen = set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if id(getattr(node, "variable", None)) in stepped:
+            raise RuntimeError(_EXCLUDES_ACCUMULATION)
+        nodes += [function for function, _ in node.next_functions]
+
+
+_EXCLUDES_ACCUMULATION = (
+    "A second backward would step the parameters again: an optimizer in backward excludes"
+    " accumulation. Use apply_layer_major_micro_batches. (Has the training step ended? Then call"
+    " step() first.)"
+)
 
 
 def _call(function: Callable, micro_batch):
@@ -147,9 +164,7 @@ def optimizer_in_backward(model: nn.Module, make_optimizer: Callable) -> "Optimi
     that one parameter.
     """
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    taken = {
-        id(p) for other in _in_backward for group in other.param_groups for p in group["params"]
-    }
+    taken = _stepped_in_backward()
     if not named:
         raise ValueError(f"{type(model).__name__} has no parameter that requires a gradient.")
     if left := [name for name, p in named.items() if p.grad is not None]:
@@ -159,11 +174,12 @@ def optimizer_in_backward(model: nn.Module, make_optimizer: Callable) -> "Optimi
     if twice := [name for name, p in named.items() if id(p) in taken]:
         raise ValueError(f"{twice[0]} has an optimizer in backward already: remove() it first.")
     optimizers = {name: make_optimizer([parameter]) for name, parameter in named.items()}
-    for name, one in optimizers.items():
-        if [p is named[name] for g in getattr(one, "param_groups", ()) for p in g["params"]] != [
-            True
-        ]:
-            raise TypeError(f"make_optimizer must return the optimizer of {name}, not {one!r:.80}.")
+    for name, optimizer in optimizers.items():
+        groups = getattr(optimizer, "param_groups", ())
+        if [p is named[name] for group in groups for p in group["params"]] != [True]:
+            raise TypeError(
+                f"make_optimizer must return the optimizer of {name}, not {optimizer!r:.80}."
+            )
     return OptimizerInBackward(named, optimizers)
 
 
@@ -175,7 +191,8 @@ class OptimizerInBackward:
     def __init__(
         self, named: dict[str, nn.Parameter], optimizers: dict[str, torch.optim.Optimizer]
     ):
-        self.optimizers, self._stepped = optimizers, set()
+        self.optimizers = optimizers
+        self._stepped = set()
         # A parameter holds its hook where Python's garbage collector does not look. So the hook
         # holds this object weakly: the cycle parameter, hook, optimizer, parameter would never be
         # freed.
@@ -188,18 +205,16 @@ class OptimizerInBackward:
                 )
             this()._step(name, parameter)
 
-        hooks = [(parameter, functools.partial(hook, name)) for name, parameter in named.items()]
-        self._hooks = [p.register_post_accumulate_grad_hook(one) for p, one in hooks]
+        self._hooks = [
+            parameter.register_post_accumulate_grad_hook(functools.partial(hook, name))
+            for name, parameter in named.items()
+        ]
         _in_backward.add(self)
 
     def _step(self, name: str, parameter: Tensor) -> None:
-        if _accumulating or name in self._stepped:
+        if name in self._stepped:
             parameter.grad = None
-            raise RuntimeError(
-                f"A second backward would step {name} again: an optimizer in backward excludes"
-                " accumulation. Use apply_layer_major_micro_batches. (Has the training step ended?"
-                " Then call step() first.)"
-            )
+            raise RuntimeError(_EXCLUDES_ACCUMULATION)
         self._stepped.add(name)
         self.optimizers[name].step()
         parameter.grad = None
@@ -241,7 +256,14 @@ class OptimizerInBackward:
         _in_backward.discard(self)
 
 
-_in_backward: "weakref.WeakSet[OptimizerInBackward]" = weakref.WeakSet()  # whose hooks are in place
+# Whose hooks are in place. It holds nothing alive.
+_in_backward: "weakref.WeakSet[OptimizerInBackward]" = weakref.WeakSet()
+
+
+def _stepped_in_backward() -> set[int]:
+    """The ids of all parameters that an optimizer in backward steps."""
+    groups = [group for optimizer in _in_backward for group in optimizer.param_groups]
+    return {id(parameter) for group in groups for parameter in group["params"]}
 
 
 def clip_gradient_norm(parameters: Tensor | Iterable[Tensor], max_norm: float) -> Tensor:
@@ -347,55 +369,206 @@ def _join(outputs: list, sizes: list[int]):
 
 
 def apply_layer_major_micro_batches(
-    blocks: Iterable[nn.Module], micro_batch_size: int
-) -> SimpleNamespace:
-    """Give blocks a `forward` that runs `in_micro_batches`; `remove()` on the result undoes it.
+    model: nn.Module, micro_batch_size: int, blocks: Iterable[nn.Module] | None = None
+) -> "Handle":
+    """Let the repeated blocks of a model run `in_micro_batches`.
 
     Call the model and `backward` once, with the whole batch. What is outside the blocks stays
     whole: where the vocabulary is large, call `in_micro_batches` for the output layer and its loss.
 
-    Raises ValueError for no blocks, for blocks that have it already and for batch norm; `remove()`
-    raises RuntimeError if something else has replaced the `forward` of a block since.
+    Args:
+        model: The model whose blocks are changed.
+        micro_batch_size: Rows of a micro-batch.
+        blocks: The modules; None takes the longest list (ModuleList, Sequential) of modules of one
+            class, leaving out lists inside such modules.
+
+    Returns:
+        A handle: `names` of the blocks, and `remove()`, which undoes it.
+
+    Raises:
+        ValueError: There are no blocks, they are no modules of the model or run in micro-batches
+            already, one holds a batch norm, or `micro_batch_size` is below 1.
     """
     _check_size(micro_batch_size)
-    if not (blocks := list(blocks)) or any(isinstance(block.forward, _Forward) for block in blocks):
+    found = _find_blocks(model, blocks)
+    for name, block in found.items():
+        if _is_applied(block, _run_in_micro_batches):
+            raise ValueError(f"{name} runs in micro-batches already: remove() that first.")
+        if any(isinstance(module, _BATCH_NORMS) for module in block.modules()):
+            raise ValueError(
+                f"{name} has batch norm, which depends on the whole batch: use another norm."
+            )
+    handle = Handle()
+    for name, block in found.items():
+        handle.wrap_forward(name, block, _run_in_micro_batches, micro_batch_size)
+    return handle
+
+
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+def _run_in_micro_batches(module, forward, micro_batch_size, /, *args, **kwargs):
+    return in_micro_batches(forward, micro_batch_size, *args, **kwargs)
+
+
+def _find_blocks(model: nn.Module, blocks: Iterable[nn.Module] | None) -> dict[str, nn.Module]:
+    """The blocks by their names in the model: those that are given, or the longest list of one
+    class."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, but it is {model!r:.80}.")
+    names = {module: name for name, module in model.named_modules()}
+    if blocks is None:
+        lists = [
+            module
+            for module in names
+            if isinstance(module, nn.ModuleList | nn.Sequential)
+            and len({type(block) for block in module}) == 1
+        ]
+        inside = {module for blocks in lists for block in blocks for module in block.modules()}
+        blocks = max((module for module in lists if module not in inside), key=len, default=())
+    blocks = list(blocks)
+    if not blocks or any(block not in names for block in blocks):
         raise ValueError(
-            "There must be blocks, and none in micro-batches already: remove() it first."
+            f"No blocks found in this {type(model).__name__}: pass blocks=, a list of its modules."
         )
-    batch_norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-    if any(isinstance(module, batch_norms) for block in blocks for module in block.modules()):
-        raise ValueError(
-            "A block has batch norm, which depends on the whole batch: use another norm."
-        )
-    forwards = weakref.WeakKeyDictionary()
-    for block in blocks:
-        forwards[block] = block.forward = _Forward(block, micro_batch_size)
-
-    def remove() -> None:
-        for block, forward in list(forwards.items()):
-            if vars(block).get("forward") is not forward:
-                raise RuntimeError(
-                    "Something replaced the forward of a block since: undo that first."
-                )
-            del block.forward, forwards[block]
-            if forward.previous is not None:
-                block.forward = forward.previous
-
-    return SimpleNamespace(remove=remove)
+    return {names[block]: block for block in blocks}
 
 
-class _Forward:
-    """A block's `forward` in micro-batches. It holds the block weakly: a deleted model is freed at
-    once.
+# --- pasted from _patch.py: begin -----------------------------------------------------------------
+
+
+class Handle:
+    """What a technique has changed in a model: `names` says where, `remove()` undoes it.
+
+    As a context manager it removes at the end of the block. It holds the model weakly, and a model
+    keeps what was applied to it when its handle is gone.
     """
 
-    def __init__(self, block: nn.Module, size: int):
-        self.block, self.previous, self.size = weakref.ref(block), vars(block).get("forward"), size
-        self.__signature__ = inspect.signature(block.forward)
+    def __init__(self):
+        self.names: list[str] = []
+        self._replaced = []
+        self._undo = []
+
+    def wrap_forward(
+        self, name: str, module: nn.Module, function: Callable, *options, innermost: bool = False
+    ) -> None:
+        """Let `function(module, forward, *options, *args, **kwargs)` run as the module's forward.
+
+        Its `forward` is what ran before, or runs further inside. A copy or a pickle of the model
+        takes function and options along: a function that has a name, and plain options.
+
+        Args:
+            name: What the module is called in the model.
+            innermost: Put it below all that is applied already, for a function that computes what
+                the module's own forward does, and never calls it.
+        """
+        patched = vars(module).get("forward")
+        if type(patched).__name__ != "_PatchedForward":
+            patched = module.forward = _PatchedForward(module, patched)
+        patch = (function, options)
+        patched.patches.insert(0 if innermost else len(patched.patches), patch)
+        self.names.append(name)
+        self._undo.append(functools.partial(_unwrap, weakref.ref(patched), patch))
+
+    def replace(self, name: str, owner, attribute: str, value) -> None:
+        """Give an attribute or submodule of `owner` another value, until `remove()`."""
+        before = getattr(owner, attribute)
+        is_its_own = attribute in vars(owner) or isinstance(before, nn.Module)
+        setattr(owner, attribute, value)
+        self.names.append(name)
+        self._replaced.append((name, weakref.ref(owner), attribute, value))
+        restore = (setattr, before) if is_its_own else (delattr,)
+        self._undo.append(functools.partial(_restore, weakref.ref(owner), attribute, *restore))
+
+    def on_remove(self, undo: Callable) -> None:
+        """Let `remove()` call `undo()` too: the `remove` of a hook, for example."""
+        self._undo.append(undo)
+
+    def remove(self) -> None:
+        """Undo what was applied, the last change first, whatever was applied to the model since.
+
+        A second call does nothing.
+
+        Raises:
+            RuntimeError: Something else has replaced an attribute since. Nothing is undone then.
+        """
+        for name, owner, attribute, value in self._replaced:
+            if owner() is not None and getattr(owner(), attribute, None) is not value:
+                raise RuntimeError(
+                    f"Something has replaced {attribute!r} of {name or 'the model'} since this was"
+                    " applied: undo that first, then call remove() again."
+                )
+        self._replaced.clear()
+        while self._undo:
+            self._undo.pop()()
+
+    def __enter__(self) -> "Handle":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(names={self.names})"
+
+
+class _PatchedForward:
+    """The `forward` of a module that something is applied to: each patch around the one before.
+
+    It holds the module weakly: otherwise a deleted model would be a cycle, and stay in memory until
+    the garbage collector came. In a copy of the model it is the copy's.
+    """
+
+    # Slots, and so no `__dict__`: `functools.wraps` would copy that to a forward put over this one.
+    __slots__ = ("__weakref__", "before", "module", "patches")
+
+    def __init__(self, module: nn.Module, before: Callable | None, patches=()):
+        self.module = weakref.ref(module)
+        self.before = before  # a forward that the instance had, from somebody else
+        self.patches = list(patches)
+
+    def unpatched(self) -> Callable:
+        module = self.module()
+        if module is None:
+            raise ReferenceError("The model is gone that this forward belongs to: keep the model.")
+        return self.before or functools.partial(type(module).forward, module)
 
     def __call__(self, *args, **kwargs):
-        original = self.previous or MethodType(type(self.block()).forward, self.block())
-        return in_micro_batches(original, self.size, *args, **kwargs)
+        forward = self.unpatched()
+        for function, options in self.patches:
+            forward = functools.partial(function, self.module(), forward, *options)
+        return forward(*args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.unpatched())
 
     def __reduce__(self):
-        raise TypeError("This model runs in micro-batches: remove() it before copying or pickling.")
+        return type(self), (self.module(), self.before, self.patches)
+
+
+def _is_applied(module: nn.Module, function: Callable) -> bool:
+    """Whether `function` is among the patches of a module's forward."""
+    patches = getattr(vars(module).get("forward"), "patches", ())
+    return any(patch[0] is function for patch in patches)
+
+
+def _unwrap(reference: weakref.ref, patch: tuple) -> None:
+    patched = reference()
+    if patched is None:
+        return
+    patched.patches[:] = [other for other in patched.patches if other is not patch]
+    module = patched.module()
+    if module is None or patched.patches or vars(module).get("forward") is not patched:
+        return  # a forward that somebody has put over it stays, and what is below lets all through
+    del module.forward
+    if patched.before is not None:
+        module.forward = patched.before
+
+
+def _restore(owner: weakref.ref, attribute: str, set_or_delete: Callable, *before) -> None:
+    if owner() is not None:
+        set_or_delete(owner(), attribute, *before)
+
+
+# --- pasted from _patch.py: end -------------------------------------------------------------------

@@ -16,8 +16,10 @@ production: `AdamW(fused=True)`.
 """
 
 import copy
+import functools
+import inspect
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -107,6 +109,146 @@ class InPlaceAdamW(torch.optim.AdamW):
                 seen.add(gradient.data_ptr())
 
 
+# --- pasted from _patch.py: begin -----------------------------------------------------------------
+
+
+class Handle:
+    """What a technique has changed in a model: `names` says where, `remove()` undoes it.
+
+    As a context manager it removes at the end of the block. It holds the model weakly, and a model
+    keeps what was applied to it when its handle is gone.
+    """
+
+    def __init__(self):
+        self.names: list[str] = []
+        self._replaced = []
+        self._undo = []
+
+    def wrap_forward(
+        self, name: str, module: nn.Module, function: Callable, *options, innermost: bool = False
+    ) -> None:
+        """Let `function(module, forward, *options, *args, **kwargs)` run as the module's forward.
+
+        Its `forward` is what ran before, or runs further inside. A copy or a pickle of the model
+        takes function and options along: a function that has a name, and plain options.
+
+        Args:
+            name: What the module is called in the model.
+            innermost: Put it below all that is applied already, for a function that computes what
+                the module's own forward does, and never calls it.
+        """
+        patched = vars(module).get("forward")
+        if type(patched).__name__ != "_PatchedForward":
+            patched = module.forward = _PatchedForward(module, patched)
+        patch = (function, options)
+        patched.patches.insert(0 if innermost else len(patched.patches), patch)
+        self.names.append(name)
+        self._undo.append(functools.partial(_unwrap, weakref.ref(patched), patch))
+
+    def replace(self, name: str, owner, attribute: str, value) -> None:
+        """Give an attribute or submodule of `owner` another value, until `remove()`."""
+        before = getattr(owner, attribute)
+        is_its_own = attribute in vars(owner) or isinstance(before, nn.Module)
+        setattr(owner, attribute, value)
+        self.names.append(name)
+        self._replaced.append((name, weakref.ref(owner), attribute, value))
+        restore = (setattr, before) if is_its_own else (delattr,)
+        self._undo.append(functools.partial(_restore, weakref.ref(owner), attribute, *restore))
+
+    def on_remove(self, undo: Callable) -> None:
+        """Let `remove()` call `undo()` too: the `remove` of a hook, for example."""
+        self._undo.append(undo)
+
+    def remove(self) -> None:
+        """Undo what was applied, the last change first, whatever was applied to the model since.
+
+        A second call does nothing.
+
+        Raises:
+            RuntimeError: Something else has replaced an attribute since. Nothing is undone then.
+        """
+        for name, owner, attribute, value in self._replaced:
+            if owner() is not None and getattr(owner(), attribute, None) is not value:
+                raise RuntimeError(
+                    f"Something has replaced {attribute!r} of {name or 'the model'} since this was"
+                    " applied: undo that first, then call remove() again."
+                )
+        self._replaced.clear()
+        while self._undo:
+            self._undo.pop()()
+
+    def __enter__(self) -> "Handle":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(names={self.names})"
+
+
+class _PatchedForward:
+    """The `forward` of a module that something is applied to: each patch around the one before.
+
+    It holds the module weakly: otherwise a deleted model would be a cycle, and stay in memory until
+    the garbage collector came. In a copy of the model it is the copy's.
+    """
+
+    # Slots, and so no `__dict__`: `functools.wraps` would copy that to a forward put over this one.
+    __slots__ = ("__weakref__", "before", "module", "patches")
+
+    def __init__(self, module: nn.Module, before: Callable | None, patches=()):
+        self.module = weakref.ref(module)
+        self.before = before  # a forward that the instance had, from somebody else
+        self.patches = list(patches)
+
+    def unpatched(self) -> Callable:
+        module = self.module()
+        if module is None:
+            raise ReferenceError("The model is gone that this forward belongs to: keep the model.")
+        return self.before or functools.partial(type(module).forward, module)
+
+    def __call__(self, *args, **kwargs):
+        forward = self.unpatched()
+        for function, options in self.patches:
+            forward = functools.partial(function, self.module(), forward, *options)
+        return forward(*args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.unpatched())
+
+    def __reduce__(self):
+        return type(self), (self.module(), self.before, self.patches)
+
+
+def _is_applied(module: nn.Module, function: Callable) -> bool:
+    """Whether `function` is among the patches of a module's forward."""
+    patches = getattr(vars(module).get("forward"), "patches", ())
+    return any(patch[0] is function for patch in patches)
+
+
+def _unwrap(reference: weakref.ref, patch: tuple) -> None:
+    patched = reference()
+    if patched is None:
+        return
+    patched.patches[:] = [other for other in patched.patches if other is not patch]
+    module = patched.module()
+    if module is None or patched.patches or vars(module).get("forward") is not patched:
+        return  # a forward that somebody has put over it stays, and what is below lets all through
+    del module.forward
+    if patched.before is not None:
+        module.forward = patched.before
+
+
+def _restore(owner: weakref.ref, attribute: str, set_or_delete: Callable, *before) -> None:
+    if owner() is not None:
+        set_or_delete(owner(), attribute, *before)
+
+
+# --- pasted from _patch.py: end -------------------------------------------------------------------
+
+
 # --- Under autograd: a model's activations --------------------------------------------------------
 
 _GRADIENT = "the gradient of"
@@ -124,40 +266,36 @@ class Verdict(NamedTuple):
     reason: str
 
 
-class InPlaceActivations:
-    """What `apply_in_place_activations` did: `verdicts`, one for each activation, and
-    `remove()`.
+class InPlaceActivations(Handle):
+    """What `apply_in_place_activations` did: `verdicts`, one for each activation, and a handle.
+
+    `names` are the activations whose switch was changed, and `remove()` sets it back. Print it for
+    a table.
     """
 
-    def __init__(self, verdicts: list[Verdict], before: weakref.WeakKeyDictionary):
-        self.verdicts, self._before = verdicts, before
+    def __init__(self, verdicts: list[Verdict]):
+        super().__init__()
+        self.verdicts = verdicts
 
     @property
-    def names(self) -> list[str]:
-        """What is in place now, for `model.get_submodule(name).inplace = True` in another copy of
-        the model.
-        """
+    def in_place(self) -> list[str]:
+        """What is in place now, also if it was before: all that may be so in a copy of the
+        model."""
         return [verdict.name for verdict in self.verdicts if verdict.in_place]
-
-    def remove(self) -> None:
-        """Set the switches back to where they were; a second call does nothing."""
-        for module, inplace in self._before.items():
-            module.inplace = inplace
-        self._before.clear()
 
     def __repr__(self) -> str:
         rows = [(v.name, v.kind, "yes" if v.in_place else "no", v.reason) for v in self.verdicts]
-        wide = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(cell.ljust(n) for cell, n in zip(row, wide, strict=True)).rstrip()
-            for row in rows
-        ]
-        return "\n".join([f"{len(self.names)} of {len(rows)} activations in place", *lines])
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [f"{len(self.in_place)} of {len(rows)} activations in place"]
+        for row in rows:
+            cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+            lines.append("  ".join(cells).rstrip())
+        return "\n".join(lines)
 
 
 def apply_in_place_activations(
     model: nn.Module, *inputs, tolerance: float = 1e-4, **keyword_inputs
-):
+) -> InPlaceActivations:
     """Make in place the activations of a model that can be, and say of each why (not).
 
     Every module with an `inplace` switch (ReLU, LeakyReLU, ELU, SiLU, Dropout, ...) is tried on the
@@ -165,70 +303,102 @@ def apply_in_place_activations(
     does not object and the outputs, gradients, buffers and inputs stay the same. Autograd alone is
     no judge: where an overwritten tensor is used again but was not saved, as by `x +
     activation(x)`, the result is wrong without an error. Switches that are on already are tried
-    like the others, and turned off where they are wrong.
+    like the others, and turned off where they are wrong. Parameters, gradients, buffers and the
+    random state stay as they are.
 
-    inputs, keyword_inputs: an example batch for the model's forward; a small one will do, of two
-        samples with batch norm. It is copied. Call this in the mode, train() or eval(), that the
-        model will run in: an activation that changes nothing in this batch, as dropout in eval(),
-        is not known and stays off.
-    tolerance: the largest difference allowed between gradients, relative to a tensor's largest
-        value. ELU and its relatives round differently in place, by about 1e-7 in FP32. All else has
-        to be equal to the bit.
+    Args:
+        model: The model. Call this in the mode, train() or eval(), that it will run in: an
+            activation that changes nothing in this batch, as dropout in eval(), is not known and
+            stays off.
+        inputs: An example batch for the model's forward; a small one will do, of two samples with
+            batch norm. It is copied.
+        tolerance: The largest difference allowed between gradients, relative to a tensor's largest
+            value. ELU and its relatives round differently in place, by about 1e-7 in FP32. All else
+            has to be equal to the bit.
+        keyword_inputs: What else the example batch has, by name.
 
-    Returns an `InPlaceActivations`: print it for a table. Parameters, gradients, buffers and the
-    random state stay as they are. Raises TypeError for a model that is no module, and ValueError
-    when its output has no gradient or two runs of it differ.
+    Returns:
+        A handle: `names` of the switches that were changed, and `remove()`, which sets them back.
+        Print it for a table of all activations.
+
+    Raises:
+        TypeError: `model` is no module.
+        ValueError: The model's output has no gradient, or two runs of it differ.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, but it is {model!r:.80}.")
-    modules = dict(model.named_modules())
     switches = {
-        name: m for name, m in modules.items() if isinstance(getattr(m, "inplace", None), bool)
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "inplace", None), bool)
     }
-    before = weakref.WeakKeyDictionary({module: module.inplace for module in switches.values()})
-    handle = InPlaceActivations([], before)
+    before = {name: module.inplace for name, module in switches.items()}
     try:
-        for module in switches.values():
-            module.inplace = False
-        changes = {module: [] for module in switches.values()}
-
-        def note_change(module, args, output):
-            changes[module].append(bool(args) and not torch.equal(args[0], output))
-
-        hooks = [module.register_forward_hook(note_change) for module in changes]
-        try:
-            reference, saved = _run(model, inputs, keyword_inputs, count=True)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        what, difference = _compare(reference, _run(model, inputs, keyword_inputs)[0], tolerance)
-        if what:
-            raise ValueError(
-                f"Two runs of this model as it is differ ({what} by {difference:.0e}), so nothing"
-                " can be compared. Look for NaN, and try torch.use_deterministic_algorithms(True)."
-            )
-        for name, module in modules.items():
-            kind, less = type(module).__name__, 0
-            if name in switches:
-                module.inplace = all(changes[module]) and bool(changes[module])
-                reason = "changes nothing with these inputs, so nothing is known of it"
-                if module.inplace:
-                    module.inplace, reason = _try(
-                        model, inputs, keyword_inputs, reference, tolerance
-                    )
-                if module.inplace:
-                    now = _run(model, inputs, keyword_inputs, count=True)[1]
-                    saved, less = now, saved - now
-                    reason = (
-                        f"saves {less:,} bytes" if less else "saves a temporary at most"
-                    ) + reason
-                handle.verdicts.append(Verdict(name, kind, module.inplace, less, reason))
-            elif type(module).__module__ == activation.__name__ and not any(module.children()):
-                handle.verdicts.append(Verdict(name, kind, False, 0, "has no in-place form"))
-    except BaseException:
-        handle.remove()
-        raise
+        verdicts = _try_all(model, switches, inputs, keyword_inputs, tolerance)
+    finally:
+        for name, module in switches.items():
+            module.inplace = before[name]
+    handle = InPlaceActivations(verdicts)
+    for verdict in verdicts:
+        if verdict.in_place != before.get(verdict.name, False):
+            module = switches[verdict.name]
+            handle.replace(verdict.name, module, "inplace", verdict.in_place)
     return handle
+
+
+def _try_all(model, switches: dict, inputs, keyword_inputs, tolerance) -> list[Verdict]:
+    """Try one activation after the other, and leave those in place that can be."""
+    for module in switches.values():
+        module.inplace = False
+    changing = _run_and_note_changes(model, switches, inputs, keyword_inputs)
+    reference, saved = _run(model, inputs, keyword_inputs, count=True)
+    what, difference = _compare(reference, _run(model, inputs, keyword_inputs)[0], tolerance)
+    if what:
+        raise ValueError(
+            f"Two runs of this model as it is differ ({what} by {difference:.0e}), so nothing"
+            " can be compared. Look for NaN, and try torch.use_deterministic_algorithms(True)."
+        )
+    verdicts = []
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if name not in switches:
+            if type(module).__module__ == activation.__name__ and not any(module.children()):
+                verdicts.append(Verdict(name, kind, False, 0, "has no in-place form"))
+            continue
+        if name not in changing:
+            reason = "changes nothing with these inputs, so nothing is known of it"
+            verdicts.append(Verdict(name, kind, False, 0, reason))
+            continue
+        module.inplace = True
+        module.inplace, reason = _try(model, inputs, keyword_inputs, reference, tolerance)
+        saved_less = 0
+        if module.inplace:
+            saved_now = _run(model, inputs, keyword_inputs, count=True)[1]
+            saved_less = saved - saved_now
+            saved = saved_now
+            saves = f"saves {saved_less:,} bytes" if saved_less else "saves a temporary at most"
+            reason = saves + reason
+        verdicts.append(Verdict(name, kind, module.inplace, saved_less, reason))
+    return verdicts
+
+
+def _run_and_note_changes(model, switches: dict, inputs, keyword_inputs) -> set[str]:
+    """Run the model; return which of the activations change their input, each time they run."""
+    changes = {name: [] for name in switches}
+
+    def note(name, module, args, output):
+        changes[name].append(bool(args) and not torch.equal(args[0], output))
+
+    hooks = [
+        module.register_forward_hook(functools.partial(note, name))
+        for name, module in switches.items()
+    ]
+    try:
+        _run(model, inputs, keyword_inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name for name, noted in changes.items() if noted and all(noted)}
 
 
 def _try(model, inputs, keyword_inputs, reference, tolerance) -> tuple[bool, str]:

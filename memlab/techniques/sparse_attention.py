@@ -17,10 +17,11 @@ arXiv:1904.10509; Beltagy et al., "Longformer" (2020), arXiv:2004.05150; Jiang e
 (2023), arXiv:2310.06825. In production, on a GPU: `torch.nn.attention.flex_attention`.
 """
 
+import functools
+import inspect
 import math
 import weakref
 from collections.abc import Callable, Iterator
-from types import MethodType, SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -230,61 +231,52 @@ def _check_sizes(queries, keys, window, after, piece) -> None:
 # --- Applying it from outside ---------------------------------------------------------------------
 
 
-def apply_attention(module: nn.Module, attention: Callable[..., Tensor]) -> SimpleNamespace:
-    """Let `attention` take the place of `scaled_dot_product_attention` in a module; `remove()`
-    undoes it.
+def apply_attention(module: nn.Module, attention: Callable[..., Tensor]) -> "Handle":
+    """Let another attention take the place of `scaled_dot_product_attention` in a module.
 
         for block in model.blocks:
-            apply_attention(block.attention, functools.partial(sliding_window_attention,
-            window=128))
+            window = functools.partial(sliding_window_attention, window=128)
+            apply_attention(block.attention, window)
 
-    module: the one whose own forward calls `torch.nn.functional.scaled_dot_product_attention`. Not
-        the whole model: a block that checkpointing runs again in backward would run without it.
-    attention: gets what the module gives to `scaled_dot_product_attention`, as it is.
+    When the module runs and never calls `scaled_dot_product_attention`, it raises RuntimeError.
 
-    Raises TypeError for other arguments, ValueError for a module that has one already, and, when
-    the module runs, RuntimeError if it never calls `scaled_dot_product_attention`. Remove it before
-    copying or pickling.
+    Args:
+        module: The one whose own forward calls `torch.nn.functional.scaled_dot_product_attention`.
+            Not the whole model: a block that checkpointing runs again in backward would run without
+            it.
+        attention: Gets what the module gives to `scaled_dot_product_attention`, as it is. A model
+            can be pickled if it is a function that has a name, or a `functools.partial` of one.
+
+    Returns:
+        A handle: `names`, here the module's class, and `remove()`, which undoes it.
+
+    Raises:
+        TypeError: `module` is no module or `attention` no function.
+        ValueError: The module has another attention already.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, but it is {module!r:.80}.")
     if not callable(attention):
         raise TypeError(f"attention must be a function, but it is {attention!r:.80}.")
-    if "forward" in vars(module):
+    if _is_applied(module, _run_with_attention):
         raise ValueError(
-            f"The forward of this {type(module).__name__} is replaced already: undo that first."
+            f"This {type(module).__name__} has another attention already: remove() that first."
         )
-    forward = module.forward = _Forward(module, attention)
-
-    def remove() -> None:
-        if (owner := forward.module()) is not None and vars(owner).get("forward") is forward:
-            del owner.forward
-
-    return SimpleNamespace(remove=remove)
+    handle = Handle()
+    handle.wrap_forward(type(module).__name__, module, _run_with_attention, attention)
+    return handle
 
 
-class _Forward:
-    """The `forward` of a module in which another attention runs. It holds the module weakly:
-    otherwise a deleted model would be a cycle and stay in memory until the garbage collector
-    came."""
-
-    def __init__(self, module: nn.Module, attention: Callable[..., Tensor]):
-        self.module, self.attention = weakref.ref(module), attention
-
-    def __call__(self, *args, **kwargs):
-        module = self.module()
-        with _Replaced(self.attention) as replaced:
-            output = MethodType(type(module).forward, module)(*args, **kwargs)
-        if not replaced.calls:
-            raise RuntimeError(
-                f"{type(module).__name__} did not call scaled_dot_product_attention, so no"
-                " attention was replaced in it. Does it compute its scores by hand (in our models:"
-                ' attention="naive")?'
-            )
-        return output
-
-    def __reduce__(self):
-        raise TypeError("This model has another attention: remove() it before copying or pickling.")
+def _run_with_attention(module, forward, attention, /, *args, **kwargs):
+    with _Replaced(attention) as replaced:
+        output = forward(*args, **kwargs)
+    if not replaced.calls:
+        raise RuntimeError(
+            f"{type(module).__name__} did not call scaled_dot_product_attention, so no attention"
+            " was replaced in it. Does it compute its scores by hand (in our models:"
+            ' attention="naive")?'
+        )
+    return output
 
 
 class _Replaced(TorchFunctionMode):
@@ -348,3 +340,143 @@ def hugging_face_attention(
     options = {"scale": scaling, "enable_gqa": True, "window": sliding_window or key.shape[2]}
     output = sliding_window_attention(query, key, value, attention_mask, dropout, **options)
     return output.transpose(1, 2), None
+
+
+# --- pasted from _patch.py: begin -----------------------------------------------------------------
+
+
+class Handle:
+    """What a technique has changed in a model: `names` says where, `remove()` undoes it.
+
+    As a context manager it removes at the end of the block. It holds the model weakly, and a model
+    keeps what was applied to it when its handle is gone.
+    """
+
+    def __init__(self):
+        self.names: list[str] = []
+        self._replaced = []
+        self._undo = []
+
+    def wrap_forward(
+        self, name: str, module: nn.Module, function: Callable, *options, innermost: bool = False
+    ) -> None:
+        """Let `function(module, forward, *options, *args, **kwargs)` run as the module's forward.
+
+        Its `forward` is what ran before, or runs further inside. A copy or a pickle of the model
+        takes function and options along: a function that has a name, and plain options.
+
+        Args:
+            name: What the module is called in the model.
+            innermost: Put it below all that is applied already, for a function that computes what
+                the module's own forward does, and never calls it.
+        """
+        patched = vars(module).get("forward")
+        if type(patched).__name__ != "_PatchedForward":
+            patched = module.forward = _PatchedForward(module, patched)
+        patch = (function, options)
+        patched.patches.insert(0 if innermost else len(patched.patches), patch)
+        self.names.append(name)
+        self._undo.append(functools.partial(_unwrap, weakref.ref(patched), patch))
+
+    def replace(self, name: str, owner, attribute: str, value) -> None:
+        """Give an attribute or submodule of `owner` another value, until `remove()`."""
+        before = getattr(owner, attribute)
+        is_its_own = attribute in vars(owner) or isinstance(before, nn.Module)
+        setattr(owner, attribute, value)
+        self.names.append(name)
+        self._replaced.append((name, weakref.ref(owner), attribute, value))
+        restore = (setattr, before) if is_its_own else (delattr,)
+        self._undo.append(functools.partial(_restore, weakref.ref(owner), attribute, *restore))
+
+    def on_remove(self, undo: Callable) -> None:
+        """Let `remove()` call `undo()` too: the `remove` of a hook, for example."""
+        self._undo.append(undo)
+
+    def remove(self) -> None:
+        """Undo what was applied, the last change first, whatever was applied to the model since.
+
+        A second call does nothing.
+
+        Raises:
+            RuntimeError: Something else has replaced an attribute since. Nothing is undone then.
+        """
+        for name, owner, attribute, value in self._replaced:
+            if owner() is not None and getattr(owner(), attribute, None) is not value:
+                raise RuntimeError(
+                    f"Something has replaced {attribute!r} of {name or 'the model'} since this was"
+                    " applied: undo that first, then call remove() again."
+                )
+        self._replaced.clear()
+        while self._undo:
+            self._undo.pop()()
+
+    def __enter__(self) -> "Handle":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(names={self.names})"
+
+
+class _PatchedForward:
+    """The `forward` of a module that something is applied to: each patch around the one before.
+
+    It holds the module weakly: otherwise a deleted model would be a cycle, and stay in memory until
+    the garbage collector came. In a copy of the model it is the copy's.
+    """
+
+    # Slots, and so no `__dict__`: `functools.wraps` would copy that to a forward put over this one.
+    __slots__ = ("__weakref__", "before", "module", "patches")
+
+    def __init__(self, module: nn.Module, before: Callable | None, patches=()):
+        self.module = weakref.ref(module)
+        self.before = before  # a forward that the instance had, from somebody else
+        self.patches = list(patches)
+
+    def unpatched(self) -> Callable:
+        module = self.module()
+        if module is None:
+            raise ReferenceError("The model is gone that this forward belongs to: keep the model.")
+        return self.before or functools.partial(type(module).forward, module)
+
+    def __call__(self, *args, **kwargs):
+        forward = self.unpatched()
+        for function, options in self.patches:
+            forward = functools.partial(function, self.module(), forward, *options)
+        return forward(*args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.unpatched())
+
+    def __reduce__(self):
+        return type(self), (self.module(), self.before, self.patches)
+
+
+def _is_applied(module: nn.Module, function: Callable) -> bool:
+    """Whether `function` is among the patches of a module's forward."""
+    patches = getattr(vars(module).get("forward"), "patches", ())
+    return any(patch[0] is function for patch in patches)
+
+
+def _unwrap(reference: weakref.ref, patch: tuple) -> None:
+    patched = reference()
+    if patched is None:
+        return
+    patched.patches[:] = [other for other in patched.patches if other is not patch]
+    module = patched.module()
+    if module is None or patched.patches or vars(module).get("forward") is not patched:
+        return  # a forward that somebody has put over it stays, and what is below lets all through
+    del module.forward
+    if patched.before is not None:
+        module.forward = patched.before
+
+
+def _restore(owner: weakref.ref, attribute: str, set_or_delete: Callable, *before) -> None:
+    if owner() is not None:
+        set_or_delete(owner(), attribute, *before)
+
+
+# --- pasted from _patch.py: end -------------------------------------------------------------------

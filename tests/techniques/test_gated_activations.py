@@ -533,16 +533,9 @@ def test_bad_input_is_refused():
         apply_gated_mlp(model, inner=-1)
     with pytest.raises(ValueError, match="holds no plain MLP"):
         apply_gated_mlp(nn.ModuleList([GatedMLP(4, 4)]))
-    handle = apply_gated_recomputation(model)
+    apply_gated_recomputation(model)
     with pytest.raises(ValueError, match="holds no MLP that could be changed"):
         apply_gated_recomputation(model)
-    ours = type(model.blocks[0].mlp)
-    model.blocks[0].mlp.__class__ = gpt.MLP
-    with pytest.raises(RuntimeError, match="changed the class of an MLP since"):
-        handle.remove()
-    model.blocks[0].mlp.__class__ = ours
-    handle.remove()
-    assert type(model.blocks[0].mlp) is gpt.MLP
 
 
 @pytest.mark.gpu

@@ -949,7 +949,7 @@ def everything(kind, state, dtype=torch.float32, **options):
 
     materialize(model, state, place)
     stream_parameters(kind.blocks(model), min_bytes=LEAST, device="cpu")
-    apply_layer_major_micro_batches(kind.blocks(model), 1)
+    apply_layer_major_micro_batches(model, 1, blocks=kind.blocks(model))
     apply_tied_embedding(model)
     apply_fused_loss(model, loss=functools.partial(TILED, gradient_like=far_like))
     optimizer = optimizer_in_backward(model, functools.partial(make_optimizer, **options))

@@ -564,6 +564,30 @@ def test_a_step_takes_a_closure_and_survives_an_exception():
     assert all(is_far(state["momentum_buffer"]) for state in optimizer.state.values())
 
 
+@pytest.mark.parametrize("with_scheduler", [False, True])
+def test_removed_all_state_is_near_again_and_the_step_is_the_plain_one(with_scheduler):
+    def run_with(offload):
+        model, _, run = a_gpt()
+        optimizer = torch.optim.AdamW(model.parameters())
+        if offload:
+            handle = offload_optimizer_state(optimizer, min_bytes=0)
+        if with_scheduler:
+            torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+        train(model, run, optimizer, steps=1)
+        if offload:
+            handle.remove()
+            handle.remove()
+            state = [value for values in optimizer.state.values() for value in values.values()]
+            assert not any(map(is_far, state))
+            assert ("step" in vars(optimizer)) == with_scheduler
+        weights = train(model, run, optimizer, steps=1)
+        if offload:
+            offload_optimizer_state(optimizer)  # once more, it is not refused
+        return weights
+
+    assert equal(run_with(offload=True), run_with(offload=False))
+
+
 def test_an_optimizer_is_not_kept_alive():
     model, _, run = a_gpt()
     optimizer = torch.optim.AdamW(model.parameters())
@@ -582,7 +606,7 @@ def test_wrong_optimizers_are_refused():
         offload_optimizer_state(torch.optim.LBFGS(parameters))
     optimizer = torch.optim.AdamW(parameters)
     offload_optimizer_state(optimizer)
-    with pytest.raises(ValueError, match="once only"):
+    with pytest.raises(ValueError, match="offloaded already: remove"):
         offload_optimizer_state(optimizer)
 
 
@@ -697,6 +721,32 @@ def test_after_an_exception_in_a_streamed_block_its_parameters_are_its_own_again
         is dict(model.named_parameters())["blocks.1.mlp.projection.weight"]
     )
     run().backward()
+
+
+def test_removed_parameters_and_gradients_are_near_again_and_train_to_the_same_weights():
+    def run_with(stream):
+        model, blocks, run = a_gpt()
+        optimizer = torch.optim.AdamW(model.parameters())
+        handle = stream_parameters(blocks, min_bytes=1024) if stream else None
+        train(model, run, optimizer, steps=1)
+        run().backward()
+        if stream:
+            assert any(map(is_far, model.parameters()))
+            handle.remove()
+            handle.remove()
+        optimizer.step()
+        assert not any(is_far(p) or is_far(p.grad) for p in model.parameters())
+        return train(model, run, optimizer, steps=1)
+
+    assert equal(run_with(stream=True), run_with(stream=False))
+
+
+def test_when_one_block_cannot_be_streamed_none_is():
+    model, blocks, run = a_gpt()
+    with pytest.raises(ValueError, match="Linear has no parameter of 1,024 bytes or more"):
+        stream_parameters([*blocks, nn.Linear(1, 1)], min_bytes=1024)
+    assert not any(map(is_far, model.parameters()))
+    assert not any("forward" in vars(block) for block in blocks)
 
 
 def test_streamed_blocks_are_freed_and_not_copied():
