@@ -7,8 +7,11 @@ print(compare(measure(before), measure(after)))
 from memlab.budget import budget
 from memlab.compare import Comparison, compare
 from memlab.ledger import COLUMNS
-from memlab.measure import Measurement, MemoryLeakError, measure, watch
+from memlab.measure import measure
+from memlab.measurement import Measurement
+from memlab.meters.refusals import MemoryLeakError, OverBudget
 from memlab.units import format_bytes, parse_bytes
+from memlab.watch import watch
 
 __version__ = "0.1.0"
 
@@ -17,6 +20,7 @@ __all__ = [
     "Comparison",
     "Measurement",
     "MemoryLeakError",
+    "OverBudget",
     "budget",
     "compare",
     "format_bytes",

@@ -14,7 +14,7 @@ import torch
 
 import memlab
 from memlab import course, report, results
-from memlab.budget import resolve_device
+from memlab.meters.device import resolve_device
 from memlab.workloads import gpt, scale
 
 #: The meter may cost this much of a step (in times the step), if the step takes a second or more.

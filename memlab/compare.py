@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from memlab.ledger import COLUMNS
-from memlab.measure import Measurement
+from memlab.measurement import Measurement
 from memlab.units import MiB, format_bytes
 
 if TYPE_CHECKING:

@@ -12,11 +12,14 @@ import torch
 
 from memlab import figures
 from memlab.budget import budget as budget_of
-from memlab.budget import bytes_alive, resolve_device
 from memlab.ledger import COLUMNS
-from memlab.measure import measure, watch
+from memlab.measure import measure
+from memlab.measurement import Measurement
+from memlab.meters.device import bytes_alive, resolve_device, room_for
+from memlab.meters.refusals import OverBudget
 from memlab.proof import FirstStep, first_step, gradient_difference, never_updated
 from memlab.units import MiB, format_bytes, parse_bytes
+from memlab.watch import watch
 
 #: Every result of `check` in this process, in order. The course's own tests read it.
 history: list[Result] = []
@@ -72,7 +75,7 @@ def check(
             function that returns one of them) as long as there is none.
         reference: the run whose gradients count, and which does not fit the budget.
         budget: the most bytes allowed at once ("60 MiB"), counted from zero for the answer. It is
-            enforced.
+            enforced. What operators take for themselves does not count.
         max_compute: the most floating-point operations allowed, as a multiple of the reference's.
             Operations rather than seconds: they are the same on a busy machine.
         min_compute: the least, likewise: an answer that computes less has left a part of the task
@@ -85,111 +88,124 @@ def check(
         ValueError: the reference itself meets the budget, so there would be nothing to do; the
             answer cannot be measured, because it returns no step, for one.
     """
-    limits = (parse_bytes(budget), min_compute, max_compute, tolerance)
-    result = _check(build, reference, *limits, steps, resolve_device(device))
+    limits = _Limits(parse_bytes(budget), min_compute, max_compute, tolerance)
+    result = _check(build, reference, limits, steps, resolve_device(device))
     history.append(result)
     return result
+
+
+@dataclass(frozen=True)
+class _Limits:
+    """What an answer must keep to; the fields are those of `check`."""
+
+    budget: int
+    min_compute: float
+    max_compute: float
+    tolerance: float
 
 
 def _check(
     build: Callable | None,
     reference: Callable,
-    limit: int,
-    min_compute: float,
-    max_compute: float,
-    tolerance: float,
+    limits: _Limits,
     steps: int,
     device: torch.device,
 ) -> Result:
     before = measure(reference, steps=steps, device=device)
-    if before.peak_bytes <= limit:
+    budget_text = format_bytes(limits.budget)
+    if before.known_bytes <= limits.budget:
         raise ValueError(
-            f"the reference needs {format_bytes(before.peak_bytes)} and meets the budget of"
-            f" {format_bytes(limit)} already: there is nothing to do"
+            f"the reference needs {format_bytes(before.known_bytes)} and meets the budget of"
+            f" {budget_text} already: there is nothing to do"
         )
-    ledgers = {"as it is": before.columns}
+    ledgers = {"as it is": before.known_columns}
     if build is None or build is ... or _returns_nothing(build):
-        line = (
-            f"Not solved yet: {format_bytes(before.peak_bytes)} has to become {format_bytes(limit)}"
-        )
-        return Result(False, [line], ledgers, limit)
+        needed = format_bytes(before.known_bytes)
+        line = f"Not solved yet: {needed} has to become {budget_text}"
+        return Result(False, [line], ledgers, limits.budget)
 
     with watch(device=device) as watched:
         pass
-    # A GPU's allocator reserves in segments, and parts of them stay empty. So there the budget only
-    # ends a run that is far off; what counts is what was allocated.
-    room = limit if device.type == "cpu" else limit + limit // 4 + 64 * MiB
+    # What operators take for themselves does not count: it depends on the processor.
+    allowed = bytes_alive(device) + room_for(limits.budget, device)
     try:
-        with budget_of(bytes_alive(device) + room, device=device):
+        with budget_of(allowed, device=device, scratch=False):
             after = measure(build, steps=steps, device=device)
-    except torch.OutOfMemoryError as error:
-        columns = getattr(error, "columns", None)
-        if not columns:  # the device itself is full
-            raise
-        where, columns = _ran_out(error, columns, watched.measurement.columns)
+    except OverBudget as error:
+        columns = error.columns
+        if not error.measured:  # it counts what was alive before, too
+            alive_before = watched.measurement.columns
+            columns = {name: max(0, columns[name] - alive_before[name]) for name in COLUMNS}
         ledgers["yours, when it ran out"] = columns
-        largest = max(COLUMNS, key=lambda column: columns[column])
+        asked = ""
+        if error.asked and not error.measured:
+            asked = f" asked for {format_bytes(error.asked)}"
         lines = [
-            f"Over the budget of {format_bytes(limit)}",
-            f"It ran out here: {where}.",
-            (
-                f"The largest column is {largest.replace('_', ' ')}. The hint below says where to"
-                " look."
-            ),
+            f"Over the budget of {budget_text}",
+            f"It ran out here: {error.place}{asked}.",
+            _where_to_look(columns),
         ]
-        return Result(False, lines, ledgers, limit)
-    ledgers["yours"] = after.columns
-    if after.peak_bytes > limit:  # only where there was more room than the budget
-        largest = max(COLUMNS, key=lambda column: after.columns[column])
+        return Result(False, lines, ledgers, limits.budget)
+    ledgers["yours"] = after.known_columns
+    if after.known_bytes > limits.budget:  # only where there was more room than the budget
+        needed = format_bytes(after.known_bytes)
         lines = [
-            (
-                f"Over the budget of {format_bytes(limit)}: {format_bytes(after.peak_bytes)} at the"
-                f" peak, in {after.phase}"
-            ),
-            (
-                f"The largest column is {largest.replace('_', ' ')}. The hint below says where to"
-                " look."
-            ),
+            f"Over the budget of {budget_text}: {needed} at the peak, in {after.phase}",
+            _where_to_look(after.known_columns),
         ]
-        return Result(False, lines, ledgers, limit)
+        return Result(False, lines, ledgers, limits.budget)
+    passed, lines = _compare_first_steps(build, reference, before, after, limits)
+    return Result(passed, lines, ledgers, limits.budget)
 
-    wanted, wanted_by_python = _first_step_traced(reference)
-    given, given_by_python = _first_step_traced(build)
+
+def _where_to_look(columns: dict[str, int]) -> str:
+    largest = max(COLUMNS, key=lambda column: columns[column])
+    name = largest.replace("_", " ")
+    return f"The largest column is {name}. The hint below says where to look."
+
+
+def _compare_first_steps(
+    build: Callable,
+    reference: Callable,
+    before: Measurement,
+    after: Measurement,
+    limits: _Limits,
+) -> tuple[bool, list[str]]:
+    """Whether an answer that fits trains the same, and what to say of it."""
+    expected, expected_by_python = _first_step_traced(reference)
+    answer, answer_by_python = _first_step_traced(build)
     hidden = max(
-        given_by_python - wanted_by_python, after.outside_memory_bytes - before.outside_memory_bytes
+        answer_by_python - expected_by_python,
+        after.outside_memory_bytes - before.outside_memory_bytes,
     )
     if hidden > MiB:
-        line = (
+        return False, [
             f"It fits, but it holds {format_bytes(hidden)} where the meter does not count, in"
             " NumPy's arrays for one"
-        )
-        return Result(False, [line], ledgers, limit)
-    problem = _wrong_gradients(wanted, given, tolerance)
+        ]
+    problem = _wrong_gradients(expected, answer, limits.tolerance)
     if problem:
-        return Result(
-            False, ["It fits, but it does not train the same model", problem], ledgers, limit
-        )
-    compute = given.flops / wanted.flops if wanted.flops else 1.0
-    if compute < min_compute:
-        line = (
+        return False, ["It fits, but it does not train the same model", problem]
+    compute = answer.flops / expected.flops if expected.flops else 1.0
+    if compute < limits.min_compute:
+        return False, [
             f"It fits, but it computes only {compute:.2f}× as much: a part of the task is missing"
-        )
-        return Result(False, [line], ledgers, limit)
-    if compute > max_compute:
-        line = f"It fits, but it computes {compute:.2f}× as much; {max_compute:g}× is allowed"
-        return Result(False, [line], ledgers, limit)
-    lines = [
+        ]
+    if compute > limits.max_compute:
+        return False, [
+            f"It fits, but it computes {compute:.2f}× as much; {limits.max_compute:g}× is allowed"
+        ]
+    difference = gradient_difference(expected, answer)
+    return True, [
         (
-            f"Solved: {format_bytes(before.peak_bytes)} → {format_bytes(after.peak_bytes)}, budget"
-            f" {format_bytes(limit)}"
+            f"Solved: {format_bytes(before.known_bytes)} → {format_bytes(after.known_bytes)},"
+            f" budget {format_bytes(limits.budget)}"
         ),
         (
-            f"Largest gradient difference {gradient_difference(wanted, given):.1e} (allowed"
-            f" {tolerance:.0e}), {compute:.2f}× the floating-point operations (allowed"
-            f" {max_compute:g}×)."
+            f"Largest gradient difference {difference:.1e} (allowed {limits.tolerance:.0e}),"
+            f" {compute:.2f}× the floating-point operations (allowed {limits.max_compute:g}×)."
         ),
     ]
-    return Result(True, lines, ledgers, limit)
 
 
 def _first_step_traced(build: Callable) -> tuple[FirstStep, int]:
@@ -213,21 +229,6 @@ def _returns_nothing(build: Callable) -> bool:
     """Whether an answer is still empty: `build()` gives None or `...`."""
     step = build()
     return step is None or step is ...
-
-
-def _ran_out(
-    error: Exception, columns: dict[str, int], before: dict[str, int]
-) -> tuple[str, dict[str, int]]:
-    """Where an answer ran out, and its own bytes by column: the budget's error counts what was
-    alive before, too.
-    """
-    where = str(error).splitlines()[0].partition(". ")[2]
-    if (
-        "at the measured peak" in where
-    ):  # found afterwards, by the ledger: that has the answer's bytes alone
-        return where.partition(": ")[0], columns
-    where = where.partition(" while ")[0].rstrip(".")
-    return where, {column: max(0, columns[column] - before[column]) for column in COLUMNS}
 
 
 def _wrong_gradients(wanted: FirstStep, given: FirstStep, tolerance: float) -> str | None:

@@ -21,7 +21,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from memlab.ledger import COLUMNS, Span
-from memlab.measure import Measurement
+from memlab.measurement import Measurement
 from memlab.units import GiB, KiB, MiB, format_bytes
 
 if TYPE_CHECKING:

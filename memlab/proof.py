@@ -7,8 +7,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import re
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -19,8 +17,18 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.flop_counter import FlopCounterMode
 
-from memlab.measure import Seconds
-from memlab.meters.columns import live_objects
+from memlab.meters.live import live_objects
+from memlab.run import loss_of, start_run
+from memlab.timing import time_together
+
+__all__ = [
+    "FirstStep",
+    "first_step",
+    "gradient_difference",
+    "losses",
+    "never_updated",
+    "time_together",
+]
 
 T = TypeVar("T")
 
@@ -81,7 +89,7 @@ class FirstStep:
     updated: set[str] = field(default_factory=set)
 
 
-def first_step(build: Callable[[], Callable[[], object]]) -> FirstStep:
+def first_step(run: Callable, **options: object) -> FirstStep:
     """Build a run, take one step, and keep the gradients it computed.
 
     A gradient is copied when the optimizer is about to use it, so it is seen also where the step
@@ -90,73 +98,95 @@ def first_step(build: Callable[[], Callable[[], object]]) -> FirstStep:
     step calls its parts one by one.
 
     Args:
-        build: as for `memlab.measure`.
+        run: as for `memlab.measure`.
+        **options: keywords for the run.
+
+    Returns:
+        The `FirstStep`.
     """
-    names: dict[int, str] = {}
-    parameters: dict[str, torch.Tensor] = {}
-    values: dict[str, torch.Tensor] = {}
-    gradients: dict[str, torch.Tensor] = {}
-    stepped: set[str] = set()
-
-    def meet(parameter: torch.Tensor, name: str) -> str:
-        if id(parameter) not in names:
-            number, own = 1, name
-            while name in parameters:  # two models side by side
-                number += 1
-                name = f"{own} of model {number}"
-            names[id(parameter)] = name
-            parameters[name] = parameter
-            if not isinstance(parameter, nn.UninitializedParameter):
-                values[name] = parameter.detach().to("cpu", copy=True)  # the host has the room
-        return names[id(parameter)]
-
-    def name_parameters(module: nn.Module, inputs: tuple) -> None:
-        if any(id(parameter) not in names for parameter in module.parameters()):
-            for name, parameter in _whole_model(module).named_parameters():
-                meet(parameter, name)
-
-    def read(name: str, parameter: torch.Tensor) -> None:
-        if parameter.grad is not None and name not in gradients:
-            gradient = parameter.grad.detach().clone()
-            gradients[name] = gradient if gradient.layout is torch.strided else gradient.to_dense()
-
-    def keep(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                name = meet(parameter, f"parameter {len(parameters)}")  # a new one is in no model
-                read(name, parameter)
-                if parameter.grad is not None:
-                    stepped.add(name)
-
+    kept = _Kept()
     handles = [
-        register_module_forward_pre_hook(name_parameters),
-        register_optimizer_step_pre_hook(keep),
+        register_module_forward_pre_hook(kept.name_parameters),
+        register_optimizer_step_pre_hook(kept.keep_gradients),
     ]
+    counter = FlopCounterMode(display=False, custom_mapping=_ATTENTION)
+    started = None
     try:
-        step = build()
-        with FlopCounterMode(display=False, custom_mapping=_ATTENTION) as counter:
-            result = step()
+        started = start_run(run, options)
+        with counter:
+            result = started.step()
+        for name, parameter in kept.parameters.items():
+            kept.read_gradient(name, parameter)
+        changed = kept.changed()
+        loss = loss_of(result)
+        del result
     finally:
         for handle in handles:
             handle.remove()
-    for name, parameter in parameters.items():
-        read(name, parameter)
-    changed = {
-        name
-        for name, value in values.items()
-        if not torch.equal(parameters[name].detach().cpu(), value)
-    }
-    loss = (
-        float(result.detach()) if isinstance(result, torch.Tensor) and result.numel() == 1 else None
-    )
-    if isinstance(result, (int, float)):
-        loss = float(result)
-    del step, result
-    parameters.clear()
-    gc.collect()
-    return FirstStep(
-        loss, gradients, counter.get_total_flops(), changed | stepped if changed else set()
-    )
+        if started is not None:
+            started.close()
+        kept.parameters.clear()
+        gc.collect()
+    updated = changed | kept.stepped if changed else set()
+    return FirstStep(loss, kept.gradients, counter.get_total_flops(), updated)
+
+
+class _Kept:
+    """What is kept of a step while it runs: the parameters by name, their values before it, their
+    gradients, and which of them an optimizer stepped.
+    """
+
+    def __init__(self):
+        self.parameters: dict[str, torch.Tensor] = {}
+        self.gradients: dict[str, torch.Tensor] = {}
+        self.stepped: set[str] = set()
+        self._names: dict[int, str] = {}
+        self._values: dict[str, torch.Tensor] = {}
+
+    def name_of(self, parameter: torch.Tensor, name: str) -> str:
+        """The name of a parameter; `name`, if it is met for the first time."""
+        if id(parameter) not in self._names:
+            number, unnumbered = 1, name
+            while name in self.parameters:  # two models side by side
+                number += 1
+                name = f"{unnumbered} of model {number}"
+            self._names[id(parameter)] = name
+            self.parameters[name] = parameter
+            if not isinstance(parameter, nn.UninitializedParameter):
+                # On the host, which has the room.
+                self._values[name] = parameter.detach().to("cpu", copy=True)
+        return self._names[id(parameter)]
+
+    def name_parameters(self, module: nn.Module, inputs: tuple) -> None:
+        """Before a module runs: name all parameters of the whole model."""
+        if any(id(parameter) not in self._names for parameter in module.parameters()):
+            for name, parameter in _whole_model(module).named_parameters():
+                self.name_of(parameter, name)
+
+    def read_gradient(self, name: str, parameter: torch.Tensor) -> None:
+        """Copy a parameter's gradient, once."""
+        if parameter.grad is not None and name not in self.gradients:
+            gradient = parameter.grad.detach().clone()
+            dense = gradient.layout is torch.strided
+            self.gradients[name] = gradient if dense else gradient.to_dense()
+
+    def keep_gradients(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        """Before an optimizer steps: copy the gradients that it is about to use."""
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                # One that is met here for the first time is in no model.
+                name = self.name_of(parameter, f"parameter {len(self.parameters)}")
+                self.read_gradient(name, parameter)
+                if parameter.grad is not None:
+                    self.stepped.add(name)
+
+    def changed(self) -> set[str]:
+        """The names of the parameters that have other values than before."""
+        return {
+            name
+            for name, value in self._values.items()
+            if not torch.equal(self.parameters[name].detach().cpu(), value)
+        }
 
 
 def _whole_model(module: nn.Module) -> nn.Module:
@@ -236,49 +266,30 @@ def _without_prefix(by_name: dict[str, T]) -> dict[str, T]:
     return by_name
 
 
-def losses(build: Callable[[], Callable[[], object]], steps: int) -> list[float]:
+def losses(run: Callable, steps: int, **options: object) -> list[float]:
     """Train for a number of steps with nothing switched on, and return each step's loss.
 
+    Args:
+        run: as for `memlab.measure`.
+        steps: how many steps are taken.
+        **options: keywords for the run.
+
     Raises:
-        ValueError: the step returns no loss.
+        ValueError: a step returns no loss.
     """
-    step = build()
+    started = start_run(run, options)
     found = []
-    for _ in range(steps):
-        result = step()
-        if result is None:
-            raise ValueError(
-                "the step returns no loss: let it return the loss tensor or its number"
-            )
-        found.append(float(result.detach()) if isinstance(result, torch.Tensor) else float(result))
-    del step
-    gc.collect()
+    try:
+        for _ in range(steps):
+            result = started.step()
+            loss = loss_of(result)
+            if loss is None:
+                raise ValueError(
+                    "the step returns no loss: let it return the loss tensor or its number"
+                )
+            found.append(loss)
+            del result
+    finally:
+        started.close()
+        gc.collect()
     return found
-
-
-def time_together(
-    builds: dict[str, Callable[[], Callable[[], object]]], repeats: int = 5
-) -> dict[str, Seconds]:
-    """Time steps of several runs in turn, so that a slow moment of the machine falls on all of them
-    alike.
-
-    Raises:
-        ValueError: `repeats` is below 1.
-    """
-    if repeats < 1:
-        raise ValueError(f"repeats has to be at least 1, not {repeats}")
-    steps = {name: build() for name, build in builds.items()}
-    times: dict[str, list[float]] = {name: [] for name in builds}
-    for turn in range(repeats + 1):  # the first turn warms up
-        for name, step in steps.items():
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            began = time.perf_counter()
-            step()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            if turn:
-                times[name].append(time.perf_counter() - began)
-    return {
-        name: Seconds(statistics.median(t), max(t) - min(t), repeats) for name, t in times.items()
-    }

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from memlab.ledger import COLUMNS, PHASES
-from memlab.measure import environment as measured_environment
+from memlab.meters.device import environment as measured_environment
 
 if TYPE_CHECKING:
     from memlab.compare import Comparison

@@ -16,8 +16,10 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.checkpoint import checkpoint
 
 from memlab import budget, measure, watch
-from memlab.budget import ADVICE, active_budget, bytes_alive, resolve_device
+from memlab.budget import active_budget
 from memlab.ledger import COLUMNS
+from memlab.meters.device import bytes_alive, resolve_device
+from memlab.meters.refusals import ADVICE, OverBudget
 
 FLOAT = 4
 MiB, KiB = 2**20, 2**10
@@ -237,11 +239,11 @@ def test_compiled_and_fake_tensors_are_none_of_its_business():
 
 def test_every_column_has_an_advice_and_the_message_gives_the_largest():
     assert tuple(ADVICE) == COLUMNS
-    from memlab.budget import out_of_memory as message_of
-
     for column in COLUMNS:
         columns = dict.fromkeys(COLUMNS, 1) | {column: 3 * MiB}
-        error = message_of(2 * MiB, "aten.mm in block.3 asked for 1.00 MiB", columns)
+        error = OverBudget(
+            2 * MiB, MiB, "aten.mm in block.3", columns, detail=" asked for 1.00 MiB"
+        )
         assert isinstance(error, torch.OutOfMemoryError)
         assert str(error).startswith(
             "out of memory: the budget is 2.00 MiB. aten.mm in block.3 asked for 1.00 MiB."
@@ -249,6 +251,8 @@ def test_every_column_has_an_advice_and_the_message_gives_the_largest():
         assert f"{column} 3.00 MiB" in str(error)
         assert f"The largest column is {column}. Try {ADVICE[column]}." in str(error)
         assert error.columns == columns
+        assert (error.limit, error.asked) == (2 * MiB, MiB)
+        assert error.place == "aten.mm in block.3" and not error.measured
 
 
 def test_the_columns_of_the_error_sum_to_what_was_alive_and_asked_for():

@@ -9,7 +9,9 @@ from torch import nn
 
 from memlab.compare import compare
 from memlab.ledger import COLUMNS, Ledger
-from memlab.measure import Measurement, Seconds, measure
+from memlab.measure import measure
+from memlab.measurement import Measurement
+from memlab.timing import Seconds
 from memlab.units import MiB
 
 

@@ -19,7 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from memlab import figures
 from memlab.compare import compare
 from memlab.ledger import COLUMNS, Block, Ledger, Span
-from memlab.measure import Measurement, measure
+from memlab.measure import measure
+from memlab.measurement import Measurement
 from memlab.units import GiB, KiB, MiB, format_bytes
 from memlab.workloads import gpt
 

@@ -6,7 +6,6 @@ import functools
 import gc
 import pickle
 import queue
-import sys
 import threading
 import weakref
 
@@ -20,9 +19,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from memlab import COLUMNS, Measurement, MemoryLeakError, measure, watch
-from memlab.ledger import PHASES, Block, Ledger, Observation
-from memlab.measure import Seconds, _Recording, environment
-from memlab.meters.columns import Use, live_objects, objects_set_aside
+from memlab.ledger import PHASES, Block, Ledger
+from memlab.meters.device import environment
+from memlab.meters.live import live_objects, objects_set_aside
+from memlab.timing import Seconds
 
 FLOAT = 4
 WIDTH, BATCH = 64, 32
@@ -178,25 +178,6 @@ def test_seconds_come_from_separate_runs_with_nothing_switched_on():
     assert measured.seconds.repeats == 3
     assert 0 < measured.seconds.median and 0 <= measured.seconds.spread
     assert "a step" in str(measured)
-
-
-def test_a_long_step_needs_no_other_one_to_warm_up(monkeypatch):
-    monkeypatch.setattr(
-        sys.modules["memlab.measure"], "_LONG_STEP", 0.0
-    )  # `memlab.measure` is the function
-    calls = []
-
-    def counted():
-        step = build()
-
-        def count():
-            calls.append(None)
-            step()
-
-        return count
-
-    measured = measure(counted, steps=2, repeats=3)
-    assert len(calls) == 2 + 3 and measured.seconds.repeats == 3
 
 
 def test_it_pickles():
@@ -905,24 +886,6 @@ def test_a_step_that_returns_a_function_was_not_called_yet():
 
     with pytest.raises(ValueError, match="not yet called"):
         measure(lambda: lambda: build_other, device="cpu")
-
-
-@pytest.mark.parametrize(("used_at", "refused"), [(100, True), (200, False)])
-def test_memory_that_a_model_from_before_has_given_back_is_not_that_model(used_at, refused):
-    """A model from before was seen at an address, at 100. Used then, it is a stranger; later,
-    another is there.
-    """
-    recording = _Recording(torch.device("cpu"))
-    recording.observer.before.add(4096)
-    recording.observer.uses.append(Use(4096, 64, used_at))
-    missed = [Observation(100, 4096, "parameters", "old.weight")]
-    if refused:
-        with pytest.raises(
-            ValueError, match="64 B of its parameters would be missing .'old.weight' is one"
-        ):
-            recording._refuse_foreign_parameters(missed)
-    else:
-        recording._refuse_foreign_parameters(missed)
 
 
 # What is alive already ----------------------------------------------------------------------------

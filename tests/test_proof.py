@@ -5,7 +5,6 @@ losses.
 import gc
 import math
 import weakref
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +20,6 @@ from memlab.proof import (
     gradient_difference,
     losses,
     never_updated,
-    time_together,
 )
 from memlab.workloads import gpt
 
@@ -436,7 +434,7 @@ def test_nothing_stays_switched_on():
     assert switched_on() == before
 
 
-# Losses and times ---------------------------------------------------------------------------------
+# Losses ---------------------------------------------------------------------------------
 
 
 def test_losses_are_those_of_a_plain_loop():
@@ -447,23 +445,3 @@ def test_losses_are_those_of_a_plain_loop():
     assert losses(lambda: lambda: 2, 2) == [2.0, 2.0]
     with pytest.raises(ValueError, match="returns no loss"):
         losses(lambda: lambda: None, 1)
-
-
-def test_runs_are_timed_in_turn_after_a_warm_up(monkeypatch):
-    clock, turns = [0.0], []
-    monkeypatch.setattr(proof, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
-
-    def build_run(name):
-        seconds = iter({"a": [100, 1, 5, 2], "b": [200, 3, 3, 3]}[name])
-
-        def step():
-            turns.append(name)
-            clock[0] += next(seconds)
-
-        return step
-
-    times = time_together({name: lambda name=name: build_run(name) for name in "ab"}, repeats=3)
-    assert turns == ["a", "b"] * 4
-    assert times == {"a": (2, 4, 3), "b": (3, 0, 3)}
-    with pytest.raises(ValueError, match="repeats has to be at least 1, not 0"):
-        time_together({}, repeats=0)

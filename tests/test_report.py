@@ -9,7 +9,8 @@ import pytest
 from memlab import report, results
 from memlab.compare import compare
 from memlab.ledger import COLUMNS, Ledger
-from memlab.measure import Measurement, Seconds
+from memlab.measurement import Measurement
+from memlab.timing import Seconds
 from memlab.units import MiB
 
 ENVIRONMENT = {

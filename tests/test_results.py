@@ -11,8 +11,9 @@ import pytest
 from memlab import results
 from memlab.compare import compare
 from memlab.ledger import COLUMNS, Ledger
-from memlab.measure import Measurement, Seconds
-from memlab.measure import environment as measured_environment
+from memlab.measurement import Measurement
+from memlab.meters.device import environment as measured_environment
+from memlab.timing import Seconds
 from memlab.units import MiB
 
 

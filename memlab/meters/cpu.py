@@ -23,27 +23,50 @@ import torch
 from torch.profiler import ProfilerAction, ProfilerActivity, profile
 
 from memlab.ledger import Event, Span
-from memlab.meters.columns import live_objects
+from memlab.meters.counter import Counter as Limit
+from memlab.meters.live import live_objects, live_storages
+from memlab.meters.readings import Readings
 
 _BACKWARD = "autograd::engine::evaluate_function: "
 
+__all__ = ["Limit", "Meter", "bytes_alive", "describe", "resolve", "room_for", "synchronize"]
 
-class Trace:
-    """Records with PyTorch's profiler between `start()` and `stop()`; then `events`, `mapped` and
-    `spans` are filled.
 
-    `mapped` are the events of memory maps: files and shared memory, which the allocator did not
-    hand out.
+def resolve(device: torch.device) -> torch.device:
+    """The CPU as it is written everywhere: without an index."""
+    return torch.device("cpu")
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device is done: on the CPU an operator that has returned is."""
+
+
+def bytes_alive(device: torch.device) -> int:
+    """Bytes of the storages that live tensors hold."""
+    return sum(storage.nbytes() for storage in live_storages(device).values())
+
+
+def room_for(limit: int) -> int:
+    """The same: every byte that a storage has is counted, and no other."""
+    return limit
+
+
+def describe(device: torch.device) -> dict[str, object]:
+    """What a number depends on, of a GPU: nothing here."""
+    return {"gpu": None, "gpu_bytes": None, "driver": None}
+
+
+class Meter:
+    """Records the CPU's allocator, and which operators ran, between `start()` and `stop()`.
+
+    It is PyTorch's profiler, which sees the thread that started it, and autograd's.
 
     Args:
-        memory: whether the CPU allocator's events are wanted (they are not when a GPU is measured).
+        device: the CPU.
+        memory: whether the allocator's events are wanted (they are not when a GPU is measured).
     """
 
-    def __init__(self, memory: bool = True):
-        self.events: list[Event] = []
-        self.mapped: list[Event] = []
-        self.complete = True  # nothing is ever left out here
-        self.spans: list[Span] = []
+    def __init__(self, device: torch.device, memory: bool = True):
         # The profiler announces itself on standard error, which a notebook would show. 99 is
         # silence.
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")
@@ -74,7 +97,7 @@ class Trace:
         if self._log_level is not None:
             self._level_before, self._log_level.value = self._log_level.value, 2
 
-    def stop(self) -> None:
+    def stop(self) -> Readings:
         """Stop recording and read what was recorded.
 
         Raises:
@@ -93,7 +116,8 @@ class Trace:
             path = Path(folder) / "trace.json"
             self._profile.export_chrome_trace(str(path))
             trace = json.loads(path.read_bytes())
-        self.events, self.mapped, self.spans = read_trace(trace)
+        events, mapped, spans = read_trace(trace)
+        return Readings(events, spans, mapped, one_thread=True)
 
 
 def read_trace(trace: dict) -> tuple[list[Event], list[Event], list[Span]]:

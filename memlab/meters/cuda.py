@@ -13,14 +13,20 @@ themselves.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import subprocess
 import time
 from collections.abc import Iterable
 
 import torch
 
-from memlab.ledger import Block, Event, Span
-from memlab.meters.cpu import Trace
+from memlab.ledger import Block, Event
+from memlab.meters import cpu
+from memlab.meters.counter import Held
+from memlab.meters.live import live_storages
+from memlab.meters.readings import Readings
+from memlab.units import MiB
 
 # More than a few hundred steps of a large model. Bounded, so that a forgotten recording cannot fill
 # the host.
@@ -30,18 +36,111 @@ _MAX_ENTRIES = 2_000_000
 _GRAIN = 512
 
 
-class CudaTrace:
+__all__ = ["Limit", "Meter", "bytes_alive", "describe", "resolve", "room_for", "synchronize"]
+
+
+def resolve(device: torch.device) -> torch.device:
+    """The device with its index.
+
+    Raises:
+        ValueError: it is not there.
+    """
+    if not torch.cuda.is_available():
+        raise ValueError(
+            "no CUDA device is there (torch.cuda.is_available() is False). Use device='cpu'"
+        )
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if index >= torch.cuda.device_count():
+        raise ValueError(
+            f"cuda:{index} is not there: this machine has {torch.cuda.device_count()} CUDA"
+            " device(s)"
+        )
+    return torch.device("cuda", index)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was asked for."""
+    torch.cuda.synchronize(device)
+
+
+def bytes_alive(device: torch.device) -> int:
+    """Bytes that the allocator holds from the driver, with nothing cached and no workspaces."""
+    clear_workspaces()
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved(device)
+
+
+def room_for(limit: int) -> int:
+    """More than that: the allocator reserves in segments, and parts of them stay empty."""
+    return limit + limit // 4 + 64 * MiB
+
+
+def describe(device: torch.device) -> dict[str, object]:
+    """What a number depends on, of a GPU: its name, its memory in bytes, the driver."""
+    return {
+        "gpu": torch.cuda.get_device_name(device),
+        "gpu_bytes": torch.cuda.get_device_properties(device).total_memory,
+        "driver": _driver(),
+    }
+
+
+def _driver() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        return answer.stdout.split("\n")[0].strip() or None
+    return None
+
+
+class Limit:
+    """Lets the allocator hold at most so many bytes: the allocation that passes it raises.
+
+    cuBLAS's workspaces are allowed on top.
+
+    Args:
+        device: a CUDA device.
+        limit: bytes.
+        passed: not called here. The allocator raises its own error.
+    """
+
+    #: What operators take for themselves goes through the allocator, too.
+    sees_scratch = True
+
+    def __init__(self, device: torch.device, limit: int, passed: object = None):
+        self.device = device
+        self.limit = limit
+
+    def start(self) -> None:
+        """Set the limit."""
+        total = torch.cuda.get_device_properties(self.device).total_memory
+        self._fraction_before = torch.cuda.get_per_process_memory_fraction(self.device)
+        allowed = self.limit + workspace_bytes(self.device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total), self.device)
+
+    def stop(self) -> None:
+        """Set the limit that was there before."""
+        torch.cuda.set_per_process_memory_fraction(self._fraction_before, self.device)
+
+    def bytes_alive(self) -> int:
+        """Bytes that count against the limit now."""
+        return torch.cuda.memory_reserved(self.device)
+
+    def held(self) -> list[Held]:
+        """The storages that live tensors hold."""
+        now = time.time_ns()
+        return [
+            Held(storage.nbytes(), address, now, with_grad=True)
+            for address, storage in live_storages(self.device).items()
+        ]
+
+
+class Meter:
     """Records a CUDA device's allocator between `start()` and `stop()`."""
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.events: list[Event] = []
-        self.mapped: list[Event] = []  # as on the CPU; memory maps are the host's
-        self.spans: list[Span] = []
-        self.alive: list[Block] = []
-        self.complete = True
-        self.workspace_bytes = 0
-        self._trace = Trace(memory=False)  # for the operators' and backward's spans only
+        # For the operators' and backward's spans only.
+        self._profiler = cpu.Meter(torch.device("cpu"), memory=False)
 
     def start(self) -> None:
         """Empty the cache, set the counters to zero and begin to record."""
@@ -49,38 +148,44 @@ class CudaTrace:
         torch.cuda.synchronize(self.device)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(self.device)
-        self.allocated_before = torch.cuda.memory_allocated(self.device)
-        self.alive = _active_blocks(self.device)
-        self._trace.start()
+        self._allocated_before = torch.cuda.memory_allocated(self.device)
+        self._alive = _active_blocks(self.device)
+        self._profiler.start()
         torch.cuda.memory._record_memory_history(enabled=None)  # forget what someone else recorded
         # Context None: addresses, sizes and times without stack traces, which would slow the run
         # down.
         torch.cuda.memory._record_memory_history("all", context=None, max_entries=_MAX_ENTRIES)
 
-    def stop(self) -> None:
+    def stop(self) -> Readings:
         """Stop recording, switch the history off again and read what was recorded."""
         # Read before the workspaces go: the allocator keeps what it reserved until asked, so this
-        # is near the highest.
+        # is close to the highest.
         torch.cuda.synchronize(self.device)
         free, total = torch.cuda.mem_get_info(self.device)
-        self.device_bytes = total - free
         time.sleep(0.002)  # what goes from now on goes at a time that nothing else went
         ended = time.time_ns() - 1_000_000
         clear_workspaces()
         torch.cuda.synchronize(self.device)
         peak_allocated = torch.cuda.max_memory_allocated(self.device)
-        self.reserved_bytes = torch.cuda.max_memory_reserved(self.device)
+        reserved = torch.cuda.max_memory_reserved(self.device)
         try:
             history = torch.cuda.memory._snapshot(self.device)["device_traces"][self.device.index]
         finally:
             torch.cuda.memory._record_memory_history(enabled=None)
-            self._trace.stop()
-        self.complete = len(history) < _MAX_ENTRIES
-        self.events, workspaces = split_workspaces(read_history(history), ended)
-        self.workspace_bytes, at_peak = workspaces
-        #: The counter's peak without the workspaces that were there at that moment.
-        self.peak_allocated = peak_allocated - at_peak
-        self.spans = self._trace.spans
+            spans = self._profiler.stop().spans
+        events, (workspaces, workspaces_at_peak) = split_workspaces(read_history(history), ended)
+        return Readings(
+            events,
+            spans,
+            complete=len(history) < _MAX_ENTRIES,
+            alive=self._alive,
+            allocated_before=self._allocated_before,
+            # Without the workspaces that were there at that moment.
+            peak_allocated=peak_allocated - workspaces_at_peak,
+            reserved_bytes=reserved,
+            device_bytes=total - free,
+            workspace_bytes=workspaces,
+        )
 
 
 def read_history(history: list[dict]) -> list[Event]:

@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 import memlab.meters.cpu as cpu
 from memlab import measure
 from memlab.ledger import COLUMNS
-from memlab.meters.cpu import Trace, read_trace
+from memlab.meters.cpu import Meter, read_trace
 from memlab.workloads import gpt, vit
 
 FLOAT = 4
@@ -426,15 +426,15 @@ def test_a_convolutions_scratch_is_told_apart():
 
 
 def test_memory_maps_are_reported_apart(tmp_path):
-    trace = Trace()
-    trace.start()
+    meter = Meter(torch.device("cpu"))
+    meter.start()
     mapped = torch.from_file(str(tmp_path / "file"), shared=True, size=5000, dtype=torch.uint8)
     owned = torch.empty(3000, dtype=torch.uint8)
     shared = torch.empty(2000, dtype=torch.uint8).share_memory_()
     del mapped, owned, shared
-    trace.stop()
-    assert [event.bytes for event in trace.mapped] == [5000, 2000, -5000, -2000]
-    assert [event.bytes for event in trace.events if abs(event.bytes) >= 2000] == [
+    readings = meter.stop()
+    assert [event.bytes for event in readings.mapped] == [5000, 2000, -5000, -2000]
+    assert [event.bytes for event in readings.events if abs(event.bytes) >= 2000] == [
         3000,
         2000,
         -2000,
@@ -594,16 +594,16 @@ def test_standard_error_stays_clean():
 
 def test_another_threads_allocations_are_not_the_profilers():
     """Why the meter refuses a model that runs in another thread: it would count nothing of it."""
-    trace = Trace()
-    trace.start()
+    meter = Meter(torch.device("cpu"))
+    meter.start()
     kept = []
     thread = threading.Thread(target=lambda: kept.append(torch.empty(10_000, dtype=torch.uint8)))
     thread.start()
     thread.join()
     here = torch.empty(20_000, dtype=torch.uint8)
     kept.clear()
-    trace.stop()
-    assert [event.bytes for event in trace.events if event.bytes in (10_000, 20_000)] == [20_000]
+    readings = meter.stop()
+    assert [event.bytes for event in readings.events if event.bytes in (10_000, 20_000)] == [20_000]
     del here
 
 
@@ -654,10 +654,10 @@ def test_the_loggers_level_is_put_back():
     if level is None:
         pytest.skip("this PyTorch does not show its logger's level")
     before = level.value
-    trace = Trace()
-    trace.start()
+    meter = Meter(torch.device("cpu"))
+    meter.start()
     assert level.value == 2
-    trace.stop()
+    meter.stop()
     assert level.value == before
 
 

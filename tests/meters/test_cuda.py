@@ -13,7 +13,7 @@ from memlab import budget, measure, watch
 from memlab.ledger import COLUMNS, Event, build_ledger
 from memlab.meters.cuda import (
     _MAX_ENTRIES,
-    CudaTrace,
+    Meter,
     clear_workspaces,
     read_history,
     split_workspaces,
@@ -360,17 +360,17 @@ def test_a_budget_below_what_is_alive(warm):
 
 @gpu
 def test_the_trace_sees_a_known_allocation():
-    trace = CudaTrace(CUDA)
-    trace.start()
+    meter = Meter(CUDA)
+    meter.start()
     held = torch.empty(1000, dtype=torch.uint8, device=CUDA)
     address = held.data_ptr()
     del held
-    trace.stop()
-    assert [(e.address, e.bytes) for e in trace.events if e.address == address] == [
+    readings = meter.stop()
+    assert [(e.address, e.bytes) for e in readings.events if e.address == address] == [
         (address, 1024),
         (address, -1024),
     ]
-    assert trace.complete
+    assert readings.complete
 
 
 @gpu

@@ -9,14 +9,11 @@ it saw with what a meter counted.
 from __future__ import annotations
 
 import contextlib
-import gc
-import itertools
 import threading
 import time
 import warnings
 import weakref
-from collections import UserDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -26,117 +23,9 @@ from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
-from torch.profiler import profile
 
 from memlab.ledger import Observation, Span
-
-
-def storages(tensor: torch.Tensor) -> Iterator[torch.UntypedStorage]:
-    """The storages that a tensor's bytes really live in: a view's base, the parts of a tensor
-    subclass, sparse parts.
-    """
-    if hasattr(type(tensor), "__tensor_flatten__"):
-        # A wrapper subclass (torchao's 8-bit state, DTensor) says by this protocol which tensors it
-        # is made of.
-        for name in tensor.__tensor_flatten__()[0]:
-            yield from storages(getattr(tensor, name))
-    elif tensor.layout is torch.strided:
-        if tensor.device.type != "meta":
-            yield tensor.untyped_storage()
-    elif tensor.layout is torch.sparse_coo:
-        for part in (tensor.detach()._indices(), tensor.detach()._values()):
-            yield from storages(part)
-    elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
-        for part in (tensor.crow_indices(), tensor.col_indices(), tensor.values()):
-            yield from storages(part)
-
-
-def tensors_in(value: object) -> Iterator[torch.Tensor]:
-    """The tensors in nested tuples, lists, sets and dictionaries (model outputs too), also where
-    they hold themselves.
-    """
-    containers, seen = [value], set()
-    while containers:
-        value = containers.pop()
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, (list, tuple, set, dict, UserDict)) and id(value) not in seen:
-            seen.add(id(value))
-            containers.extend(value.values() if isinstance(value, (dict, UserDict)) else value)
-
-
-#: What is ever looked for among all live objects.
-_KINDS = (torch.Tensor, nn.Module, torch.optim.Optimizer, torch.utils.data.Dataset, profile)
-
-_set_aside: list[weakref.ref] | None = None
-
-
-@contextlib.contextmanager
-def objects_set_aside() -> Iterator[None]:
-    """Inside, the garbage collector and `live_objects` pass over what is there already: they need
-    no time for it.
-
-    A process that has imported a few libraries holds half a million objects, and to walk through
-    them takes longer than a small training step. What `live_objects` looks for is still found among
-    them, by weak references. Garbage of before is not collected inside; garbage that is made inside
-    is.
-    """
-    global _set_aside
-    # Objects that somebody else has frozen would not stay so. (Python 3.12 begins with a few
-    # hundred of its own.)
-    if _set_aside is not None or gc.get_freeze_count() > 1000:
-        yield
-        return
-    found = []
-    for thing in live_objects(*_KINDS):
-        with contextlib.suppress(TypeError):  # of a class that knows no weak references
-            found.append(weakref.ref(thing))
-    _set_aside = found
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-        _set_aside = None
-
-
-def live_objects(*kinds: type) -> list:
-    """Every live object of some classes (subclasses of `_KINDS`) that Python's garbage collector
-    knows.
-    """
-    # The class is asked, not the object: asking some lazily imported objects would import whole
-    # packages. And each class is asked once, and no line of Python runs for each object: there are
-    # so many.
-    things = gc.get_objects()
-    if _set_aside is not None:
-        things += [thing for reference in _set_aside if (thing := reference()) is not None]
-    classes = list(map(type, things))
-    wanted = {kind for kind in set(classes) if issubclass(kind, kinds)}
-    return list(itertools.compress(things, map(wanted.__contains__, classes)))
-
-
-def live_storages(device: torch.device, *, maps: bool = False) -> dict[int, torch.UntypedStorage]:
-    """Every storage on a device that a live Python tensor (or its gradient) holds, by address.
-
-    Memory maps are excluded, or with `maps` nothing else is there.
-    """
-    found = {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # asking some tensors for their gradient warns
-        for tensor in live_objects(torch.Tensor):
-            # These are strangers: half-built, lazy, fake, of any class. What they raise means that
-            # they hold nothing.
-            with contextlib.suppress(Exception):
-                if tensor.device != device:
-                    continue
-                parts = list(storages(tensor))
-                if tensor.is_leaf and tensor.grad is not None:
-                    parts += storages(tensor.grad)
-                for storage in parts:
-                    mapped = storage.filename is not None
-                    if storage.device == device and storage.nbytes() and mapped == maps:
-                        found[storage.data_ptr()] = storage
-    return found
+from memlab.meters.live import live_objects, storages, tensors_in
 
 
 @dataclass(slots=True, eq=False)
@@ -183,6 +72,8 @@ class Observer:
         self.devices: set[torch.device] = set()
         self.threads: dict[int, str] = {}
         self.forward_with_grad = False
+        #: Called once, when a model is about to run for the first time.
+        self.on_first_call: Callable[[], None] | None = None
         self._failed_in = self._optimizer = self._backward_of = ""
         self._names: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
         self._local = threading.local()
@@ -378,6 +269,8 @@ class Observer:
     def _enter_module(self, module: nn.Module, inputs: tuple) -> None:
         if torch.compiler.is_compiling():
             return
+        if self.on_first_call is not None:
+            self.on_first_call()
         if not self.stack and module not in self._names:
             for name, part in module.named_modules():
                 self._names.setdefault(part, name or type(module).__name__)

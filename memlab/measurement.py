@@ -1,0 +1,231 @@
+"""What was measured, and its words: `Measurement`, made of what a recording saw."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from memlab.ledger import (
+    COLUMNS,
+    Block,
+    Event,
+    Ledger,
+    Observation,
+    Timeline,
+    build_ledger,
+    lives,
+)
+from memlab.meters import refusals
+from memlab.meters.device import environment
+from memlab.meters.observer import Use
+from memlab.meters.recording import Recorded, no_garbage_collection
+from memlab.timing import Seconds
+from memlab.units import format_bytes
+
+
+@dataclass
+class Measurement:
+    """What a run needed: the peak in bytes, what the bytes were for, and when.
+
+    Attributes:
+        peak_bytes: the most bytes allocated at once during the run. Exact on the CPU; on CUDA the
+            allocator's counter, less `workspace_bytes`.
+        columns: bytes by column at the moment of the peak; they sum to `peak_bytes`.
+        phase: the phase that held the peak: forward, backward, optimizer or other.
+        reserved_bytes: the most that the allocator held from the driver, whole process (None on the
+            CPU).
+        device_bytes: what the driver says is in use on the whole device at the end of the run (None
+            on the CPU).
+        bytes_after_step: bytes alive after each step. In a loop that leaks they grow. (Empty for
+            `watch`, which knows no steps.)
+        seconds: median and spread of one step, from separate runs with nothing switched on (None:
+            not asked for).
+        losses: what each step returned, when it returned a number or a tensor with one element
+            (else None).
+        outside_bytes: the most bytes at once of tensors that the run used and this device's
+            allocator did not hand out during it, as far as they were seen: memory maps, shared
+            memory (a data loader's workers), NumPy arrays, what other threads made. Not counted in
+            anything above.
+        outside_memory_bytes: the same without the memory maps: files and shared memory.
+        workspace_bytes: what cuBLAS held for itself, as it does for every model (None on the CPU).
+            Reserved, not in the peak.
+        environment: device, GPU, torch, driver, Python.
+        ledger: every block with its life (`memlab.ledger.Ledger`).
+    """
+
+    peak_bytes: int
+    columns: dict[str, int]
+    phase: str
+    ledger: Ledger
+    environment: dict[str, object]
+    reserved_bytes: int | None = None
+    device_bytes: int | None = None
+    bytes_after_step: tuple[int, ...] = ()
+    seconds: Seconds | None = None
+    losses: tuple[float, ...] | None = None
+    outside_bytes: int = 0
+    outside_memory_bytes: int = 0
+    workspace_bytes: int | None = None
+    _timeline: Timeline | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def timeline(self) -> Timeline:
+        """Bytes by column over time."""
+        if self._timeline is None:
+            self._timeline = self.ledger.timeline()
+        return self._timeline
+
+    @property
+    def known_bytes(self) -> int:
+        """The most bytes at once without what is in no tensor: to compare two runs to the byte.
+
+        Left out is what operators took for themselves and gave back before they were done: how much
+        that is depends on the processor and on the number of threads. Left out is also what stayed
+        unattributed: a GPU's allocator gives out blocks that are up to 1 MiB too large when it has
+        one at hand, and whether it has depends on what went before. So two equal runs have equal
+        known bytes, on any processor.
+        """
+        return sum(self.known_columns.values())
+
+    @property
+    def known_columns(self) -> dict[str, int]:
+        """Bytes by column at the moment of `known_bytes`; they sum to it."""
+        if not self.ledger.blocks:  # a history that was too long to be kept
+            return {**self.columns, "unattributed": 0}
+        return self.ledger.known_columns()
+
+    def largest(self, count: int = 10) -> list[Block]:
+        """The largest blocks alive at the peak: what they are, and which operator in which module
+        made them.
+        """
+        return self.ledger.alive_at(self.ledger.peak_time)[:count]
+
+    def _rows(self) -> list[tuple[str, str, str]]:
+        rows = [
+            (
+                name.replace("_", " "),
+                format_bytes(self.columns[name]),
+                f"{self.columns[name] / self.peak_bytes:6.1%}",
+            )
+            for name in COLUMNS
+            if self.columns[name]
+        ]
+        return rows
+
+    def _notes(self) -> list[str]:
+        notes = []
+        if self.reserved_bytes is not None:
+            notes.append(
+                f"allocated {format_bytes(self.peak_bytes)} · reserved"
+                f" {format_bytes(self.reserved_bytes)} · device {format_bytes(self.device_bytes)}"
+            )
+        if self.workspace_bytes:
+            notes.append(
+                f"not counted: {format_bytes(self.workspace_bytes)} of workspaces that cuBLAS"
+                " keeps, whatever the model"
+            )
+        if self.seconds is not None:
+            notes.append(f"{self.seconds} a step")
+        if self.losses:
+            notes.append(
+                "loss " + " → ".join(f"{loss:.4f}" for loss in (self.losses[0], self.losses[-1]))
+            )
+        if self.outside_bytes:
+            notes.append(
+                f"not counted: {format_bytes(self.outside_bytes)} of tensors that this allocator"
+                " did not hand out (memory maps, shared memory, NumPy, other threads, or from"
+                " before the run)"
+            )
+        return notes
+
+    def _headline(self) -> str:
+        gpu = self.environment.get("gpu")
+        return (
+            f"Peak {format_bytes(self.peak_bytes)} ({self.peak_bytes:,} bytes), in {self.phase}, on"
+            f" {gpu or 'cpu'}"
+        )
+
+    def __str__(self) -> str:
+        lines = [self._headline()]
+        lines += [f"  {name:<16} {size:>12} {share}" for name, size, share in self._rows()]
+        lines += [f"  {note}" for note in self._notes()]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><td style='text-align:left'>{name}</td><td>{size}</td><td>{share}</td></tr>"
+            for name, size, share in self._rows()
+        )
+        notes = "".join(f"<div>{html.escape(note)}</div>" for note in self._notes())
+        return (
+            f"<div><b>{html.escape(self._headline())}</b></div><table><thead><tr><th"
+            " style='text-align:left'>column</th><th>at the"
+            f" peak</th><th>share</th></tr></thead><tbody>{rows}</tbody></table>{notes}"
+        )
+
+
+@no_garbage_collection()
+def measurement_of(recorded: Recorded) -> Measurement:
+    """Join what was recorded to a measurement.
+
+    Args:
+        recorded: what the meter and the observer saw.
+
+    Raises:
+        ValueError: the run used a model from before it, or on another device.
+        RuntimeError: it trained in another thread than the one that is measured.
+    """
+    readings = recorded.readings
+    ledger = Ledger([], start=recorded.start, end=recorded.end)
+    missed: list[Observation] = []
+    if readings.complete:  # half a history is none
+        ledger, missed = build_ledger(
+            readings.events,
+            recorded.observations,
+            recorded.spans,
+            recorded.alive,
+            start=recorded.start,
+            end=recorded.end,
+        )
+    refusals.refuse_foreign_parameters(recorded, missed)
+    refusals.refuse_another_device(recorded)
+    refusals.refuse_other_threads(recorded)
+    peak, columns = ledger.peak_bytes, ledger.peak_columns()
+    if readings.peak_allocated is not None:
+        # The counter is the truth. What the history does not explain (rounding, other libraries)
+        # is unattributed.
+        before = 0 if recorded.counts_alive else readings.allocated_before
+        peak = max(readings.peak_allocated - before, sum(columns.values()))
+        columns["unattributed"] += peak - sum(columns.values())
+    maps, others = _outside(readings.mapped, recorded.uses, missed)
+    return Measurement(
+        peak_bytes=peak,
+        columns=columns,
+        phase=ledger.peak_phase,
+        ledger=ledger,
+        environment=environment(recorded.device),
+        reserved_bytes=readings.reserved_bytes,
+        device_bytes=readings.device_bytes,
+        workspace_bytes=readings.workspace_bytes,
+        outside_bytes=Ledger(maps + others).peak_bytes,
+        outside_memory_bytes=Ledger(others).peak_bytes,
+    )
+
+
+def _outside(
+    mapped: Sequence[Event], uses: Sequence[Use], missed: Sequence[Observation]
+) -> tuple[list[Block], list[Block]]:
+    """What was used and is not the allocator's, each with its life: memory maps, and what else fell
+    on no block.
+    """
+    maps = lives(mapped)
+    unseen = {(observation.time, observation.address) for observation in missed}
+    others = []
+    for use in uses:
+        in_a_map = any(m.address <= use.address < m.address + m.bytes for m in maps)
+        if (use.seen, use.address) in unseen and not in_a_map:
+            others.append(Block(use.bytes, use.address, use.seen, use.gone))
+    return maps, others

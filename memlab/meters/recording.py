@@ -1,0 +1,215 @@
+"""Records a stretch of a run: the meter and the observer, switched on together and off together.
+
+What they saw is one value, `Recorded`. Whether it can be measured (`memlab.meters.refusals`) and
+what it says (`memlab.measurement`) are functions of that value alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from memlab.ledger import Block, Observation, Span
+from memlab.meters.device import meter_for
+from memlab.meters.live import live_storages
+from memlab.meters.observer import Observer, Use
+from memlab.meters.readings import Readings
+
+_measuring = False
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What one recording saw. Times are in nanoseconds.
+
+    Attributes:
+        device: the device that was measured.
+        counts_alive: whether what was alive before is part of it (`watch`), or not (`measure`).
+        readings: what the meter says of the device's allocator.
+        observations: which address was seen to hold what, and when.
+        spans: the meter's (operators, backward) and the observer's (modules, optimizers, steps).
+        alive: blocks from before, with their end where it was seen.
+        uses: the storages that the run used.
+        before: the addresses of all that was alive before.
+        devices: where the parameters of the models were.
+        threads: thread -> the first module or optimizer that ran in it.
+        thread: the thread that measures.
+        start, end: the first and the last moment.
+        nothing_to_train: whether a model ran with gradients enabled, and nothing needed one.
+    """
+
+    device: torch.device
+    readings: Readings
+    start: int
+    end: int
+    thread: int
+    counts_alive: bool = False
+    observations: Sequence[Observation] = ()
+    spans: Sequence[Span] = ()
+    alive: Sequence[Block] = ()
+    uses: Sequence[Use] = ()
+    before: frozenset[int] = frozenset()
+    devices: frozenset[torch.device] = frozenset()
+    threads: Mapping[int, str] | None = None
+    nothing_to_train: bool = False
+
+
+class Recording:
+    """Records from the start of its `with` block to its end; then `recorded` is there.
+
+    Args:
+        device: the device to measure.
+        counts_alive: whether what is alive at the start is part of it.
+        collect: whether garbage is collected before the start.
+
+    Raises:
+        RuntimeError: another recording, or PyTorch's profiler, is running.
+    """
+
+    def __init__(self, device: torch.device, *, counts_alive: bool = False, collect: bool = False):
+        self.device = device
+        self.observer = Observer(device)
+        self.recorded: Recorded | None = None
+        self._counts_alive = counts_alive
+        self._collect = collect or counts_alive
+        self._meter = meter_for(device)
+        self._alive: list[Block] = []
+        self._references: list[weakref.ref] = []
+        self._steps_begun: int | None = None
+        self._nothing_to_train = False
+
+    def __enter__(self) -> Recording:
+        global _measuring
+        if _measuring:
+            raise RuntimeError(
+                "a measurement is running already, and there can be one at a time. Measure one run"
+                " after the other."
+            )
+        _measuring = True
+        try:
+            if self._collect:
+                gc.collect()  # else what was alive before is not counted, and may go when it likes
+            self._note_alive()
+            self._meter.start()
+            self._start = time.time_ns()
+            self._thread = threading.get_ident()
+            self.observer.__enter__()
+        except BaseException:
+            _measuring = False
+            raise
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        global _measuring
+        try:
+            self.observer.__exit__()
+            end = time.time_ns()
+            with no_garbage_collection():
+                readings = self._meter.stop()
+                self.recorded = self._gather(readings, end)
+        finally:
+            _measuring = False
+            # The references to storages from before have done their work.
+            self._references.clear()
+
+    def _note_alive(self) -> None:
+        """Note the storages from before; where they are counted, see each one's end."""
+        before = time.time_ns()
+        self.observer.maps_before.update(live_storages(self.device, maps=True))
+        for address, storage in live_storages(self.device).items():
+            self.observer.before.add(address)
+            if not self._counts_alive:
+                continue
+            block = Block(storage.nbytes(), address, before)
+
+            def gone(reference: weakref.ref, block: Block = block) -> None:
+                block.died = time.time_ns()
+
+            self._alive.append(block)
+            self._references.append(weakref.ref(storage, gone))
+
+    def _gather(self, readings: Readings, end: int) -> Recorded:
+        alive = self._alive
+        if self._counts_alive and readings.alive is not None:
+            # The allocator's own map says it better: it knows also what Python does not hold.
+            alive = [Block(b.bytes, b.address, self._start - 1) for b in readings.alive]
+        observer = self.observer
+        return Recorded(
+            device=self.device,
+            readings=readings,
+            start=self._start,
+            end=end,
+            thread=self._thread,
+            counts_alive=self._counts_alive,
+            observations=observer.observations,
+            spans=[*readings.spans, *observer.spans],
+            alive=alive,
+            uses=observer.uses,
+            before=frozenset(observer.before),
+            devices=frozenset(observer.devices),
+            threads=dict(observer.threads),
+            nothing_to_train=self._nothing_to_train,
+        )
+
+    # The steps of a run ---------------------------------------------------------------------------
+
+    def begin_steps_at_first_call(self) -> None:
+        """Have the steps begin when a model is first called: for a run that builds as it goes."""
+        self.observer.on_first_call = self.begin_steps
+
+    def begin_steps(self) -> None:
+        """Note that the run is built: what is alive now is what its steps work with."""
+        self.observer.on_first_call = None
+        self.observer.look_around(before=True)
+        self._steps_begun = time.time_ns()
+
+    def run_step(self, step: Callable[[], object]) -> object:
+        """Run one step, and see the gradients it leaves behind."""
+        began = time.time_ns()
+        result = step()
+        if callable(result) and not isinstance(result, torch.Tensor):
+            raise ValueError(
+                "the step returned a function. Did build() return another build function, not yet"
+                " called? Return what it returns: `return build_other()`."
+            )
+        if self._steps_begun is not None:
+            began = max(began, self._steps_begun)
+        self.observer.see_gradients()
+        self.observer.stack.clear()  # of calls that something other than an Exception ended
+        self.observer.spans.append(Span(began, time.time_ns(), "step"))
+        self._note_gradients(result)
+        return result
+
+    def _note_gradients(self, result: object) -> None:
+        """Note a step that looks as if it was meant to train, and had nothing to train."""
+        if not isinstance(result, torch.Tensor) or result.requires_grad:
+            return
+        if not self.observer.forward_with_grad:
+            return
+        parameters = self.observer.used_parameters()
+        # A loss may come back detached: that is fine as long as something needed a gradient.
+        if parameters and not any(p.requires_grad or p.grad is not None for p in parameters):
+            self._nothing_to_train = True
+
+
+@contextlib.contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """Keep Python's collector away while a record is read.
+
+    It becomes a few hundred thousand objects, and the collector would walk through all of them,
+    often.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
