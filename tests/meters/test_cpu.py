@@ -331,9 +331,9 @@ def test_pytorchs_own_tracker_finds_the_same_peak(build):
 # What is no memory of the allocator's -------------------------------------------------------------
 
 
-# What operators take for themselves ----------------------------------------------------------------
+# What operators take for themselves ---------------------------------------------------------------
 
-#: Operators whose scratch depends on the processor or on the number of threads, one after the other.
+#: Operators whose scratch depends on the processor or on the number of threads.
 PROCESSOR_PROBE = """
     import torch
     from torch import nn
