@@ -17,7 +17,6 @@ import functools
 import inspect
 import weakref
 from collections.abc import Callable
-from types import MethodType, SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -218,23 +217,29 @@ def apply_fused_loss(
     *,
     chunk_tokens: int | None = None,
     loss: Callable = linear_cross_entropy,
-) -> SimpleNamespace:
-    """Let a model's output layer return `UncomputedLogits` in training; `remove()` on the result
-    undoes it.
+) -> "Handle":
+    """Let a model's output layer return `UncomputedLogits` in training.
 
     The model's own code goes on as it is: when it gives them to
-    `torch.nn.functional.cross_entropy`, they go through `linear_cross_entropy`. Under
+    `torch.nn.functional.cross_entropy`, they go through `linear_cross_entropy`. When it does
+    anything else with them, as soft-capping or scaling them, that is a TypeError. Under
     `torch.no_grad()` or in `eval()` the layer returns logits as before.
 
-    head: the output layer, an `nn.Linear`; None takes what `model.get_output_embeddings()` returns
-        (as all language models of Hugging Face have it), else `model.head` or `model.lm_head`.
-    chunk_tokens: as for `linear_cross_entropy`.
-    loss: another function to take its place, called as it is but for `chunk_tokens`.
+    Args:
+        model: The model whose output layer is changed.
+        head: The output layer, an `nn.Linear`; None takes what `model.get_output_embeddings()`
+            returns (as all language models of Hugging Face have it), else `model.head` or
+            `model.lm_head`.
+        chunk_tokens: As for `linear_cross_entropy`.
+        loss: Another function to take its place, called as it is but for `chunk_tokens`.
 
-    Remove it before copying or pickling the model (TypeError otherwise). Raises TypeError for a
-    head that is no plain `nn.Linear`, ValueError for one that is not found or has it already; in
-    training, TypeError for a model that does anything else with its logits, as soft-capping or
-    scaling them.
+    Returns:
+        A handle: `names`, of the output layer, and `remove()`, which undoes it.
+
+    Raises:
+        TypeError: The head is no plain `nn.Linear`, or the loss no function.
+        ValueError: The head is not found or has it already, or another loss is given
+            `chunk_tokens`.
     """
     if head is None:
         find = getattr(model, "get_output_embeddings", lambda: None)
@@ -247,9 +252,10 @@ def apply_fused_loss(
         raise TypeError(
             f"The output layer must be a plain nn.Linear, but it is {type(head).__name__}."
         )
-    if not any(module is head for module in model.modules()):
+    names = {module: name for name, module in model.named_modules()}
+    if head not in names:
         raise ValueError(f"The head given is no part of this {type(model).__name__}.")
-    if isinstance(head.forward, _HeadForward):
+    if _is_applied(head, _run_uncomputed):
         raise ValueError(
             f"The loss of this {type(model).__name__} is fused already: remove() it first."
         )
@@ -265,41 +271,17 @@ def apply_fused_loss(
             "chunk_tokens is linear_cross_entropy's: give another loss its sizes with"
             " functools.partial."
         )
-    forward = head.forward = _HeadForward(head, loss)
-
-    def remove() -> None:
-        if (head := forward.head()) is not None:
-            if vars(head).get("forward") is not forward:
-                raise RuntimeError(
-                    "Something replaced the output layer's forward since: undo that first."
-                )
-            del head.forward
-            if forward.previous is not None:
-                head.forward = forward.previous
-        forward.head = lambda: None
-
-    return SimpleNamespace(remove=remove)
+    handle = Handle()
+    handle.wrap_forward(names[head], head, _run_uncomputed, loss, innermost=True)
+    return handle
 
 
-class _HeadForward:
-    """The `forward` of the output layer. It holds the layer weakly: otherwise a deleted model would
-    be a cycle and stay in memory until the garbage collector came."""
-
-    def __init__(self, head: nn.Linear, loss: Callable):
-        self.head, self.loss = weakref.ref(head), loss
-        self.previous = vars(head).get("forward")
-        self.__signature__ = inspect.signature(head.forward)
-
-    def __call__(self, input: Tensor) -> "Tensor | UncomputedLogits":
-        head = self.head()
-        if head.training and torch.is_grad_enabled():
-            kind = input.device.type
-            autocast = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
-            return UncomputedLogits(input, head.weight, head.bias, self.loss, autocast)
-        return (self.previous or MethodType(nn.Linear.forward, head))(input)
-
-    def __reduce__(self):
-        raise TypeError("This model has a fused loss: remove() it before copying or pickling.")
+def _run_uncomputed(head, forward, loss, /, input: Tensor) -> "Tensor | UncomputedLogits":
+    if not (head.training and torch.is_grad_enabled()):
+        return forward(input)
+    kind = input.device.type
+    autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+    return UncomputedLogits(input, head.weight, head.bias, loss, autocast)
 
 
 class UncomputedLogits:
@@ -389,3 +371,143 @@ def _refusal(what: str) -> TypeError:
         f"The loss of this model is fused, so in training its logits are not computed, and {what}"
         " needs them. Call compute() on them, use eval() or no_grad(), or remove() the fused loss."
     )
+
+
+# --- pasted from _patch.py: begin -----------------------------------------------------------------
+
+
+class Handle:
+    """What a technique has changed in a model: `names` says where, `remove()` undoes it.
+
+    As a context manager it removes at the end of the block. It holds the model weakly, and a model
+    keeps what was applied to it when its handle is gone.
+    """
+
+    def __init__(self):
+        self.names: list[str] = []
+        self._replaced = []
+        self._undo = []
+
+    def wrap_forward(
+        self, name: str, module: nn.Module, function: Callable, *options, innermost: bool = False
+    ) -> None:
+        """Let `function(module, forward, *options, *args, **kwargs)` run as the module's forward.
+
+        Its `forward` is what ran before, or runs further inside. A copy or a pickle of the model
+        takes function and options along: a function that has a name, and plain options.
+
+        Args:
+            name: What the module is called in the model.
+            innermost: Put it below all that is applied already, for a function that computes what
+                the module's own forward does, and never calls it.
+        """
+        patched = vars(module).get("forward")
+        if type(patched).__name__ != "_PatchedForward":
+            patched = module.forward = _PatchedForward(module, patched)
+        patch = (function, options)
+        patched.patches.insert(0 if innermost else len(patched.patches), patch)
+        self.names.append(name)
+        self._undo.append(functools.partial(_unwrap, weakref.ref(patched), patch))
+
+    def replace(self, name: str, owner, attribute: str, value) -> None:
+        """Give an attribute or submodule of `owner` another value, until `remove()`."""
+        before = getattr(owner, attribute)
+        is_its_own = attribute in vars(owner) or isinstance(before, nn.Module)
+        setattr(owner, attribute, value)
+        self.names.append(name)
+        self._replaced.append((name, weakref.ref(owner), attribute, value))
+        restore = (setattr, before) if is_its_own else (delattr,)
+        self._undo.append(functools.partial(_restore, weakref.ref(owner), attribute, *restore))
+
+    def on_remove(self, undo: Callable) -> None:
+        """Let `remove()` call `undo()` too: the `remove` of a hook, for example."""
+        self._undo.append(undo)
+
+    def remove(self) -> None:
+        """Undo what was applied, the last change first, whatever was applied to the model since.
+
+        A second call does nothing.
+
+        Raises:
+            RuntimeError: Something else has replaced an attribute since. Nothing is undone then.
+        """
+        for name, owner, attribute, value in self._replaced:
+            if owner() is not None and getattr(owner(), attribute, None) is not value:
+                raise RuntimeError(
+                    f"Something has replaced {attribute!r} of {name or 'the model'} since this was"
+                    " applied: undo that first, then call remove() again."
+                )
+        self._replaced.clear()
+        while self._undo:
+            self._undo.pop()()
+
+    def __enter__(self) -> "Handle":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(names={self.names})"
+
+
+class _PatchedForward:
+    """The `forward` of a module that something is applied to: each patch around the one before.
+
+    It holds the module weakly: otherwise a deleted model would be a cycle, and stay in memory until
+    the garbage collector came. In a copy of the model it is the copy's.
+    """
+
+    # Slots, and so no `__dict__`: `functools.wraps` would copy that to a forward put over this one.
+    __slots__ = ("__weakref__", "before", "module", "patches")
+
+    def __init__(self, module: nn.Module, before: Callable | None, patches=()):
+        self.module = weakref.ref(module)
+        self.before = before  # a forward that the instance had, from somebody else
+        self.patches = list(patches)
+
+    def unpatched(self) -> Callable:
+        module = self.module()
+        if module is None:
+            raise ReferenceError("The model is gone that this forward belongs to: keep the model.")
+        return self.before or functools.partial(type(module).forward, module)
+
+    def __call__(self, *args, **kwargs):
+        forward = self.unpatched()
+        for function, options in self.patches:
+            forward = functools.partial(function, self.module(), forward, *options)
+        return forward(*args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.unpatched())
+
+    def __reduce__(self):
+        return type(self), (self.module(), self.before, self.patches)
+
+
+def _is_applied(module: nn.Module, function: Callable) -> bool:
+    """Whether `function` is among the patches of a module's forward."""
+    patches = getattr(vars(module).get("forward"), "patches", ())
+    return any(patch[0] is function for patch in patches)
+
+
+def _unwrap(reference: weakref.ref, patch: tuple) -> None:
+    patched = reference()
+    if patched is None:
+        return
+    patched.patches[:] = [other for other in patched.patches if other is not patch]
+    module = patched.module()
+    if module is None or patched.patches or vars(module).get("forward") is not patched:
+        return  # a forward that somebody has put over it stays, and what is below lets all through
+    del module.forward
+    if patched.before is not None:
+        module.forward = patched.before
+
+
+def _restore(owner: weakref.ref, attribute: str, set_or_delete: Callable, *before) -> None:
+    if owner() is not None:
+        set_or_delete(owner(), attribute, *before)
+
+
+# --- pasted from _patch.py: end -------------------------------------------------------------------

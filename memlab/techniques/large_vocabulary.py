@@ -15,9 +15,10 @@ Language Models" (2024), arXiv:2411.09009; the shared weight is that of Press an
 Output Embedding to Improve Language Models" (2016), arXiv:1608.05859.
 """
 
+import functools
+import inspect
 import weakref
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -266,7 +267,7 @@ class _Tiles:
 
 def apply_tied_embedding(
     model: nn.Module, embedding: nn.Embedding | None = None, head: nn.Linear | None = None
-) -> SimpleNamespace:
+) -> "Handle":
     """Let the gradient of a weight that is embedding and output layer be made once.
 
     The embedding hands its weight on to the output layer, so that the output layer's gradient comes
@@ -281,43 +282,60 @@ def apply_tied_embedding(
         head: By default what `model.get_output_embeddings()` returns, else `model.head`.
 
     Returns:
-        A handle: `remove()` undoes it.
+        A handle: `names` of the two layers, and `remove()`, which undoes it.
 
     Raises:
         TypeError: Other layers than `nn.Embedding` and `nn.Linear`, or an embedding with options
             that change its weight or gradient.
-        ValueError: Layers that share no weight, or have it already.
+        ValueError: Layers that share no weight, or an embedding whose forward is replaced already.
     """
     embedding, head = _tied_layers(model, embedding, head)
-    forward = _Lookup(embedding)
-    head_ref = weakref.ref(head)
-    embedding.forward = forward
-
-    def take(head: nn.Linear, _) -> None:
-        if forward.handed_on is not None and torch.is_grad_enabled():
-            # Found before the parameter of this name.
-            vars(head)["weight"] = forward.handed_on
-        forward.handed_on = None
-
-    def leave(head: nn.Linear, *_) -> None:
-        vars(head).pop("weight", None)
+    names = {module: name for name, module in model.named_modules()}
+    handed_on = _HandedOn()
+    handle = Handle()
+    handle.wrap_forward(names.get(embedding, "embedding"), embedding, _run_lookup, handed_on)
 
     # Hooks, for they are called around whatever forward the output layer has or gets.
-    hooks = [
-        head.register_forward_pre_hook(take),
-        head.register_forward_hook(leave, always_call=True),
-    ]
+    take = functools.partial(_take, handed_on)
+    handle.names.append(names.get(head, "head"))
+    handle.on_remove(head.register_forward_pre_hook(take).remove)
+    handle.on_remove(head.register_forward_hook(_leave, always_call=True).remove)
+    # What a KeyboardInterrupt has left there, for which PyTorch calls no hook.
+    handle.on_remove(functools.partial(_tidy_up, weakref.ref(head)))
+    return handle
 
-    def remove() -> None:
-        while hooks:
-            hooks.pop().remove()
-        if (embedding := forward.embedding()) is not None:
-            vars(embedding).pop("forward", None)
-        # Left there by a KeyboardInterrupt, for which PyTorch calls no hook.
-        if (head := head_ref()) is not None:
-            vars(head).pop("weight", None)
 
-    return SimpleNamespace(remove=remove)
+class _HandedOn:
+    """What the embedding hands on to the output layer: its weight, until that layer takes it."""
+
+    weight: Tensor | None = None
+
+    def __reduce__(self):  # a copy of the model has handed on nothing yet
+        return type(self), ()
+
+
+def _run_lookup(embedding, forward, handed_on, /, input: Tensor) -> Tensor:
+    rows, weight = _TiedLookup.apply(
+        embedding.weight, input, embedding.padding_idx, weakref.ref(handed_on)
+    )
+    handed_on.weight = weight if weight.requires_grad else None
+    return rows
+
+
+def _take(handed_on: _HandedOn, head: nn.Linear, _) -> None:
+    if handed_on.weight is not None and torch.is_grad_enabled():
+        # Found before the parameter of this name.
+        vars(head)["weight"] = handed_on.weight
+    handed_on.weight = None
+
+
+def _leave(head: nn.Linear, *_) -> None:
+    vars(head).pop("weight", None)
+
+
+def _tidy_up(head: weakref.ref) -> None:
+    if head() is not None:
+        _leave(head())
 
 
 def _tied_layers(
@@ -348,38 +366,15 @@ def _tied_layers(
     return embedding, head
 
 
-class _Lookup:
-    """The embedding's `forward`. It holds the embedding weakly: otherwise a deleted model would be
-    a cycle.
-    """
-
-    def __init__(self, embedding: nn.Embedding):
-        self.embedding = weakref.ref(embedding)
-        self.handed_on: Tensor | None = None  # the weight, as the output layer is to use it
-
-    def __call__(self, input: Tensor) -> Tensor:
-        module = self.embedding()
-        rows, weight = _TiedLookup.apply(
-            module.weight, input, module.padding_idx, weakref.ref(self)
-        )
-        self.handed_on = weight if weight.requires_grad else None
-        return rows
-
-    def __reduce__(self):
-        raise TypeError(
-            "This model has a tied embedding applied: remove() it before copying or pickling."
-        )
-
-
 class _TiedLookup(torch.autograd.Function):
     """The embedding's rows, and its weight again, for the output layer."""
 
     @staticmethod
-    def forward(ctx, weight, tokens, padding_idx, lookup):
+    def forward(ctx, weight, tokens, padding_idx, handed_on):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(tokens)
         ctx.padding_idx = padding_idx
-        ctx.lookup = lookup
+        ctx.handed_on = handed_on
         ctx.weight_like = {"size": weight.shape, "dtype": weight.dtype, "device": weight.device}
         rows = nn.functional.embedding(tokens.to(weight.device), weight)
         return rows.to(tokens.device), weight.view_as(weight)
@@ -390,9 +385,9 @@ class _TiedLookup(torch.autograd.Function):
             raise RuntimeError(
                 "A tied embedding has no second derivative: no create_graph=True, or remove() it."
             )
-        if (lookup := ctx.lookup()) is not None:
+        if (handed_on := ctx.handed_on()) is not None:
             # What nobody has taken leads into a graph that is used up.
-            lookup.handed_on = None
+            handed_on.weight = None
         if weight_gradient is None:
             weight_gradient = torch.zeros(**ctx.weight_like)
         if row_gradient is not None:
@@ -422,3 +417,143 @@ def _add_rows(weight_gradient: Tensor, tokens: Tensor, row_gradient: Tensor) -> 
         sums = torch.zeros(shape, dtype=sum_dtype, device=row_columns.device)
         sums.index_add_(0, position, row_columns.to(sum_dtype))
         weight_columns[words] += sums.to(device, dtype)  # each word once
+
+
+# --- pasted from _patch.py: begin -----------------------------------------------------------------
+
+
+class Handle:
+    """What a technique has changed in a model: `names` says where, `remove()` undoes it.
+
+    As a context manager it removes at the end of the block. It holds the model weakly, and a model
+    keeps what was applied to it when its handle is gone.
+    """
+
+    def __init__(self):
+        self.names: list[str] = []
+        self._replaced = []
+        self._undo = []
+
+    def wrap_forward(
+        self, name: str, module: nn.Module, function: Callable, *options, innermost: bool = False
+    ) -> None:
+        """Let `function(module, forward, *options, *args, **kwargs)` run as the module's forward.
+
+        Its `forward` is what ran before, or runs further inside. A copy or a pickle of the model
+        takes function and options along: a function that has a name, and plain options.
+
+        Args:
+            name: What the module is called in the model.
+            innermost: Put it below all that is applied already, for a function that computes what
+                the module's own forward does, and never calls it.
+        """
+        patched = vars(module).get("forward")
+        if type(patched).__name__ != "_PatchedForward":
+            patched = module.forward = _PatchedForward(module, patched)
+        patch = (function, options)
+        patched.patches.insert(0 if innermost else len(patched.patches), patch)
+        self.names.append(name)
+        self._undo.append(functools.partial(_unwrap, weakref.ref(patched), patch))
+
+    def replace(self, name: str, owner, attribute: str, value) -> None:
+        """Give an attribute or submodule of `owner` another value, until `remove()`."""
+        before = getattr(owner, attribute)
+        is_its_own = attribute in vars(owner) or isinstance(before, nn.Module)
+        setattr(owner, attribute, value)
+        self.names.append(name)
+        self._replaced.append((name, weakref.ref(owner), attribute, value))
+        restore = (setattr, before) if is_its_own else (delattr,)
+        self._undo.append(functools.partial(_restore, weakref.ref(owner), attribute, *restore))
+
+    def on_remove(self, undo: Callable) -> None:
+        """Let `remove()` call `undo()` too: the `remove` of a hook, for example."""
+        self._undo.append(undo)
+
+    def remove(self) -> None:
+        """Undo what was applied, the last change first, whatever was applied to the model since.
+
+        A second call does nothing.
+
+        Raises:
+            RuntimeError: Something else has replaced an attribute since. Nothing is undone then.
+        """
+        for name, owner, attribute, value in self._replaced:
+            if owner() is not None and getattr(owner(), attribute, None) is not value:
+                raise RuntimeError(
+                    f"Something has replaced {attribute!r} of {name or 'the model'} since this was"
+                    " applied: undo that first, then call remove() again."
+                )
+        self._replaced.clear()
+        while self._undo:
+            self._undo.pop()()
+
+    def __enter__(self) -> "Handle":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(names={self.names})"
+
+
+class _PatchedForward:
+    """The `forward` of a module that something is applied to: each patch around the one before.
+
+    It holds the module weakly: otherwise a deleted model would be a cycle, and stay in memory until
+    the garbage collector came. In a copy of the model it is the copy's.
+    """
+
+    # Slots, and so no `__dict__`: `functools.wraps` would copy that to a forward put over this one.
+    __slots__ = ("__weakref__", "before", "module", "patches")
+
+    def __init__(self, module: nn.Module, before: Callable | None, patches=()):
+        self.module = weakref.ref(module)
+        self.before = before  # a forward that the instance had, from somebody else
+        self.patches = list(patches)
+
+    def unpatched(self) -> Callable:
+        module = self.module()
+        if module is None:
+            raise ReferenceError("The model is gone that this forward belongs to: keep the model.")
+        return self.before or functools.partial(type(module).forward, module)
+
+    def __call__(self, *args, **kwargs):
+        forward = self.unpatched()
+        for function, options in self.patches:
+            forward = functools.partial(function, self.module(), forward, *options)
+        return forward(*args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.unpatched())
+
+    def __reduce__(self):
+        return type(self), (self.module(), self.before, self.patches)
+
+
+def _is_applied(module: nn.Module, function: Callable) -> bool:
+    """Whether `function` is among the patches of a module's forward."""
+    patches = getattr(vars(module).get("forward"), "patches", ())
+    return any(patch[0] is function for patch in patches)
+
+
+def _unwrap(reference: weakref.ref, patch: tuple) -> None:
+    patched = reference()
+    if patched is None:
+        return
+    patched.patches[:] = [other for other in patched.patches if other is not patch]
+    module = patched.module()
+    if module is None or patched.patches or vars(module).get("forward") is not patched:
+        return  # a forward that somebody has put over it stays, and what is below lets all through
+    del module.forward
+    if patched.before is not None:
+        module.forward = patched.before
+
+
+def _restore(owner: weakref.ref, attribute: str, set_or_delete: Callable, *before) -> None:
+    if owner() is not None:
+        set_or_delete(owner(), attribute, *before)
+
+
+# --- pasted from _patch.py: end -------------------------------------------------------------------
