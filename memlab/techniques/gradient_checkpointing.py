@@ -3,215 +3,167 @@ backward.
 
 What is saved between forward and backward falls to the inputs of the blocks, plus one block that is
 whole again while backward passes through it. The price is a second forward pass: up to a third more
-operations. `checkpoint` does it for one call of a function, `apply_gradient_checkpointing` for the
-blocks of a model.
+operations.
 
 Sources: Chen et al., "Training Deep Nets with Sublinear Memory Cost" (2016), arXiv:1604.06174. The
-design, hooks on saved tensors, is that of `torch.utils.checkpoint(use_reentrant=False)`: use that
-in production.
+work is done by PyTorch, https://docs.pytorch.org/docs/stable/checkpoint.html, in its form without
+reentrant autograd; `apply_gradient_checkpointing` puts it around a model's blocks from outside.
 """
 
+import functools
 import inspect
 import weakref
-from collections.abc import Callable
-from contextlib import nullcontext, suppress
-from types import MethodType, SimpleNamespace
+from collections.abc import Callable, Iterable
+from types import MethodType
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import (
-    TorchDispatchMode,
-)  # the path in PyTorch's notes; there is no other
+from torch import nn
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
-# --- The idea: one call of a function -------------------------------------------------------------
-
-
-def checkpoint(function: Callable, /, *args, preserve_rng_state: bool = True, save=None, **kwargs):
-    """Return `function(*args, **kwargs)`, keeping only the inputs: backward calls the function
-    again.
-
-    The gradients are those of a plain call, bit for bit, if the function does the same both times.
-    The second call gets the inputs (also those in tuples, lists and dicts), the autocast state and
-    the random state of the first (torch's, on the CPU and CUDA). What else it uses must stay:
-    weights, train() or eval(), the attention backend, a cache. Batch norm counts twice. Under
-    `torch.no_grad()` this is a plain call.
-
-    preserve_rng_state: False spares a copy of the random state, 5,056 bytes on the CPU. The
-        gradients are then wrong if the function draws random numbers, as dropout does.
-    save: operators whose outputs are kept too: an iterable such as `MATRIX_PRODUCTS` or
-        `[torch.ops.aten.mm.default]`, or a function from an operator to bool. Computed again all
-        the same are views, casts, what draws random numbers and what is changed in place
-        afterwards.
-
-    Raises TypeError for any other `save`; in backward, RuntimeError if the second call saves fewer
-    tensors than the first, or other shapes, dtypes or devices.
-    """
-    return _Record().call(function, args, kwargs, preserve_rng_state, _policy(save))
+# --- pasted from _patch.py: begin -----------------------------------------------------------------
 
 
-class _Slot:  # what autograd holds in place of a saved tensor
-    tensor: Tensor | None = None  # there only between the second call and its use
+class Handle:
+    """What a technique has changed in a model: `names` says where, `remove()` undoes it.
 
-
-class _Enough(BaseException):
-    """Ends the second call. No Exception, so that a function which catches those lets
-    it through.
-    """
-
-
-class _Record:
-    """How to repeat a call, or a chain of calls that pass on their output. Only autograd's graph
-    holds it.
+    As a context manager it removes at the end of the block. It holds the model weakly, and a model
+    keeps what was applied to it when its handle is gone.
     """
 
     def __init__(self):
-        # for each call a function that repeats it, given the output of the one before
-        self.repeats = []
-        self.saved = []  # descriptions of the saved tensors, in the order of saving
-        self.slots = (
-            weakref.WeakValueDictionary()
-        )  # by that order; what autograd let go need not be filled
-        self.returned = lambda tensor: (
-            False
-        )  # whether this is the output of the last call, unchanged
+        self.names: list[str] = []
+        self._replaced = []
+        self._undo = []
 
-    def call(
-        self, function: Callable, args, kwargs, preserve_rng_state: bool, policy: Callable | None
-    ):
-        if not torch.is_grad_enabled():
-            return function(*args, **kwargs)
-        chained = len(self.repeats) > 0
-        inputs, kept = _hold((args[1:] if chained else args, kwargs)), None
-        rng_state = _rng_state() if preserve_rng_state else []
-        autocast = [
-            torch.autocast(name, enabled=torch.is_autocast_enabled(name))
-            for name in ("cpu", "cuda")
-        ]
+    def wrap_forward(
+        self, name: str, module: nn.Module, function: Callable, *options, innermost: bool = False
+    ) -> None:
+        """Let `function(module, forward, *options, *args, **kwargs)` run as the module's forward.
 
-        def repeat(output_before):
-            if policy and kept is None:
+        Its `forward` is what ran before, or runs further inside. A copy or a pickle of the model
+        takes function and options along: a function that has a name, and plain options.
+
+        Args:
+            name: What the module is called in the model.
+            innermost: Put it below all that is applied already, for a function that computes what
+                the module's own forward does, and never calls it.
+        """
+        patched = vars(module).get("forward")
+        if type(patched).__name__ != "_PatchedForward":
+            patched = module.forward = _PatchedForward(module, patched)
+        patch = (function, options)
+        patched.patches.insert(0 if innermost else len(patched.patches), patch)
+        self.names.append(name)
+        self._undo.append(functools.partial(_unwrap, weakref.ref(patched), patch))
+
+    def replace(self, name: str, owner, attribute: str, value) -> None:
+        """Give an attribute or submodule of `owner` another value, until `remove()`."""
+        before = getattr(owner, attribute)
+        is_its_own = attribute in vars(owner) or isinstance(before, nn.Module)
+        setattr(owner, attribute, value)
+        self.names.append(name)
+        self._replaced.append((name, weakref.ref(owner), attribute, value))
+        restore = (setattr, before) if is_its_own else (delattr,)
+        self._undo.append(functools.partial(_restore, weakref.ref(owner), attribute, *restore))
+
+    def on_remove(self, undo: Callable) -> None:
+        """Let `remove()` call `undo()` too: the `remove` of a hook, for example."""
+        self._undo.append(undo)
+
+    def remove(self) -> None:
+        """Undo what was applied, the last change first, whatever was applied to the model since.
+
+        A second call does nothing.
+
+        Raises:
+            RuntimeError: Something else has replaced an attribute since. Nothing is undone then.
+        """
+        for name, owner, attribute, value in self._replaced:
+            if owner() is not None and getattr(owner(), attribute, None) is not value:
                 raise RuntimeError(
-                    "With save=, gradients cannot be taken inside the checkpointed function."
+                    f"Something has replaced {attribute!r} of {name or 'the model'} since this was"
+                    " applied: undo that first, then call remove() again."
                 )
-            args, kwargs = inputs()
-            args = (output_before, *args) if chained else args
-            fork = torch.random.fork_rng(
-                range(len(rng_state) - 1), preserve_rng_state, device_type="cuda"
-            )
-            with (
-                fork,
-                autocast[0],
-                autocast[1],
-                _Selection(kept=kept()) if policy else nullcontext(),
-            ):
-                if preserve_rng_state:
-                    torch.set_rng_state(rng_state[0])
-                    torch.cuda.set_rng_state_all(rng_state[1:])
-                return _first(function(*args, **kwargs))
+        self._replaced.clear()
+        while self._undo:
+            self._undo.pop()()
 
-        self.repeats.append(repeat)
-        selection = _Selection(policy) if policy else nullcontext()
-        with saved_tensors_hooks(self.pack, self.unpack), selection:
-            output = function(*args, **kwargs)
-        kept = _hold(selection.unchanged()) if policy else None
-        if isinstance(first := _first(output), Tensor):
-            last, version = weakref.ref(first), first._version
-            self.returned = lambda tensor: tensor is last() and tensor._version == version
-        return output
+    def __enter__(self) -> "Handle":
+        return self
 
-    def pack(self, tensor: Tensor) -> _Slot:
-        """In forward, autograd calls this for each tensor that it is to save."""
-        slot = self.slots[len(self.saved)] = _Slot()
-        self.saved.append(_describe(tensor))
-        return slot
+    def __exit__(self, *exception) -> None:
+        self.remove()
 
-    def unpack(self, slot: _Slot) -> Tensor:
-        """In backward, autograd calls this for each tensor that it needs."""
-        if slot.tensor is None:
-            self.fill_slots()
-        # Emptied at once: memory falls while backward walks the block, and a second backward starts
-        # afresh.
-        tensor, slot.tensor = slot.tensor, None
-        return tensor
-
-    def fill_slots(self) -> None:
-        """Repeat the calls, up to the last tensor that somebody still needs."""
-        indices, last, output = iter(range(len(self.saved))), max(self.slots), None
-
-        def fill(tensor: Tensor) -> Tensor:
-            index, tensor = next(indices), tensor.detach()
-            self.check(index, _describe(tensor))
-            if index in self.slots:
-                self.slots[index].tensor = tensor
-            if index == last:
-                raise _Enough
-            return tensor
-
-        with (
-            suppress(_Enough),
-            torch.enable_grad(),
-            saved_tensors_hooks(fill, lambda tensor: tensor),
-        ):
-            for repeat in self.repeats:
-                output = repeat(output)
-            self.check(next(indices), "missing")
-
-    def check(self, index: int, now: str) -> None:
-        if now != (before := self.saved[index]):
-            raise RuntimeError(
-                f"Saved tensor {index} was {before} in the first call, now {now}. Both calls must"
-                " do the same. Look for a cache that grows (Hugging Face: pass use_cache=False),"
-                " train() or eval()."
-            )
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(names={self.names})"
 
 
-def _describe(tensor: Tensor) -> str:
-    return f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
+class _PatchedForward:
+    """The `forward` of a module that something is applied to: each patch around the one before.
 
-
-def _first(output):
-    return output[0] if isinstance(output, tuple | list) and output else output
-
-
-def _rng_state() -> list[Tensor]:
-    # Of all GPUs: the arguments do not tell which ones the function uses, and a GPU's state is 16
-    # bytes.
-    return [
-        torch.get_rng_state(),
-        *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []),
-    ]
-
-
-class _Hold(torch.autograd.Function):
-    """Saves a tensor as an operator does: outer hooks see it, as those of a checkpoint around this
-    one, and a change in place is noticed. Its result enters no loss, so it has no backward."""
-
-    @staticmethod
-    def forward(ctx, anchor, tensor):
-        ctx.save_for_backward(tensor)
-        return anchor.clone()
-
-
-def _hold(structure) -> Callable:
-    """Hold the tensors in nested tuples, lists and dicts; calling the result gives all
-    of it back.
+    It holds the module weakly: otherwise a deleted model would be a cycle, and stay in memory until
+    the garbage collector came. In a copy of the model it is the copy's.
     """
-    kind = type(structure)
-    if isinstance(structure, Tensor):
-        # Detached: the graph of what a call returned holds the hooks, and those hold this.
-        holder = _Hold.apply(torch.empty(0, device="cpu", requires_grad=True), structure.detach())
-        needs_grad = structure.requires_grad
-        return lambda: holder.grad_fn.saved_tensors[0].detach().requires_grad_(needs_grad)
-    if kind in (tuple, list, dict):
-        items = [_hold(item) for item in (structure.items() if kind is dict else structure)]
-        return lambda: kind(item() for item in items)
-    return lambda: structure
+
+    # Slots, and so no `__dict__`: `functools.wraps` would copy that to a forward put over this one.
+    __slots__ = ("__weakref__", "before", "module", "patches")
+
+    def __init__(self, module: nn.Module, before: Callable | None, patches=()):
+        self.module = weakref.ref(module)
+        self.before = before  # a forward that the instance had, from somebody else
+        self.patches = list(patches)
+
+    def unpatched(self) -> Callable:
+        module = self.module()
+        if module is None:
+            raise ReferenceError("The model is gone that this forward belongs to: keep the model.")
+        return self.before or MethodType(type(module).forward, module)
+
+    def __call__(self, *args, **kwargs):
+        forward = self.unpatched()
+        for function, options in self.patches:
+            forward = functools.partial(function, self.module(), forward, *options)
+        return forward(*args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.unpatched())
+
+    def __reduce__(self):
+        return type(self), (self.module(), self.before, self.patches)
 
 
-# --- The selective policy: what is worth keeping --------------------------------------------------
+def _is_applied(module: nn.Module, function: Callable) -> bool:
+    """Whether `function` is among the patches of a module's forward."""
+    patches = getattr(vars(module).get("forward"), "patches", ())
+    return any(patch[0] is function for patch in patches)
 
-# For `save=`: matrix products and fused attention, which cost most operations for each byte kept.
+
+def _unwrap(reference: weakref.ref, patch: tuple) -> None:
+    patched = reference()
+    if patched is None:
+        return
+    patched.patches[:] = [other for other in patched.patches if other is not patch]
+    module = patched.module()
+    if module is None or patched.patches or vars(module).get("forward") is not patched:
+        return  # a forward that somebody has put over it stays, and what is below lets all through
+    del module.forward
+    if patched.before is not None:
+        module.forward = patched.before
+
+
+def _restore(owner: weakref.ref, attribute: str, set_or_delete: Callable, *before) -> None:
+    if owner() is not None:
+        set_or_delete(owner(), attribute, *before)
+
+
+# --- pasted from _patch.py: end -------------------------------------------------------------------
+
+#: For `save=`: matrix products and fused attention, which cost most operations for each byte kept.
 MATRIX_PRODUCTS = frozenset(
     getattr(torch.ops.aten, name).default
     for name in (
@@ -229,141 +181,119 @@ MATRIX_PRODUCTS = frozenset(
 )
 
 
-def _policy(save) -> Callable | None:
-    if save is None or inspect.isroutine(save):
-        return save
-    operators = set(save) if hasattr(save, "__iter__") else {save}
-    if not all(isinstance(operator, type(torch.ops.aten.mm.default)) for operator in operators):
-        raise TypeError(
-            f"save must be operators, as torch.ops.aten.mm.default, or a function: not {save!r}"
-        )
-    return operators.__contains__
-
-
-class _Selection(TorchDispatchMode):
-    """Every operator passes through here: the first call notes outputs to keep, the second returns
-    them.
-    """
-
-    def __init__(self, policy: Callable = lambda operator: False, kept: dict | None = None):
-        super().__init__()
-        self.policy, self.kept, self.outputs = policy, kept or {}, {}
-
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        kept = self.kept.get(operator)
-        if kept and (output := kept.pop(0)) is not None:
-            return output
-        # The two calls differ in casts, which autocast remembers, and in views: the hooks detach.
-        keep = (
-            not operator.is_view and operator.name() != "aten::_to_copy" and self.policy(operator)
-        )
-        before = _rng_state() if keep and torch.Tag.nondeterministic_seeded in operator.tags else []
-        output = operator(*args, **(kwargs or {}))
-        # What moved the random state (attention, if it has dropout) has to move it in the second
-        # call too.
-        keep = keep and all(map(torch.equal, before, _rng_state()))
-        self.outputs.setdefault(operator, []).append(output if keep else None)
-        return output
-
-    def unchanged(self) -> dict:
-        """For each operator the outputs of its calls; None for those not kept, or changed in place
-        since.
-        """
-        for outputs in self.outputs.values():
-            for index, output in enumerate(outputs):
-                tensors = output if isinstance(output, tuple | list) else [output]
-                if any(tensor._version > 0 for tensor in tensors if isinstance(tensor, Tensor)):
-                    outputs[index] = None
-        return self.outputs
-
-
-# --- Applying it from outside ---------------------------------------------------------------------
-
-
 def apply_gradient_checkpointing(
     model: nn.Module,
-    blocks=None,
+    blocks: type | Iterable[nn.Module] | None = None,
     *,
-    segments=None,
-    every=1,
-    save=None,
+    every: int = 1,
+    save: Iterable | None = None,
     preserve_rng_state: bool = True,
-):
-    """Give the repeated blocks of a model a `forward` with `checkpoint`; `remove()` on the result
-    undoes it.
+) -> Handle:
+    """Checkpoint the repeated blocks of a model: backward computes again what is inside them.
 
-    blocks: the modules in the order of their calls, or their class. None takes the longest list
-        (ModuleList, Sequential) of modules of one class, leaving out lists inside such modules.
-    every: checkpoint the first block and one in so many after it; the others stay as they are.
-    segments: instead, split the blocks into so many segments, equally long or one apart, and
-    recompute each
-        as a whole: fewer inputs to keep, more to hold at once in backward. A block whose first
-            argument is not what the one before returned (of a tuple, the first) has its inputs kept
-            all the same.
-    save, preserve_rng_state: as for `checkpoint`.
+    The gradients are those of the plain model, bit for bit, if a block does the same both times.
+    Its second call gets the inputs, the autocast state and the random state of the first. What else
+    it uses must stay: weights, train() or eval(), a cache (Hugging Face: pass use_cache=False).
+    Batch norm counts twice. Under `torch.no_grad()` nothing is kept, and nothing computed again.
 
-    Raises ValueError for blocks that cannot be found or are checkpointed already, and for counts
-    out of range; `remove()` raises RuntimeError if something else has replaced the `forward` of a
-    block since.
+    To checkpoint several blocks as one, put them into an `nn.Sequential` first: fewer inputs to
+    keep, more to hold at once in backward.
+
+    Args:
+        model: A model with repeated blocks. The first argument of a block is `(batch, ...)`.
+        blocks: The modules to checkpoint, or their class. None takes the longest list (ModuleList,
+            Sequential) of modules of one class, leaving out lists inside such modules.
+        every: Checkpoint the first block and one in so many after it; the others stay as they are.
+        save: Operators whose outputs are kept too, such as `MATRIX_PRODUCTS` or
+            `[torch.ops.aten.mm.default]`. Attention that has dropout is computed again all the
+            same. Such a block allows one backward pass, and no change of a kept output in place.
+        preserve_rng_state: False spares a copy of the random state for each block, 5,056 bytes on
+            the CPU. The gradients are then wrong if a block draws random numbers, as dropout does.
+
+    Returns:
+        A handle: `names` are the checkpointed blocks, `remove()` undoes it.
+
+    Raises:
+        ValueError: No such blocks, blocks that are checkpointed already, `every` out of range, or
+            an operator in `save` that draws random numbers.
+        TypeError: `save` has something that is no operator.
     """
-    blocks, policy = _find_blocks(model, blocks), _policy(save)
-    if segments is not None and every != 1:
-        raise ValueError(f"Give segments or every, not both: they are {segments} and {every}.")
-    count = len(blocks) if segments is None else segments
-    for name, number in (("every", every), ("segments", count)):
-        if not isinstance(number, int) or not 1 <= number <= len(blocks):
-            raise ValueError(
-                f"{name} must be an int from 1 to {len(blocks)}, but it is {number!r}."
-            )
-    starts = [blocks[len(blocks) * index // count] for index in range(count)]
-    forwards, last = weakref.WeakKeyDictionary(), SimpleNamespace(record=lambda: None)
+    names = {module: name for name, module in model.named_modules()}
+    blocks = _find_blocks(model, blocks)
+    if type(every) is not int or not 1 <= every <= len(blocks):
+        raise ValueError(f"every must be an int from 1 to {len(blocks)}, but it is {every!r}.")
+    saved_names = None if save is None else _operator_names(save)
+    handle = Handle()
     for block in blocks[::every]:
-        forwards[block] = block.forward = _Forward(
-            block, block in starts, last, preserve_rng_state, policy
-        )
-
-    def remove() -> None:
-        if any(vars(block).get("forward") is not forward for block, forward in forwards.items()):
-            raise RuntimeError("Something replaced the forward of a block since: undo that first.")
-        for block, forward in forwards.items():
-            del block.forward
-            if forward.previous is not None:
-                block.forward = forward.previous
-        forwards.clear()
-
-    return SimpleNamespace(remove=remove)
+        handle.wrap_forward(names[block], block, _checkpointed, saved_names, preserve_rng_state)
+    return handle
 
 
-class _Forward:
-    """The `forward` of a checkpointed block. It holds the block weakly: otherwise a deleted model
-    would be a cycle and stay in memory until the garbage collector came."""
+def _checkpointed(
+    module: nn.Module,
+    forward: Callable,
+    saved_names: frozenset[str] | None,
+    preserve_rng_state: bool,
+    /,
+    *args,
+    **kwargs,
+):
+    count = len(args)
+    keywords = list(kwargs)
 
-    def __init__(self, block: nn.Module, starts_segment: bool, last: SimpleNamespace, *options):
-        self.block, self.previous = weakref.ref(block), vars(block).get("forward")
-        self.starts_segment, self.last, self.options = starts_segment, last, options
-        self.__signature__ = inspect.signature(block.forward)
+    def run(*values):
+        return forward(*values[:count], **dict(zip(keywords, values[count:], strict=True)))
 
-    def __call__(self, *args, **kwargs):
-        record, hidden = self.last.record(), args[0] if args else None
-        if self.starts_segment or record is None or hidden is None or not record.returned(hidden):
-            record = _Record()
-            self.last.record = weakref.ref(record)
-        original = self.previous or MethodType(type(self.block()).forward, self.block())
-        return record.call(original, args, kwargs, *self.options)
+    options = {}
+    if saved_names is not None:
+        policy = functools.partial(_policy, saved_names)
+        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, policy)
+    # By position, for only those does PyTorch save: hooks see them, and a change in place is
+    # noticed.
+    return checkpoint(
+        run,
+        *args,
+        *kwargs.values(),
+        use_reentrant=False,
+        preserve_rng_state=preserve_rng_state,
+        **options,
+    )
 
-    def __reduce__(self):
-        raise TypeError(
-            "This model has gradient checkpointing: remove() it before copying or pickling."
-        )
+
+def _policy(saved_names: frozenset[str], context, operator, *args, **kwargs) -> CheckpointPolicy:
+    """Say of each operator that a block calls whether its output is kept."""
+    # An operator that is not computed again draws nothing, and the next one would draw its numbers.
+    draws = torch.Tag.nondeterministic_seeded in operator.tags
+    dropout = any(isinstance(argument, float) and argument > 0 for argument in args)
+    if operator.name() in saved_names and not (draws and dropout):
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _operator_names(save: Iterable) -> frozenset[str]:
+    """Return the operators by name: unlike them, a name can be pickled with the model."""
+    operators = list(save) if isinstance(save, Iterable) else [save]
+    for operator in operators:
+        if not isinstance(operator, type(torch.ops.aten.mm.default)):
+            raise TypeError(
+                f"save must be operators, as torch.ops.aten.mm.default, but has {operator!r:.80}."
+            )
+        draws = torch.Tag.nondeterministic_seeded in operator.tags
+        if draws and "attention" not in operator.name():
+            raise ValueError(
+                f"{operator.name()} draws random numbers, and must do so again in backward: leave"
+                " it out of save."
+            )
+    return frozenset(operator.name() for operator in operators)
 
 
 def _find_blocks(model: nn.Module, blocks) -> list[nn.Module]:
     modules = list(model.modules())
     if blocks is None:
-        lists = [m for m in modules if isinstance(m, nn.ModuleList | nn.Sequential)]
-        lists = [m for m in lists if len({type(block) for block in m}) == 1]
-        inner = {module for outer in lists for block in outer for module in block.modules()}
-        blocks = max((module for module in lists if module not in inner), key=len, default=[])
+        lists = [module for module in modules if isinstance(module, nn.ModuleList | nn.Sequential)]
+        lists = [each for each in lists if len({type(block) for block in each}) == 1]
+        inner = {module for each in lists for block in each for module in block.modules()}
+        blocks = max((each for each in lists if each not in inner), key=len, default=[])
     elif isinstance(blocks, type):
         blocks = [module for module in modules if isinstance(module, blocks)]
     blocks = list(dict.fromkeys(blocks))
@@ -371,7 +301,7 @@ def _find_blocks(model: nn.Module, blocks) -> list[nn.Module]:
         raise ValueError(
             f"No blocks found in {type(model).__name__}: pass blocks=, a list or a class."
         )
-    if any(isinstance(block.forward, _Forward) for block in blocks):
+    if any(_is_applied(block, _checkpointed) for block in blocks):
         raise ValueError(
             "Gradient checkpointing is applied to these blocks already: remove() it first."
         )
