@@ -12,7 +12,7 @@ import pandas as pd
 
 from memlab.ledger import COLUMNS
 from memlab.measurement import Measurement
-from memlab.units import MiB, format_bytes
+from memlab.units import MiB, format_bytes, residual
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,10 +30,14 @@ class Variant:
 
     @property
     def residual(self) -> float | None:
-        """(measured - predicted) / predicted, or None if nothing was predicted."""
-        if self.predicted_bytes is None:
-            return None
-        return (self.measurement.peak_bytes - self.predicted_bytes) / self.predicted_bytes
+        """What the prediction missed, as a part of it, or None if nothing was predicted.
+
+        What is held against it are the measurement's known bytes: no formula says what an operator
+        takes for itself, which is another amount on another processor.
+        """
+        # (Nothing is known where a GPU's history was too long to be kept.)
+        measured = self.measurement.known_bytes or self.measurement.peak_bytes
+        return residual(measured, self.predicted_bytes)
 
 
 @dataclass
@@ -98,6 +102,8 @@ class Comparison:
         """One row a variant: predicted and measured peak and the ledger's columns (MiB), residual
         (%), time, loss.
 
+        "In tensors" are the measurement's known bytes, which the residual is about. They are shown
+        where they are not the whole peak.
         Columns in which no variant has a value are left out.
         """
         baseline = self.variants[0].measurement
@@ -109,6 +115,9 @@ class Comparison:
                     None if variant.predicted_bytes is None else variant.predicted_bytes / MiB
                 ),
                 "measured MiB": m.peak_bytes / MiB,
+                "in tensors MiB": (
+                    None if variant.predicted_bytes is None else m.known_bytes / MiB
+                ),
                 "residual %": None if variant.residual is None else 100 * variant.residual,
                 "× less": baseline.peak_bytes / m.peak_bytes,
                 "peak in": m.phase,
@@ -127,6 +136,9 @@ class Comparison:
                 "last loss": None if not m.losses else m.losses[-1],
             }
         frame = pd.DataFrame.from_dict(rows, orient="index")
+        # What is in tensors is what the residual is about. It says something where that is not all.
+        if all(v.measurement.known_bytes == v.measurement.peak_bytes for v in self.variants):
+            frame = frame.drop(columns="in tensors MiB")
         # A column of the ledger that is 0 everywhere, or a value that this device does not have,
         # says nothing.
         if len(self.variants) == 1:

@@ -81,10 +81,10 @@ class Measurement:
         """The most bytes at once without what is in no tensor: to compare two runs to the byte.
 
         Left out is what operators took for themselves and gave back before they were done: how much
-        that is depends on the processor and on the number of threads. Left out is also what stayed
-        unattributed: a GPU's allocator gives out blocks that are up to 1 MiB too large when it has
-        one at hand, and whether it has depends on what went before. So two equal runs have equal
-        known bytes, on any processor.
+        that is depends on the processor and on the number of threads. (On CUDA it is counted: the
+        history's clock does not tell it apart.) Left out is also what stayed unattributed: a GPU's
+        allocator gives out blocks that are up to 1 MiB too large when it has one at hand, and
+        whether it has depends on what went before. So two equal runs have equal known bytes.
         """
         return sum(self.known_columns.values())
 
@@ -189,6 +189,7 @@ def measurement_of(recorded: Recorded) -> Measurement:
             recorded.alive,
             start=recorded.start,
             end=recorded.end,
+            one_clock=readings.one_clock,
         )
     refusals.refuse_foreign_parameters(recorded, missed)
     refusals.refuse_another_device(recorded)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from memlab.compare import compare
-from memlab.ledger import COLUMNS, Ledger
+from memlab.ledger import COLUMNS, Block, Ledger
 from memlab.measure import measure
 from memlab.measurement import Measurement
 from memlab.timing import Seconds
@@ -116,6 +116,20 @@ def test_the_table_leaves_out_what_says_nothing():
         assert frame.loc["after", column] == value, column
     # Without a time of the baseline there is nothing to be faster than.
     assert "× time" not in frame
+
+
+def test_what_operators_take_for_themselves_is_no_residual():
+    blocks = [
+        Block(100 * MiB, 1, 0, column="activations"),
+        Block(5 * MiB, 2, 0, column="temporaries", scratch=True),
+    ]
+    ledger = Ledger(blocks)
+    scratch = Measurement(105 * MiB, ledger.peak_columns(), "forward", ledger, {"device": "cpu"})
+    compared = compare(AFTER, scratch, predicted=100 * MiB)
+    assert compared.residuals == {"before": None, "after": 0}
+    row = compared.to_frame().loc["after"]
+    assert (row["measured MiB"], row["in tensors MiB"], row["residual %"]) == (105, 100, 0)
+    assert "in tensors MiB" not in compare(BEFORE, AFTER, predicted=100 * MiB).to_frame()
 
 
 def test_it_prints_as_text_and_as_html():

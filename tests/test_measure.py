@@ -973,4 +973,5 @@ def test_what_is_in_no_tensor_is_left_out_of_the_known_bytes():
     ]
     ledger = Ledger(blocks)
     measured = Measurement(1074, ledger.peak_columns(), "forward", ledger, {})
-    assert measured.known_bytes == 1000
+    assert measured.known_bytes == sum(measured.known_columns.values()) == 1000
+    assert measured.known_columns["parameters"] == 1000

@@ -170,7 +170,7 @@ def third_party(tree):
             names |= {a.name.split(".")[0] for a in node.names}
         elif isinstance(node, ast.ImportFrom) and not node.level:
             names.add(node.module.split(".")[0])
-    return names - set(sys.stdlib_module_names) - {"memlab"}
+    return names - set(sys.stdlib_module_names) - {"memlab", "tests"}
 
 
 def rooms_imported(path, root):

@@ -47,6 +47,7 @@ def build_ledger(
     *,
     start: int | None = None,
     end: int | None = None,
+    one_clock: bool = True,
 ) -> tuple[Ledger, list[Observation]]:
     """Join the allocator's events with what was seen, and give every block its column.
 
@@ -58,6 +59,8 @@ def build_ledger(
             was seen.
         start, end: the first and last moment of the run (nanoseconds); by default those of the
             events.
+        one_clock: whether events and spans are of one clock, to the nanosecond. Only then can an
+            operator's scratch be told from a tensor between two operators.
 
     Returns:
         The ledger, and the observations that fall on no block: memory that this allocator did not
@@ -72,7 +75,8 @@ def build_ledger(
 
     found = find_phases(spans, start, end)
     _place(blocks, spans, found.phases)
-    _tell_scratch(blocks, spans)
+    if one_clock:
+        _tell_scratch(blocks, spans)
     missed = _label(blocks, observations)
     _label_by_life(blocks, found, spans)
     return Ledger(blocks, list(found.phases), start, end), missed

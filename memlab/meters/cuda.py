@@ -175,6 +175,7 @@ class Meter:
             spans = self._profiler.stop().spans
         events, (workspaces, workspaces_at_peak) = split_workspaces(read_history(history), ended)
         return Readings(
+            one_clock=False,  # the history counts in microseconds
             events,
             spans,
             complete=len(history) < _MAX_ENTRIES,

@@ -23,6 +23,7 @@ class Readings:
         reserved_bytes: the most bytes that the allocator held from the driver (None: no driver).
         device_bytes: what the driver says is in use at the end (None: no driver).
         workspace_bytes: what libraries keep for themselves whatever the model (None: none do).
+        one_clock: whether events and spans have the same clock, to the nanosecond.
         one_thread: whether what other threads allocate is not seen.
     """
 
@@ -36,4 +37,5 @@ class Readings:
     reserved_bytes: int | None = None
     device_bytes: int | None = None
     workspace_bytes: int | None = None
+    one_clock: bool = True
     one_thread: bool = False

@@ -218,6 +218,14 @@ def test_who_asked_is_the_innermost_operator_that_does_more_than_hand_out_memory
     assert not scratch_of(60, "aten::empty")  # torch.empty(), by whoever
 
 
+def test_with_clocks_that_differ_no_scratch_is_told():
+    """On CUDA the history counts in microseconds: a block's operator is a guess."""
+    call = Span(10, 90, "operator", "aten::mm")
+    for one_clock in (True, False):
+        ledger, _ = build_ledger(alive(50, 1, 8, 60), spans=[call], one_clock=one_clock)
+        assert ledger.blocks[0].scratch == one_clock
+
+
 def test_what_autograd_calls_is_no_operator_that_takes_scratch():
     for name in ("MulBackward0", "MyFunction", "torch::autograd::AccumulateGrad"):
         assert not scratch_of(60, name, "aten::empty")
