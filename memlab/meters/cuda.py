@@ -175,7 +175,6 @@ class Meter:
             spans = self._profiler.stop().spans
         events, (workspaces, workspaces_at_peak) = split_workspaces(read_history(history), ended)
         return Readings(
-            one_clock=False,  # the history counts in microseconds
             events,
             spans,
             complete=len(history) < _MAX_ENTRIES,
@@ -186,6 +185,8 @@ class Meter:
             reserved_bytes=reserved,
             device_bytes=total - free,
             workspace_bytes=workspaces,
+            # The history counts in microseconds.
+            one_clock=False,
         )
 
 
