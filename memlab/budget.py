@@ -87,7 +87,7 @@ class Budget:
     def __enter__(self) -> Budget:
         self._enforced.start()
         self._observer.__enter__()
-        self._observer.look_around(before=True)
+        self._observer.seen.look_around(before=True)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
@@ -123,9 +123,9 @@ class Budget:
 
     def _columns(self) -> dict[str, int]:
         """Bytes alive by column, as far as what they are was seen."""
-        self._observer.look_around()
+        self._observer.seen.look_around()
         held_at = {held.address: held for held in self._enforced.held()}
-        return _by_column(held_at, self._observer.latest.values())
+        return _by_column(held_at, self._observer.seen.latest.values())
 
     def _passed(self, asked: int, operator: str) -> OverBudget:
         place = f"{operator} {self._observer.place()}"

@@ -119,7 +119,8 @@ def _check(
             f" {budget_text} already: there is nothing to do"
         )
     ledgers = {"as it is": before.known_columns}
-    if build is None or build is ... or _returns_nothing(build):
+    nothing = (None, ...)
+    if build in nothing or build() in nothing:
         needed = format_bytes(before.known_bytes)
         line = f"Not solved yet: {needed} has to become {budget_text}"
         return Result(False, [line], ledgers, limits.budget)
@@ -132,28 +133,20 @@ def _check(
         with budget_of(allowed, device=device, scratch=False):
             after = measure(build, steps=steps, device=device)
     except OverBudget as error:
-        columns = error.columns
-        if not error.measured:  # it counts what was alive before, too
-            alive_before = watched.measurement.columns
-            columns = {name: max(0, columns[name] - alive_before[name]) for name in COLUMNS}
-        ledgers["yours, when it ran out"] = columns
+        ledgers["yours, when it ran out"] = columns = error.columns
         asked = ""
-        if error.asked and not error.measured:
-            asked = f" asked for {format_bytes(error.asked)}"
-        lines = [
-            f"Over the budget of {budget_text}",
-            f"It ran out here: {error.place}{asked}.",
-            _where_to_look(columns),
-        ]
-        return Result(False, lines, ledgers, limits.budget)
+        if not error.measured:
+            for column, count in watched.measurement.columns.items():  # what was alive before
+                columns[column] = max(0, columns[column] - count)
+            asked = f" asked for {format_bytes(error.asked)}" if error.asked else ""
+        over = f"Over the budget of {budget_text}"
+        ran_out = f"It ran out here: {error.place}{asked}."
+        return Result(False, [over, ran_out, _where_to_look(columns)], ledgers, limits.budget)
     ledgers["yours"] = after.known_columns
     if after.known_bytes > limits.budget:  # only where there was more room than the budget
         needed = format_bytes(after.known_bytes)
-        lines = [
-            f"Over the budget of {budget_text}: {needed} at the peak, in {after.phase}",
-            _where_to_look(after.known_columns),
-        ]
-        return Result(False, lines, ledgers, limits.budget)
+        over = f"Over the budget of {budget_text}: {needed} at the peak, in {after.phase}"
+        return Result(False, [over, _where_to_look(ledgers["yours"])], ledgers, limits.budget)
     passed, lines = _compare_first_steps(build, reference, before, after, limits)
     return Result(passed, lines, ledgers, limits.budget)
 
@@ -195,16 +188,12 @@ def _compare_first_steps(
         return False, [
             f"It fits, but it computes {compute:.2f}× as much; {limits.max_compute:g}× is allowed"
         ]
+    less = f"{format_bytes(before.known_bytes)} → {format_bytes(after.known_bytes)}"
     difference = gradient_difference(expected, answer)
     return True, [
-        (
-            f"Solved: {format_bytes(before.known_bytes)} → {format_bytes(after.known_bytes)},"
-            f" budget {format_bytes(limits.budget)}"
-        ),
-        (
-            f"Largest gradient difference {difference:.1e} (allowed {limits.tolerance:.0e}),"
-            f" {compute:.2f}× the floating-point operations (allowed {limits.max_compute:g}×)."
-        ),
+        f"Solved: {less}, budget {format_bytes(limits.budget)}",
+        f"Largest gradient difference {difference:.1e} (allowed {limits.tolerance:.0e}), "
+        f"{compute:.2f}× the floating-point operations (allowed {limits.max_compute:g}×).",
     ]
 
 
@@ -223,12 +212,6 @@ def _first_step_traced(build: Callable) -> tuple[FirstStep, int]:
     finally:
         if not running:
             tracemalloc.stop()
-
-
-def _returns_nothing(build: Callable) -> bool:
-    """Whether an answer is still empty: `build()` gives None or `...`."""
-    step = build()
-    return step is None or step is ...
 
 
 def _wrong_gradients(wanted: FirstStep, given: FirstStep, tolerance: float) -> str | None:

@@ -128,7 +128,7 @@ def _take_steps(
                 losses.append(loss)
             del result
             step_ends.append(time.time_ns())
-        recording.observer.look_around(after=True)
+        recording.observer.seen.look_around(after=True)
     finally:
         started.close()
     gc.collect()

@@ -18,8 +18,8 @@ from memlab.ledger import (
 )
 from memlab.meters import refusals
 from memlab.meters.device import environment
-from memlab.meters.observer import Use
 from memlab.meters.recording import Recorded, no_garbage_collection
+from memlab.meters.sightings import Use
 from memlab.timing import Seconds
 from memlab.units import format_bytes
 

@@ -57,14 +57,14 @@ class watch:  # noqa: N801 - read as a verb: `with watch(model, optimizer) as w:
         self._recording.__enter__()
         try:
             observer = self._recording.observer
-            observer.look_around(before=True)
+            observer.seen.look_around(before=True)
             for thing in self._things:
                 if isinstance(thing, nn.Module):
                     for name, module in thing.named_modules():
-                        observer.see_module(module, name)
+                        observer.seen.see_module(module, name)
                 else:
-                    observer.see_optimizer(thing)
-            observer.see_gradients()
+                    observer.seen.see_optimizer(thing)
+            observer.seen.see_gradients()
         except BaseException:
             self._recording.__exit__()
             raise
@@ -73,7 +73,7 @@ class watch:  # noqa: N801 - read as a verb: `with watch(model, optimizer) as w:
     def __exit__(self, *exception: object) -> None:
         self._measurement = self._refusal = None
         try:
-            self._recording.observer.look_around(after=True)
+            self._recording.observer.seen.look_around(after=True)
             self._recording.__exit__()
             self._measurement = measurement_of(self._recording.recorded)
         except (RuntimeError, ValueError) as error:

@@ -410,16 +410,16 @@ def test_a_long_training_under_a_budget_does_not_pile_up_notes():
         step()
         step()
         few = (
-            len(limit._observer.latest)
+            len(limit._observer.seen.latest)
             + len(limit._observer.spans)
-            + len(limit._observer.observations)
+            + len(limit._observer.seen.observations)
         )
         for _ in range(50):
             step()
         many = (
-            len(limit._observer.latest)
+            len(limit._observer.seen.latest)
             + len(limit._observer.spans)
-            + len(limit._observer.observations)
+            + len(limit._observer.seen.observations)
         )
     assert many < 3 * few
 

@@ -4,9 +4,9 @@ import torch
 
 from memlab.ledger import Block, Event, Observation, Span
 from memlab.measurement import measurement_of
-from memlab.meters.observer import Use
 from memlab.meters.readings import Readings
 from memlab.meters.recording import Recorded
+from memlab.meters.sightings import Use
 
 CPU = torch.device("cpu")
 

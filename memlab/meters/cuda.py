@@ -17,13 +17,13 @@ import contextlib
 import functools
 import subprocess
 import time
-from collections.abc import Iterable
 
 import torch
 
-from memlab.ledger import Block, Event
+from memlab.ledger import Block
 from memlab.meters import cpu
 from memlab.meters.counter import Held
+from memlab.meters.cuda_history import read_history, split_workspaces
 from memlab.meters.live import live_storages
 from memlab.meters.readings import Readings
 from memlab.units import MiB
@@ -31,9 +31,6 @@ from memlab.units import MiB
 # More than a few hundred steps of a large model. Bounded, so that a forgotten recording cannot fill
 # the host.
 _MAX_ENTRIES = 2_000_000
-
-# The allocator hands out multiples of this.
-_GRAIN = 512
 
 
 __all__ = ["Limit", "Meter", "bytes_alive", "describe", "resolve", "room_for", "synchronize"]
@@ -190,22 +187,6 @@ class Meter:
         )
 
 
-def read_history(history: list[dict]) -> list[Event]:
-    """The allocator's events in a recorded history, sizes rounded up as the allocator does, times
-    in nanoseconds.
-    """
-    events = []
-    for entry in history:
-        size = -(-entry["size"] // _GRAIN) * _GRAIN
-        if entry["action"] == "alloc":
-            events.append(Event(entry["time_us"] * 1000, entry["addr"], size))
-        elif entry["action"] == "free_requested":
-            # The counters go down when the free is asked for, not when the streams are done with
-            # the block.
-            events.append(Event(entry["time_us"] * 1000, entry["addr"], -size))
-    return events
-
-
 def _active_blocks(device: torch.device) -> list[Block]:
     """The blocks that are in use now, from the allocator's own map of its segments."""
     blocks = []
@@ -218,50 +199,6 @@ def _active_blocks(device: torch.device) -> list[Block]:
                 blocks.append(Block(block["size"], block.get("address", address), 0))
             address += block["size"]
     return blocks
-
-
-def split_workspaces(events: Iterable[Event], ended: int) -> tuple[list[Event], tuple[int, int]]:
-    """Part a run's events from those of cuBLAS's workspaces: the blocks that go when the workspaces
-    are cleared.
-
-    Args:
-        events: in order of time; those from `ended` (nanoseconds) on are what the clearing freed.
-
-    Returns:
-        The run's events; the workspaces' bytes in all, and those of them that were alive when all
-        together peaked.
-    """
-    events = list(events)
-    born: dict[int, int] = {}  # address → index of the allocation that holds it
-    workspaces: set[int] = set()
-    dropped: set[int] = set()
-    total = held = 0
-    for index, event in enumerate(events):
-        if event.bytes > 0:
-            born[event.address] = index
-            continue
-        first = born.pop(event.address, None)
-        if event.time >= ended:
-            total -= event.bytes
-            dropped.add(index)
-            if first is None:  # from before the history begins
-                held -= event.bytes
-            else:
-                workspaces.add(first)
-    alive = highest = 0
-    at_peak = held
-    for index, event in enumerate(events):
-        if event.time >= ended:
-            break
-        alive += event.bytes
-        if index in workspaces:
-            held += event.bytes
-        if alive > highest:
-            highest, at_peak = alive, held
-    return [event for index, event in enumerate(events) if index not in dropped | workspaces], (
-        total,
-        at_peak,
-    )
 
 
 def clear_workspaces() -> None:

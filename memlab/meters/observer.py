@@ -1,20 +1,15 @@
 """Sees what each block of memory is for, with no help from the caller.
 
 PyTorch lets anyone register hooks for *all* modules and *all* optimizers. Through them this file
-sees parameters, buffers, inputs, gradients and optimizer state go by, and notes their addresses. It
-allocates nothing, keeps nothing alive, and knows nothing of allocators: `memlab.ledger` joins what
-it saw with what a meter counted.
+sees parameters, buffers, inputs, gradients and optimizer state go by, and shows them to
+`memlab.meters.sightings`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
-import warnings
-import weakref
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -24,61 +19,33 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from memlab.ledger import Observation, Span
-from memlab.meters.live import live_objects, storages, tensors_in
-
-
-@dataclass(slots=True, eq=False)
-class Use:
-    """A storage that the run used: from when it was first seen until it was gone (nanoseconds;
-    None: not yet).
-    """
-
-    address: int
-    bytes: int
-    seen: int
-    gone: int | None = None
-    reference: weakref.ref | None = None
+from memlab.ledger import Span
+from memlab.meters.live import tensors_in
+from memlab.meters.sightings import Sightings
 
 
 class Observer:
     """Watches modules and optimizers while it is switched on (`with observer:`).
 
-    After that, `observations` and `spans` hold what was seen, for `memlab.ledger.build_ledger`.
+    After that, `seen` and `spans` hold what was seen, for `memlab.ledger.build_ledger`.
 
     Args:
         device: the device whose tensors are noted.
-        record: False for a budget, which may be in force for a long training. Then only `latest` is
-            filled, with what was seen last at each address, and `place()` knows the module also
-            while backward runs.
+        record: False for a budget, which may be in force for a long training. Then only
+            `seen.latest` is filled, and `place()` knows the module also while backward runs.
     """
 
     def __init__(self, device: torch.device, *, record: bool = True):
         self.device = device
         self._record = record
-        self.latest: dict[tuple[int, str], Observation] = {}
-        # Kept in four plain lists. A tuple for each would be an object that Python's garbage
-        # collector counts: it would then run more often than without the meter, and free reference
-        # cycles that the run itself keeps.
-        self._seen_times: list[int] = []
-        self._seen_addresses: list[int] = []
-        self._seen_columns: list[str] = []
-        self._seen_names: list[str] = []
+        self.seen = Sightings(device, record=record)
         self.spans: list[Span] = []
-        self.parameters: dict[int, weakref.ref] = {}
-        self.uses: list[Use] = []
-        self.before: set[int] = set()
-        self.maps_before: set[int] = set()
-        self.devices: set[torch.device] = set()
         self.threads: dict[int, str] = {}
         self.forward_with_grad = False
         #: Called once, when a model is about to run for the first time.
         self.on_first_call: Callable[[], None] | None = None
         self._failed_in = self._optimizer = self._backward_of = ""
-        self._names: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
         self._local = threading.local()
-        self._in_use: dict[int, Use] = {}
-        self._inputs: set[int] = set()
         self._optimizer_started: dict[int, int] = {}
         self._handles: list = []
 
@@ -98,164 +65,7 @@ class Observer:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        for use in self.uses:
-            use.reference = None  # has done its work
-
-    @property
-    def observations(self) -> list[Observation]:
-        """What was seen so far."""
-        seen = zip(
-            self._seen_times,
-            self._seen_addresses,
-            self._seen_columns,
-            self._seen_names,
-            strict=True,
-        )
-        return [Observation(*one) for one in seen]
-
-    # What is seen ---------------------------------------------------------------------------------
-
-    def see(
-        self, tensors: Iterable[torch.Tensor], column: str, name: str = "", *, outside: bool = True
-    ) -> None:
-        """Note that these tensors are of `column`, now. `outside=False`: the run may have nothing
-        to do with them.
-        """
-        now = time.time_ns()
-        for tensor in tensors:
-            with contextlib.suppress(Exception):  # no memory of its own (lazy, functional, fake)
-                for storage in storages(tensor):
-                    if storage.device == self.device and storage.nbytes():
-                        address = storage.data_ptr()
-                        if not self._record:
-                            self.latest[address, column] = Observation(now, address, column, name)
-                            continue
-                        self._seen_times.append(now)
-                        self._seen_addresses.append(address)
-                        self._seen_columns.append(column)
-                        self._seen_names.append(name)
-                        if outside and column in ("parameters", "batch"):
-                            self._use(storage, address, now)
-
-    def _use(self, storage: torch.UntypedStorage, address: int, now: int) -> None:
-        use = self._in_use.get(address)
-        if use is not None and use.gone is None and use.bytes == storage.nbytes():
-            return
-        self._in_use[address] = use = Use(address, storage.nbytes(), now)
-        self.uses.append(use)
-
-        def gone(reference: weakref.ref, use: Use = use) -> None:
-            use.gone = time.time_ns()
-
-        use.reference = weakref.ref(storage, gone)
-
-    def see_module(self, module: nn.Module, prefix: str) -> None:
-        """Note a module's own parameters and buffers (not its children's)."""
-        for name, parameter in module.named_parameters(recurse=False):
-            self._see_parameter(parameter, f"{prefix}.{name}" if prefix else name)
-        for name, buffer in module.named_buffers(recurse=False):
-            self.see((buffer,), "parameters", f"{prefix}.{name}" if prefix else name)
-
-    def _see_parameter(self, parameter: torch.Tensor, name: str) -> None:
-        if parameter.device.type == "meta":
-            which = f"parameter {name!r}" if name else "a parameter of the optimizer"
-            raise ValueError(
-                f"{which} is on the meta device: it has a shape but no bytes, so there is nothing"
-                f" to measure. Build the model on {self.device}, or call"
-                f" .to_empty(device={str(self.device)!r}) first."
-            )
-        self.see((parameter,), "parameters", name)
-        self.devices.add(parameter.device)
-        known = self.parameters.get(id(parameter))
-        if known is None or known() is None:  # the id of what is gone is given out again
-            self.parameters[id(parameter)] = weakref.ref(parameter)
-
-    def used_parameters(self) -> list[torch.Tensor]:
-        """The parameters that a module or an optimizer used while the observer was on, as far as
-        they still live.
-        """
-        return [
-            parameter
-            for reference in self.parameters.values()
-            if (parameter := reference()) is not None
-        ]
-
-    def see_gradients(self) -> None:
-        """Note the gradients of every parameter seen so far."""
-        for parameter in self.used_parameters():
-            if parameter.grad is not None:
-                self.see((parameter.grad,), "gradients")
-
-    def see_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """Note an optimizer's parameters, their gradients and its state."""
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                self._see_parameter(parameter, "")
-                if parameter.grad is not None:
-                    self.see((parameter.grad,), "gradients")
-        for state in list(optimizer.state.values()):
-            self.see(tensors_in(state), "optimizer_state")
-
-    def look_around(self, *, before: bool = False, after: bool = False) -> None:
-        """Note what every live model, optimizer and data set holds, whether or not it was used
-        while we watched.
-
-        Args:
-            before: the steps have not begun: any other tensor that Python holds is the batch
-                (inputs, targets, a data set kept on the device) if it needs no gradient, and an
-                activation if autograd made it.
-            after: the steps are over: a tensor that was trained, and that no module was given, is a
-                parameter.
-
-        What was not there before the run counts as used by it.
-        """
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # asking some tensors for their gradient warns
-            for thing in live_objects(
-                nn.Module, torch.optim.Optimizer, torch.utils.data.Dataset, torch.Tensor
-            ):
-                with contextlib.suppress(
-                    Exception
-                ):  # strangers, as above: half-built, lazy, fake, of any class
-                    if isinstance(thing, nn.Module):
-                        name = self._names.get(thing, type(thing).__name__)
-                        own = [
-                            *thing.named_parameters(recurse=False),
-                            *thing.named_buffers(recurse=False),
-                        ]
-                        for part, tensor in own:
-                            self.see((tensor,), "parameters", f"{name}.{part}", outside=False)
-                            if tensor.is_leaf and tensor.grad is not None:
-                                self.see((tensor.grad,), "gradients", outside=False)
-                    elif isinstance(thing, torch.optim.Optimizer):
-                        for group in thing.param_groups:
-                            self.see(group["params"], "parameters", outside=False)
-                        for state in list(thing.state.values()):
-                            self.see(tensors_in(state), "optimizer_state", outside=False)
-                    elif isinstance(thing, torch.utils.data.Dataset):
-                        self.see(
-                            tensors_in(vars(thing)), "batch", type(thing).__name__, outside=False
-                        )
-                    elif isinstance(thing, nn.Parameter):
-                        # A parameter whose module is still being built is known by its class.
-                        self.see((thing,), "parameters", outside=False)
-                    elif before or after:
-                        self._look_at(thing, after)
-        self.see_gradients()
-
-    def _look_at(self, tensor: torch.Tensor, after: bool) -> None:
-        """Note a tensor that belongs to no model, optimizer or data set."""
-        addresses = {storage.data_ptr() for storage in storages(tensor)}
-        outside = not addresses & (self.before | self.maps_before)
-        if tensor.grad_fn is not None:
-            if not after:
-                self.see((tensor,), "activations", outside=outside)
-        elif not tensor.requires_grad:
-            self.see((tensor,), "batch", outside=outside)
-        elif after and not addresses & self._inputs:
-            self.see((tensor,), "parameters", outside=outside)
-        if tensor.is_leaf and tensor.grad is not None:
-            self.see((tensor.grad,), "gradients", outside=outside)
+        self.seen.end()
 
     # Hooks ----------------------------------------------------------------------------------------
 
@@ -271,20 +81,18 @@ class Observer:
             return
         if self.on_first_call is not None:
             self.on_first_call()
-        if not self.stack and module not in self._names:
+        if not self.stack and module not in self.seen.names:
             for name, part in module.named_modules():
-                self._names.setdefault(part, name or type(module).__name__)
-        name = self._names.get(module, type(module).__name__)
+                self.seen.names.setdefault(part, name or type(module).__name__)
+        name = self.seen.names.get(module, type(module).__name__)
         self._failed_in = self._optimizer = self._backward_of = ""
         self.threads.setdefault(threading.get_ident(), name)
         self.stack.append((name, time.time_ns(), id(module)))
         self.forward_with_grad |= torch.is_grad_enabled()
-        self.see_module(module, name)
+        self.seen.see_module(module, name)
         for tensor in tensors_in(inputs):
             if tensor.grad_fn is None:
-                self.see((tensor,), "batch", "input")
-                with contextlib.suppress(Exception):
-                    self._inputs.update(storage.data_ptr() for storage in storages(tensor))
+                self.seen.see_input(tensor)
 
     def _leave_module(self, module: nn.Module, inputs: tuple, output: object) -> None:
         if torch.compiler.is_compiling() or id(module) not in (entry[2] for entry in self.stack):
@@ -340,7 +148,7 @@ class Observer:
             return
         self._optimizer, self._failed_in, self._backward_of = type(optimizer).__name__, "", ""
         self.threads.setdefault(threading.get_ident(), f"{self._optimizer}.step()")
-        self.see_optimizer(optimizer)
+        self.seen.see_optimizer(optimizer)
         self._optimizer_started[id(optimizer)] = time.time_ns()
 
     def _leave_optimizer(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
@@ -350,4 +158,4 @@ class Observer:
             return
         if self._record:
             self.spans.append(Span(started, time.time_ns(), "optimizer", type(optimizer).__name__))
-        self.see_optimizer(optimizer)
+        self.seen.see_optimizer(optimizer)

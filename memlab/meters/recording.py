@@ -19,8 +19,9 @@ import torch
 from memlab.ledger import Block, Observation, Span
 from memlab.meters.device import meter_for
 from memlab.meters.live import live_storages
-from memlab.meters.observer import Observer, Use
+from memlab.meters.observer import Observer
 from memlab.meters.readings import Readings
+from memlab.meters.sightings import Use
 
 _measuring = False
 
@@ -122,9 +123,9 @@ class Recording:
     def _note_alive(self) -> None:
         """Note the storages from before; where they are counted, see each one's end."""
         before = time.time_ns()
-        self.observer.maps_before.update(live_storages(self.device, maps=True))
+        self.observer.seen.maps_before.update(live_storages(self.device, maps=True))
         for address, storage in live_storages(self.device).items():
-            self.observer.before.add(address)
+            self.observer.seen.before.add(address)
             if not self._counts_alive:
                 continue
             block = Block(storage.nbytes(), address, before)
@@ -148,12 +149,12 @@ class Recording:
             end=end,
             thread=self._thread,
             counts_alive=self._counts_alive,
-            observations=observer.observations,
+            observations=observer.seen.observations,
             spans=[*readings.spans, *observer.spans],
             alive=alive,
-            uses=observer.uses,
-            before=frozenset(observer.before),
-            devices=frozenset(observer.devices),
+            uses=observer.seen.uses,
+            before=frozenset(observer.seen.before),
+            devices=frozenset(observer.seen.devices),
             threads=dict(observer.threads),
             nothing_to_train=self._nothing_to_train,
         )
@@ -167,7 +168,7 @@ class Recording:
     def begin_steps(self) -> None:
         """Note that the run is built: what is alive now is what its steps work with."""
         self.observer.on_first_call = None
-        self.observer.look_around(before=True)
+        self.observer.seen.look_around(before=True)
         self._steps_begun = time.time_ns()
 
     def run_step(self, step: Callable[[], object]) -> object:
@@ -181,7 +182,7 @@ class Recording:
             )
         if self._steps_begun is not None:
             began = max(began, self._steps_begun)
-        self.observer.see_gradients()
+        self.observer.seen.see_gradients()
         self.observer.stack.clear()  # of calls that something other than an Exception ended
         self.observer.spans.append(Span(began, time.time_ns(), "step"))
         self._note_gradients(result)
@@ -193,7 +194,7 @@ class Recording:
             return
         if not self.observer.forward_with_grad:
             return
-        parameters = self.observer.used_parameters()
+        parameters = self.observer.seen.used_parameters()
         # A loss may come back detached: that is fine as long as something needed a gradient.
         if parameters and not any(p.requires_grad or p.grad is not None for p in parameters):
             self._nothing_to_train = True

@@ -2,7 +2,6 @@
 are asked here.
 """
 
-import gc
 import shutil
 import weakref
 
@@ -701,35 +700,6 @@ def test_whatever_else_lives_in_the_process_does_not_matter(kind):
     beside = measure(build)
     assert stranger is not None
     assert (beside.peak_bytes, beside.columns) == (alone.peak_bytes, alone.columns)
-
-
-def test_the_observer_keeps_nothing_alive():
-    model, inputs = mlp(), torch.randn(4, 64)
-    optimizer = torch.optim.SGD(model.parameters())
-    with Observer(CPU) as observer:
-        model(inputs).mean().backward()
-        optimizer.step()
-        observer.look_around(before=True)
-        gone = [
-            weakref.ref(thing)
-            for thing in (model, inputs, optimizer, model[0].weight, model[0].weight.grad)
-        ]
-        del model, inputs, optimizer
-        gc.collect()
-        assert [reference() for reference in gone] == [None] * 5
-    assert len(observer.observations) > 10
-
-
-def test_a_parameter_at_the_id_of_one_that_is_gone_is_seen():
-    """Python gives an object's id out again. The gradient of the second is a gradient
-    all the same.
-    """
-    observer = Observer(CPU)
-    for _ in range(50):
-        layer = nn.Linear(4, 4)
-        observer.see_module(layer, "layer")
-        assert any(parameter is layer.weight for parameter in observer.used_parameters())
-        del layer
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
