@@ -22,8 +22,8 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
-from memlab import report
-from memlab.course import source_hash
+from memlab.course import documents
+from memlab.course.notebook import source_hash
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -790,7 +790,7 @@ def test_make_address_writes_the_address_everywhere(good_tree):
 
 def test_the_generated_tables_equal_the_records():
     # tests/test_report.py shows that `report` finds what differs.
-    assert report.generate(ROOT, check=True) == []
+    assert documents.generate(ROOT, check=True) == []
 
 
 # --- A tree where every rule holds ----------------------------------------------------------------

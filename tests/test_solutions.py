@@ -15,9 +15,10 @@ import nbformat
 import pytest
 from IPython.core.inputtransformer2 import TransformerManager
 
-from memlab import course
+from memlab.course.notebook import find_root, notebooks
+from memlab.course.run import run
 
-NOTEBOOKS = course.notebooks(course.find_root())
+NOTEBOOKS = notebooks(find_root())
 
 HISTORY = """import json
 from memlab import exercises
@@ -231,7 +232,7 @@ def solution_problems(notebook, name, folder):
     path = folder / "notebooks" / name
     path.parent.mkdir(parents=True)
     nbformat.write(copy, path)
-    (outcome,) = course.run([path], root=folder)
+    (outcome,) = run([path], root=folder)
     if outcome.failed:
         return [str(outcome)]
     results = json.loads(said(nbformat.read(outcome.copy, as_version=4).cells[-1]))

@@ -11,7 +11,7 @@ import re
 import tomllib
 from pathlib import Path
 
-from memlab.course import source_hash
+from memlab.course.notebook import source_hash
 
 NAMED = re.compile(r"(github(?:\.com)?/)[\w.-]+/memlab\b")
 

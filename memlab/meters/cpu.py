@@ -29,7 +29,16 @@ from memlab.meters.readings import Readings
 
 _BACKWARD = "autograd::engine::evaluate_function: "
 
-__all__ = ["Limit", "Meter", "bytes_alive", "describe", "resolve", "room_for", "synchronize"]
+__all__ = [
+    "Limit",
+    "Meter",
+    "bytes_alive",
+    "describe",
+    "free_bytes",
+    "resolve",
+    "room_for",
+    "synchronize",
+]
 
 
 def resolve(device: torch.device) -> torch.device:
@@ -44,6 +53,16 @@ def synchronize(device: torch.device) -> None:
 def bytes_alive(device: torch.device) -> int:
     """Bytes of the storages that live tensors hold."""
     return sum(storage.nbytes() for storage in live_storages(device).values())
+
+
+def free_bytes(device: torch.device) -> tuple[int, int] | None:
+    """Free bytes and all bytes of the machine; None where psutil, which knows, is not installed."""
+    try:
+        import psutil
+    except ModuleNotFoundError:
+        return None
+    memory = psutil.virtual_memory()
+    return memory.available, memory.total
 
 
 def room_for(limit: int) -> int:

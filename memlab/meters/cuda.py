@@ -33,7 +33,16 @@ from memlab.units import MiB
 _MAX_ENTRIES = 2_000_000
 
 
-__all__ = ["Limit", "Meter", "bytes_alive", "describe", "resolve", "room_for", "synchronize"]
+__all__ = [
+    "Limit",
+    "Meter",
+    "bytes_alive",
+    "describe",
+    "free_bytes",
+    "resolve",
+    "room_for",
+    "synchronize",
+]
 
 
 def resolve(device: torch.device) -> torch.device:
@@ -65,6 +74,11 @@ def bytes_alive(device: torch.device) -> int:
     clear_workspaces()
     torch.cuda.empty_cache()
     return torch.cuda.memory_reserved(device)
+
+
+def free_bytes(device: torch.device) -> tuple[int, int]:
+    """Free bytes and all bytes of the device, as the driver counts them."""
+    return torch.cuda.mem_get_info(device)
 
 
 def room_for(limit: int) -> int:

@@ -1,8 +1,8 @@
 """Which device is measured. What differs from device to device stands in its own file.
 
 Each of these files (`cpu`, `cuda`) has the same names: `Meter` (start, stop -> `Readings`), `Limit`
-(for a budget), `resolve`, `synchronize`, `bytes_alive`, `room_for` and `describe`. A new device is
-one file more, and one line here.
+(for a budget), `resolve`, `synchronize`, `bytes_alive`, `free_bytes`, `room_for` and `describe`. A
+new device is one file more, and one line here.
 """
 
 from __future__ import annotations
@@ -64,6 +64,11 @@ def bytes_alive(device: torch.device | str) -> int:
     device = resolve_device(device)
     gc.collect()
     return _FILES[device.type].bytes_alive(device)
+
+
+def free_bytes(device: torch.device) -> tuple[int, int] | None:
+    """Return a device's free bytes and all its bytes; None where nobody knows."""
+    return _FILES[device.type].free_bytes(device)
 
 
 def room_for(limit: int, device: torch.device) -> int:

@@ -1,6 +1,7 @@
 """Which device is measured, and that every device answers the same questions."""
 
 import platform
+import sys
 
 import pytest
 import torch
@@ -45,6 +46,13 @@ def test_bytes_alive_follow_a_tensor():
     kept = torch.zeros(1000)
     assert device.bytes_alive("cpu") == before + kept.nbytes
     assert device.room_for(1000, CPU) == 1000
+
+
+def test_free_bytes_are_a_part_of_all_bytes(monkeypatch):
+    free, total = device.free_bytes(CPU)
+    assert 0 < free < total
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    assert device.free_bytes(CPU) is None
 
 
 def test_the_environment():

@@ -1,0 +1,85 @@
+"""Results files: which there are, reading, merging and writing them."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from memlab.results.models import Claim, Environment, Record, Results
+
+
+def file_name(environment: Environment, scale: str | None = None) -> str:
+    """The name of a device's results file: `cpu.json`, `nvidia-h200.json`; that of the scale
+    "large" has a file of its own.
+    """
+    name = (environment.gpu or environment.device) + (" large" if scale == "large" else "")
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ".json"
+
+
+def merge(
+    data: Results | None, environment: Environment, notebook: str, fresh: Iterable[Record | Claim]
+) -> Results:
+    """A results file in which a notebook's fresh records stand in the place of its old ones.
+
+    Args:
+        data: the results file so far, None for a new one.
+        environment: the environment of the run; it becomes the file's.
+        notebook: the notebook that was run.
+        fresh: what it kept in the file of MEMLAB_RECORDS (`read_lines`).
+    """
+    old = [] if data is None else [*data.records, *data.claims]
+    kept = [each for each in old if each.notebook != notebook]
+    for each in fresh:
+        # A notebook knows its device. The commit and the date are those of the whole run.
+        of_run = {"commit": environment.commit, "date": environment.date}
+        its_environment = each.environment.model_copy(update=of_run)
+        kept.append(each.model_copy(update={"environment": its_environment}))
+
+    # Sorting is stable: a notebook's records stay in their order.
+    records = [each for each in kept if isinstance(each, Record)]
+    claims = [each for each in kept if isinstance(each, Claim)]
+    return Results(
+        environment=environment,
+        records=sorted(records, key=lambda record: record.notebook),
+        claims=sorted(claims, key=lambda claim: claim.number),
+    )
+
+
+def load(path: Path) -> Results:
+    """Read a results file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a results file of this version; the message says what is wrong, and
+            where.
+    """
+    text = Path(path).read_text(encoding="utf-8")
+    try:
+        return Results.from_json(text)
+    except ValueError as error:
+        raise ValueError(f"{path} is not a results file: {error}") from error
+
+
+def load_all(root: Path) -> list[Results]:
+    """Every results file of the checkout, the CPU's first."""
+    files = sorted(
+        (Path(root) / "results").glob("*.json"),
+        key=lambda path: (path.name != "cpu.json", path.name),
+    )
+    return [load(path) for path in files]
+
+
+def write(path: Path, data: Results) -> None:
+    """Write a results file, whole or not at all."""
+    replace(path, data.to_json())
+
+
+def replace(path: Path, content: str | bytes) -> None:
+    """Write a file whole or not at all, so that an interrupted run leaves the old one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(content.encode() if isinstance(content, str) else content)
+    os.replace(partial, path)
