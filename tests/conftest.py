@@ -6,6 +6,7 @@ device, scale and bytes. So a GPU is hidden from them, and seen only where the G
 for (`make test-gpu`).
 """
 
+import gc
 import os
 
 # Before matplotlib or a Hugging Face library is imported.
@@ -33,3 +34,26 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def _fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _few_threads():
+    """The tensors of tests are so small that more threads only wait for each other.
+
+    What has to hold with any number of them is tested with MEMLAB_TEST_THREADS=4, too.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(int(os.environ.get("MEMLAB_TEST_THREADS", "1")))
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def objects_frozen():
+    """The meter walks the objects that the garbage collector knows: those of the imported libraries
+    are set aside.
+    """
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()

@@ -29,18 +29,7 @@ WEIGHT = WIDTH * WIDTH * FLOAT  # 256 KiB
 LAYER = WEIGHT + WIDTH * FLOAT
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _quick():
-    """Small tensors gain nothing from threads; and of Python's live objects, only those made here
-    need be asked.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("objects_frozen")
 
 
 @pytest.fixture(autouse=True)

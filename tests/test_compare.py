@@ -15,15 +15,6 @@ from memlab.timing import Seconds
 from memlab.units import MiB
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _fast():
-    """One thread is faster for runs this small, and far faster when the cores are busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def made(phase="backward", seconds=None, losses=None, reserved=None, device=None, **columns):
     """A measurement with these bytes by column."""
     columns = dict.fromkeys(COLUMNS, 0) | columns

@@ -24,19 +24,7 @@ from memlab.measurement import Measurement
 from memlab.units import GiB, KiB, MiB, format_bytes
 from memlab.workloads import gpt
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _fast():
-    """One thread is faster for runs this small, and far faster when the cores are busy. And the
-    meter walks the objects that the garbage collector knows: those of the imported libraries are
-    set aside."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("objects_frozen")
 
 
 def run(batch=4, checkpointed=False):

@@ -1,6 +1,5 @@
 """The first step of a run: gradients by name, floating-point operations, what it updates."""
 
-import gc
 import math
 import weakref
 
@@ -18,18 +17,7 @@ from memlab.workloads import gpt
 BATCH, INPUTS, OUTPUTS = 8, 16, 4
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _fast():
-    """One thread is faster for runs this small, and far faster when the cores are busy. And the
-    meter walks the objects that the garbage collector knows: those of the imported libraries are
-    set aside."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("objects_frozen")
 
 
 def two_layers():

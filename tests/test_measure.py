@@ -29,15 +29,6 @@ WIDTH, BATCH = 64, 32
 LAYER = (WIDTH * WIDTH + WIDTH) * FLOAT
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _quick():
-    """Small tensors gain nothing from threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(autouse=True)
 def _everything_is_off_afterwards():
     yield

@@ -20,18 +20,7 @@ LAYER = (WIDTH * WIDTH + WIDTH) * FLOAT
 INPUTS = BATCH * WIDTH * FLOAT
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _quick():
-    """Small tensors gain nothing from threads; and of Python's live objects, only those made here
-    need be asked.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("objects_frozen")
 
 
 @pytest.fixture(autouse=True)

@@ -25,15 +25,6 @@ from memlab.workloads import gpt, vit
 FLOAT = 4
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _quick():
-    """Small tensors gain nothing from threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 # The hand count -----------------------------------------------------------------------------------
 
 

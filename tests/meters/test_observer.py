@@ -19,15 +19,6 @@ FLOAT = 4
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _quick():
-    """Small tensors gain nothing from threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def mlp(width: int = 64, layers: int = 3) -> nn.Sequential:
     return nn.Sequential(
         *[part for _ in range(layers) for part in (nn.Linear(width, width), nn.Tanh())]

@@ -28,15 +28,6 @@ TOKENS = torch.randint(256, (2, 40), generator=torch.Generator().manual_seed(0))
 TARGETS = TOKENS.roll(-1, 1).contiguous()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    # The tensors are so small that more threads only wait for each other.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def new_model(seed=0, config=CONFIG):
     torch.manual_seed(seed)
     return gpt.GPT(config).eval()

@@ -27,15 +27,6 @@ from memlab.workloads import gpt, vit
 TOKENS, HIDDEN, VOCABULARY = 37, 16, 101  # no multiple of a chunk of 5: the last chunk is short
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    # The tensors are so small that more threads only wait for each other.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def problem(dtype=torch.float32, bias=True, ignored=0, device="cpu"):
     generator = torch.Generator().manual_seed(0)
 

@@ -27,15 +27,6 @@ from memlab.workloads import gpt, vit
 VOCABULARY = 11
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    # The tensors are so small that more threads only wait for each other.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def logits(shape=(2, 3), dtype=torch.float64):
     torch.manual_seed(0)
     student = (2 * torch.randn(*shape, VOCABULARY)).to(dtype).requires_grad_()

@@ -36,15 +36,6 @@ def random_documents(lengths=LENGTHS, seed=0, high=256):
 DOCUMENTS = random_documents()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    # The tensors are so small that more threads only wait for each other.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def new_model(config=CONFIG, device=None):
     torch.manual_seed(0)
     model = gpt.GPT(config).to(device)

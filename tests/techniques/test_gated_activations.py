@@ -33,15 +33,6 @@ FUNCTIONS = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    # The tensors are so small that more threads only wait for each other.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def plain_linear(gate, up, weight, bias=None, activation="silu"):
     activated = FUNCTIONS[activation](gate)
     return F.linear(activated if up is None else activated * up, weight, bias)

@@ -35,14 +35,6 @@ VIT = vit.ViTConfig(
 FLOAT = 1e-5
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def adamw(parameters):
     return torch.optim.AdamW(parameters, lr=1e-2, foreach=False)
 

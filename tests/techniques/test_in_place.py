@@ -17,15 +17,6 @@ from memlab.workloads import gpt, vit
 SMALL_GPT = gpt.tiny(layers=2, tied_embeddings=False)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    # The tensors are so small that more threads only wait for each other.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def equal(one, other):
     return len(one) == len(other) and all(map(torch.equal, one, other))
 

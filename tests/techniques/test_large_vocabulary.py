@@ -34,15 +34,6 @@ from memlab.workloads import gpt
 TOKENS, HIDDEN, WORDS = 37, 16, 101  # no multiple of a tile of 20: the last tile is one word
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    # The tensors are so small that more threads only wait for each other.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def small_gpt(**changes):
     torch.manual_seed(0)
     return gpt.GPT(gpt.tiny(**{"layers": 2, "vocabulary_size": 500} | changes))

@@ -29,15 +29,6 @@ from memlab.workloads import gpt, vit
 BLOCK, SMALLEST = 256, 4096
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    # The tensors are so small that more threads only wait for each other.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def make_gpt():
     return gpt.GPT(gpt.tiny(layers=2))
 

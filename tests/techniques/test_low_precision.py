@@ -23,15 +23,6 @@ BOTH = [StochasticRoundingAdamW, MasterWeightAdamW]
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    # The tensors are so small that more threads only wait for each other.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def small_gpt():
     return gpt.GPT(gpt.GPTConfig(64, 16, layers=2, heads=2, hidden=32))
 

@@ -30,15 +30,6 @@ TOKENS, HIDDEN = 4 * 32, 32
 U = 4 * TOKENS * HIDDEN  # bytes of a hidden state
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    # The tensors are so small that more threads only wait for each other.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def a_gpt(device="cpu", **changes):
     torch.manual_seed(0)
     config = gpt.GPTConfig(**{**vars(SMALL), **changes})

@@ -17,15 +17,6 @@ from memlab.techniques.pruning import prune_heads, prune_mlp, score_units, two_o
 from memlab.workloads import gpt, vit
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    # The tensors are so small that more threads only wait for each other.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def gpt_model():
     model = gpt.GPT(gpt.tiny(layers=2, heads=4))
     tokens = torch.randint(256, (2, 16))

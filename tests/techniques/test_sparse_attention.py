@@ -21,15 +21,6 @@ from memlab.techniques.sparse_attention import (
 from memlab.workloads import gpt, vit
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    # The tensors are so small that more threads only wait for each other.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def by_a_mask(
     query, key, value, attn_mask=None, dropout_p=0.0, is_causal=True, scale=None, *, window, after=0
 ):

@@ -15,15 +15,6 @@ from memlab.workloads.gpt import GPT, Block, CausalSelfAttention, GPTConfig
 TINY = gpt.tiny(context_length=16, layers=2)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models this small are faster without threads, and far faster when the cores are busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def build(config, seed=0):
     torch.manual_seed(seed)
     return GPT(config)

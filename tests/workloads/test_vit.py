@@ -11,15 +11,6 @@ from memlab.workloads.vit import Block, SelfAttention, ViT, ViTConfig
 TINY = ViTConfig(16, 4, channels=2, classes=10, layers=2, heads=2, hidden=32)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models this small are faster without threads, and far faster when the cores are busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def build(config, seed=0):
     torch.manual_seed(seed)
     return ViT(config)
