@@ -241,6 +241,26 @@ def apply_fused_loss(
         ValueError: The head is not found or has it already, or another loss is given
             `chunk_tokens`.
     """
+    name, head = _output_layer(model, head)
+    _check_chunk(chunk_tokens)
+    if not callable(loss):
+        raise TypeError(
+            f"loss must be a function like linear_cross_entropy, but it is {loss!r:.80}."
+        )
+    if loss is linear_cross_entropy:
+        loss = functools.partial(loss, chunk_tokens=chunk_tokens)
+    elif chunk_tokens is not None:
+        raise ValueError(
+            "chunk_tokens is linear_cross_entropy's: give another loss its sizes with"
+            " functools.partial."
+        )
+    handle = Handle()
+    handle.wrap_forward(name, head, _run_uncomputed, loss, innermost=True)
+    return handle
+
+
+def _output_layer(model: nn.Module, head: nn.Linear | None) -> tuple[str, nn.Linear]:
+    """The output layer and its name in the model: found where it was not given, and checked."""
     if head is None:
         find = getattr(model, "get_output_embeddings", lambda: None)
         head = find() or getattr(model, "head", None) or getattr(model, "lm_head", None)
@@ -259,21 +279,7 @@ def apply_fused_loss(
         raise ValueError(
             f"The loss of this {type(model).__name__} is fused already: remove() it first."
         )
-    _check_chunk(chunk_tokens)
-    if not callable(loss):
-        raise TypeError(
-            f"loss must be a function like linear_cross_entropy, but it is {loss!r:.80}."
-        )
-    if loss is linear_cross_entropy:
-        loss = functools.partial(loss, chunk_tokens=chunk_tokens)
-    elif chunk_tokens is not None:
-        raise ValueError(
-            "chunk_tokens is linear_cross_entropy's: give another loss its sizes with"
-            " functools.partial."
-        )
-    handle = Handle()
-    handle.wrap_forward(names[head], head, _run_uncomputed, loss, innermost=True)
-    return handle
+    return names[head], head
 
 
 def _run_uncomputed(head, forward, loss, /, input: Tensor) -> "Tensor | UncomputedLogits":
@@ -385,7 +391,8 @@ class Handle:
 
     def __init__(self):
         self.names: list[str] = []
-        self._replaced = []
+        # By their owners: what was replaced lives no longer than the model that it was replaced in.
+        self._replaced = weakref.WeakKeyDictionary()
         self._undo = []
 
     def wrap_forward(
@@ -409,15 +416,12 @@ class Handle:
         self.names.append(name)
         self._undo.append(functools.partial(_unwrap, weakref.ref(patched), patch))
 
-    def replace(self, name: str, owner, attribute: str, value) -> None:
-        """Give an attribute or submodule of `owner` another value, until `remove()`."""
+    def replace(self, name: str, owner: nn.Module, attribute: str, value) -> None:
+        """Give an attribute or a submodule of `owner` another value."""
         before = getattr(owner, attribute)
-        is_its_own = attribute in vars(owner) or isinstance(before, nn.Module)
         setattr(owner, attribute, value)
         self.names.append(name)
-        self._replaced.append((name, weakref.ref(owner), attribute, value))
-        restore = (setattr, before) if is_its_own else (delattr,)
-        self._undo.append(functools.partial(_restore, weakref.ref(owner), attribute, *restore))
+        self._replaced.setdefault(owner, []).append((name, attribute, before, value))
 
     def on_remove(self, undo: Callable) -> None:
         """Let `remove()` call `undo()` too: the `remove` of a hook, for example."""
@@ -431,12 +435,17 @@ class Handle:
         Raises:
             RuntimeError: Something else has replaced an attribute since. Nothing is undone then.
         """
-        for name, owner, attribute, value in self._replaced:
-            if owner() is not None and getattr(owner(), attribute, None) is not value:
+        replaced = [
+            (owner, *entry) for owner, entries in self._replaced.items() for entry in entries
+        ]
+        for owner, name, attribute, _, value in replaced:
+            if getattr(owner, attribute, None) is not value:
                 raise RuntimeError(
                     f"Something has replaced {attribute!r} of {name or 'the model'} since this was"
                     " applied: undo that first, then call remove() again."
                 )
+        for owner, _, attribute, before, _ in replaced:
+            setattr(owner, attribute, before)
         self._replaced.clear()
         while self._undo:
             self._undo.pop()()
@@ -503,11 +512,6 @@ def _unwrap(reference: weakref.ref, patch: tuple) -> None:
     del module.forward
     if patched.before is not None:
         module.forward = patched.before
-
-
-def _restore(owner: weakref.ref, attribute: str, set_or_delete: Callable, *before) -> None:
-    if owner() is not None:
-        set_or_delete(owner(), attribute, *before)
 
 
 # --- pasted from _patch.py: end -------------------------------------------------------------------

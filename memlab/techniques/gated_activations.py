@@ -362,7 +362,8 @@ class Handle:
 
     def __init__(self):
         self.names: list[str] = []
-        self._replaced = []
+        # By their owners: what was replaced lives no longer than the model that it was replaced in.
+        self._replaced = weakref.WeakKeyDictionary()
         self._undo = []
 
     def wrap_forward(
@@ -386,15 +387,12 @@ class Handle:
         self.names.append(name)
         self._undo.append(functools.partial(_unwrap, weakref.ref(patched), patch))
 
-    def replace(self, name: str, owner, attribute: str, value) -> None:
-        """Give an attribute or submodule of `owner` another value, until `remove()`."""
+    def replace(self, name: str, owner: nn.Module, attribute: str, value) -> None:
+        """Give an attribute or a submodule of `owner` another value."""
         before = getattr(owner, attribute)
-        is_its_own = attribute in vars(owner) or isinstance(before, nn.Module)
         setattr(owner, attribute, value)
         self.names.append(name)
-        self._replaced.append((name, weakref.ref(owner), attribute, value))
-        restore = (setattr, before) if is_its_own else (delattr,)
-        self._undo.append(functools.partial(_restore, weakref.ref(owner), attribute, *restore))
+        self._replaced.setdefault(owner, []).append((name, attribute, before, value))
 
     def on_remove(self, undo: Callable) -> None:
         """Let `remove()` call `undo()` too: the `remove` of a hook, for example."""
@@ -408,12 +406,17 @@ class Handle:
         Raises:
             RuntimeError: Something else has replaced an attribute since. Nothing is undone then.
         """
-        for name, owner, attribute, value in self._replaced:
-            if owner() is not None and getattr(owner(), attribute, None) is not value:
+        replaced = [
+            (owner, *entry) for owner, entries in self._replaced.items() for entry in entries
+        ]
+        for owner, name, attribute, _, value in replaced:
+            if getattr(owner, attribute, None) is not value:
                 raise RuntimeError(
                     f"Something has replaced {attribute!r} of {name or 'the model'} since this was"
                     " applied: undo that first, then call remove() again."
                 )
+        for owner, _, attribute, before, _ in replaced:
+            setattr(owner, attribute, before)
         self._replaced.clear()
         while self._undo:
             self._undo.pop()()
@@ -480,11 +483,6 @@ def _unwrap(reference: weakref.ref, patch: tuple) -> None:
     del module.forward
     if patched.before is not None:
         module.forward = patched.before
-
-
-def _restore(owner: weakref.ref, attribute: str, set_or_delete: Callable, *before) -> None:
-    if owner() is not None:
-        set_or_delete(owner(), attribute, *before)
 
 
 # --- pasted from _patch.py: end -------------------------------------------------------------------
