@@ -46,6 +46,7 @@ ORDER = (
     "exercises",
     "techniques",
     "workloads",
+    "recipe",
     "results",
     "report",
     "course",
