@@ -11,6 +11,7 @@ Five lines are replaced by a later one:
 import contextlib
 import dataclasses
 import functools
+import itertools
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -59,7 +60,7 @@ def training(
             default.
 
     Returns:
-        A function that builds everything and returns the step. A step returns its loss.
+        A generator function: it builds everything, and yields the loss after each step.
 
     Raises:
         ValueError: a name is not in `LADDER`.
@@ -72,35 +73,33 @@ def training(
         # Written before anything is measured.
         weights_file(setting.config, setting.seed)
 
-    def build():
+    def train():
         model = start(on, setting)
         apply_techniques(model, on, setting)
         optimizer = attach_optimizer(model, on, setting, optimizer_of or make_optimizer)
         activations = contextlib.nullcontext()
         if "activations far" in on:
             activations = offload_activations(model, min_bytes=SMALL)
-        steps = 0
 
-        def step():
-            nonlocal steps
+        for number in itertools.count(1000 * setting.seed):
             tokens, targets = text.batch(
                 corpus.train,
                 setting.batch_size,
                 setting.sequence_length,
-                seed=1000 * setting.seed + steps,
+                seed=number,
                 device=setting.device,
             )
-            steps += 1
             with activations:
                 loss = model(tokens, targets)
             loss.backward()
             optimizer.step()
             model.zero_grad()
-            return loss.detach()
+            yield loss.detach()
 
-        return step
+            # Or it would still be there while the next one is computed.
+            del loss
 
-    return build
+    return train
 
 
 # --- How the model starts -------------------------------------------------------------------------
