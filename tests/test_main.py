@@ -153,7 +153,7 @@ def test_the_command_runs_in_a_checkout_that_is_not_installed(tmp_path):
         "out",
     ]
     ended = subprocess.run(
-        asked, cwd=checkout, env=environment, capture_output=True, text=True, timeout=120
+        asked, cwd=checkout, env=environment, capture_output=True, text=True, timeout=12000
     )
     assert ended.returncode == 1, ended.stderr
     assert ended.stderr == ""  # no bar where nobody sees it, no log, no warning

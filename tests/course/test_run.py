@@ -221,10 +221,10 @@ def test_each_way_to_fail_is_told(root):
             folder / "04_missing.ipynb",
         ],
         root=root,
-        timeout=2,
+        timeout=10,  # a busy machine needs seconds for the other cells
     )
     errors = [(o.cell, o.error) for o in outcomes]
-    assert errors[0] == (2, "took longer than 2 s")
+    assert errors[0] == (2, "took longer than 10 s")
     assert errors[1] == (1, "the kernel died (out of memory?)")
     assert errors[2] == (None, "it records under another notebook's name: 03_x")
     assert errors[3][0] is None and errors[3][1].startswith("cannot be read: ")

@@ -152,7 +152,7 @@ def test_processes_at_the_same_time_do_not_race(cache):
     for process in processes:
         process.stdin.write("\n")
         process.stdin.flush()
-    results = [process.communicate(timeout=120) for process in processes]
+    results = [process.communicate(timeout=1200) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], results
     expected = 5 * sum(len(text.load(kind).train) for kind in text.KINDS)
     assert {int(output) for output, _ in results} == {expected}
