@@ -9,7 +9,6 @@ import functools
 import gc
 import pickle
 import sys
-import time
 import weakref
 from pathlib import Path
 
