@@ -17,13 +17,12 @@ production: Torch-Pruning, `torch.nn.utils.prune` (masks only),
 `torch.sparse.to_sparse_semi_structured`.
 """
 
-import functools
+import gc
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 # What can be cut, known by the names of the layers that make the units and of the one that reads
 # them.
@@ -145,7 +144,6 @@ def _prune(model, kind, keep_fraction, scores):
         if hasattr(part.module, "query_key_value") and not isinstance(part.module, _CutAttention):
             causal[name] = _is_causal(part.module, name)
     _refuse_shared(model, parts)
-    _watch_optimizers()
     for name, part in parts.items():
         for layer, blocks in part.makers:
             _cut(layer, True, blocks, part.units, kept[name])
@@ -158,6 +156,7 @@ def _prune(model, kind, keep_fraction, scores):
             )
     if kind == "channels" or all(len(part.makers) == 3 for part in parts.values()):
         _note_in_config(model, kind, list(parts.values()), {len(units) for units in kept.values()})
+    _warn_optimizers()
     return kept
 
 
@@ -320,14 +319,24 @@ def _note_in_config(model: nn.Module, kind: str, parts: list[_Part], counts: set
 # --- An optimizer from before holds weights that are in no model ----------------------------------
 
 
-@functools.cache
-def _watch_optimizers() -> None:
-    register_optimizer_step_pre_hook(_refuse_cut)
+def _warn_optimizers() -> None:
+    """Let every optimizer that holds a parameter which was cut refuse its next step.
+
+    Nobody knows which optimizers there are but Python's garbage collector.
+    """
+    for candidate in gc.get_objects():
+        # By its type: an object may pretend to be of another class, and be made by the question.
+        if issubclass(type(candidate), torch.optim.Optimizer) and _cut_parameters(candidate):
+            candidate.register_step_pre_hook(_refuse_cut)
+
+
+def _cut_parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    groups = vars(optimizer).get("param_groups", ())  # there are none while it is being made
+    return [p for group in groups for p in group["params"] if hasattr(p, "was_cut")]
 
 
 def _refuse_cut(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-    held = [p for group in optimizer.param_groups for p in group["params"] if hasattr(p, "was_cut")]
-    if held:
+    if held := _cut_parameters(optimizer):
         raise RuntimeError(
             f"This optimizer holds {len(held)} parameters that pruning has replaced since: it would"
             " keep them in memory and not train the new ones. Make the optimizer after pruning."

@@ -340,7 +340,11 @@ def test_an_optimizer_from_before_refuses_and_one_from_after_steps():
     after.step()
     assert not torch.equal(weight, old)
     elsewhere(torch.ones(1, 2)).sum().backward()
+    elsewhere.weight.was_cut = True  # it is not asked: what pruning leaves is on one optimizer
     untouched.step()
+    gone = weakref.ref(before)
+    del before
+    assert gone() is None
 
 
 def test_frozen_weights_stay_frozen_and_dtypes_stay():
