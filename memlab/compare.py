@@ -4,6 +4,7 @@ what is left over.
 
 from __future__ import annotations
 
+import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -12,7 +13,8 @@ import pandas as pd
 
 from memlab.ledger import COLUMNS
 from memlab.measurement import Measurement
-from memlab.units import MiB, format_bytes, residual
+from memlab.show import Table
+from memlab.units import MiB, format_bytes, residual, times_less, times_time
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -98,57 +100,45 @@ class Comparison:
         phase = f", the peak is now in {last.phase}" if last.phase != first.phase else ""
         return f"Peak {peaks} ({times}): {moved}{phase}"
 
+    def within(self, percent: float) -> None:
+        """Hold every prediction against what was measured, and fail where one is too far off.
+
+        What counts is what is in tensors (`Variant.residual`).
+
+        Args:
+            percent: the most that a measurement may be off, in % of its prediction.
+
+        Raises:
+            AssertionError: a prediction is further off; the message says which, and by how much.
+        """
+        for variant in self.variants:
+            missed = variant.residual
+            if missed is not None and abs(100 * missed) > percent:
+                raise AssertionError(
+                    f"{variant.name}: predicted {format_bytes(variant.predicted_bytes)}, measured"
+                    f" {format_bytes(variant.measurement.known_bytes)} in tensors:"
+                    f" {100 * missed:+.2f} %, and {percent:g} % are allowed"
+                )
+
     def to_frame(self) -> pd.DataFrame:
-        """One row a variant: predicted and measured peak and the ledger's columns (MiB), residual
-        (%), time, loss.
+        """Return one row a variant, sizes in MiB.
 
         "In tensors" are the measurement's known bytes, which the residual is about. They are shown
-        where they are not the whole peak.
-        Columns in which no variant has a value are left out.
+        where they are not the whole peak. Columns in which no variant has a value are left out.
         """
-        baseline = self.variants[0].measurement
-        rows = {}
-        for variant in self.variants:
-            m = variant.measurement
-            rows[variant.name] = {
-                "predicted MiB": (
-                    None if variant.predicted_bytes is None else variant.predicted_bytes / MiB
-                ),
-                "measured MiB": m.peak_bytes / MiB,
-                "in tensors MiB": (
-                    None if variant.predicted_bytes is None else m.known_bytes / MiB
-                ),
-                "residual %": None if variant.residual is None else 100 * variant.residual,
-                "× less": baseline.peak_bytes / m.peak_bytes,
-                "peak in": m.phase,
-                **{
-                    f"{column.replace('_', ' ')} MiB": m.columns[column] / MiB for column in COLUMNS
-                },
-                "reserved MiB": None if m.reserved_bytes is None else m.reserved_bytes / MiB,
-                "device MiB": None if m.device_bytes is None else m.device_bytes / MiB,
-                "s a step": None if m.seconds is None else m.seconds.median,
-                "± s": None if m.seconds is None else m.seconds.spread,
-                "× time": (
-                    None
-                    if m.seconds is None or baseline.seconds is None
-                    else m.seconds.median / baseline.seconds.median
-                ),
-                "last loss": None if not m.losses else m.losses[-1],
-            }
-        frame = pd.DataFrame.from_dict(rows, orient="index")
-        # What is in tensors is what the residual is about. It says something where that is not all.
+        first = self.variants[0].measurement
+        frame = pd.DataFrame.from_dict(
+            {variant.name: _row(variant, first) for variant in self.variants}, orient="index"
+        )
         if all(v.measurement.known_bytes == v.measurement.peak_bytes for v in self.variants):
             frame = frame.drop(columns="in tensors MiB")
-        # A column of the ledger that is 0 everywhere, or a value that this device does not have,
-        # says nothing.
         if len(self.variants) == 1:
             frame = frame.drop(columns=["× less", "× time"])
-        empty = [
-            c
-            for c in frame
-            if frame[c].isna().all() or (c.removesuffix(" MiB") in _WORDS and not frame[c].any())
-        ]
-        return frame.drop(columns=empty)
+        # A column of the ledger that is 0 everywhere, or a value that this device does not have,
+        # says nothing.
+        empty = [name for name in frame if frame[name].isna().all()]
+        zero = [name for name in _LEDGER_HEADINGS if not frame[name].any()]
+        return frame.drop(columns=[*empty, *zero])
 
     def plot(self, title: str | None = None) -> Figure:
         """The ledgers on one axis, the predictions as marks, and the timelines below. The title
@@ -158,33 +148,62 @@ class Comparison:
 
         return figures.comparison(self, title)
 
-    def _display_frame(self) -> pd.DataFrame:
-        frame = self.to_frame()
-        formats = {
-            "residual %": "{:+.2f}",
-            "s a step": "{:.3f}",
-            "± s": "{:.3f}",
-            "last loss": "{:.4f}",
-        }
-        shown = frame.copy().astype(object)
-        for column in frame:
-            form = formats.get(column, "{:,.2f}")
-            values = frame[column]
-            if column == "peak in":
-                continue
-            shown[column] = ["-" if pd.isna(value) else form.format(value) for value in values]
-        return shown
+    def _table(self) -> Table:
+        rows = []
+        for heading, values in self.to_frame().items():
+            form = _FORMATS.get(heading, "{:,.2f}")
+            row = {"": heading}
+            for name, value in values.items():
+                row[name] = "-" if pd.isna(value) else form.format(value)
+            rows.append(row)
+        return Table(rows, numbers={variant.name for variant in self.variants})
 
     def __str__(self) -> str:
-        return f"{self._display_frame().T.to_string()}\n{self.verdict}"
+        return f"{self._table().to_text()}\n{self.verdict}"
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        return f"{self._display_frame().T.to_html()}<div><b>{self.verdict}</b></div>"
+        return f"{self._table().to_html()}<div><b>{html.escape(self.verdict)}</b></div>"
 
 
-_WORDS = {column.replace("_", " ") for column in COLUMNS}
+_LEDGER_HEADINGS = [f"{column.replace('_', ' ')} MiB" for column in COLUMNS]
+
+_FORMATS = {
+    "residual %": "{:+.2f}",
+    "peak in": "{}",
+    "s a step": "{:.3f}",
+    "± s": "{:.3f}",
+    "last loss": "{:.4f}",
+}
+
+
+def _row(variant: Variant, first: Measurement) -> dict[str, float | str | None]:
+    """A variant's values by heading, None where it has none."""
+    measured, predicted, missed = variant.measurement, variant.predicted_bytes, variant.residual
+    seconds = measured.seconds
+    time_before = None if first.seconds is None else first.seconds.median
+    time_after = None if seconds is None else seconds.median
+    ledger = [measured.columns[column] / MiB for column in COLUMNS]
+    return {
+        "predicted MiB": _in_mib(predicted),
+        "measured MiB": measured.peak_bytes / MiB,
+        "in tensors MiB": None if predicted is None else measured.known_bytes / MiB,
+        "residual %": None if missed is None else 100 * missed,
+        "× less": times_less(first.peak_bytes, measured.peak_bytes),
+        "peak in": measured.phase,
+        **dict(zip(_LEDGER_HEADINGS, ledger, strict=True)),
+        "reserved MiB": _in_mib(measured.reserved_bytes),
+        "device MiB": _in_mib(measured.device_bytes),
+        "s a step": time_after,
+        "± s": None if seconds is None else seconds.spread,
+        "× time": times_time(time_before, time_after),
+        "last loss": measured.losses[-1] if measured.losses else None,
+    }
+
+
+def _in_mib(count: int | None) -> float | None:
+    return None if count is None else count / MiB
 
 
 def compare(

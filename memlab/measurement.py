@@ -20,6 +20,7 @@ from memlab.meters import refusals
 from memlab.meters.device import environment
 from memlab.meters.recording import Recorded, no_garbage_collection
 from memlab.meters.sightings import Use
+from memlab.show import Table
 from memlab.timing import Seconds
 from memlab.units import format_bytes
 
@@ -101,17 +102,14 @@ class Measurement:
         """
         return self.ledger.alive_at(self.ledger.peak_time)[:count]
 
-    def _rows(self) -> list[tuple[str, str, str]]:
-        rows = [
-            (
-                name.replace("_", " "),
-                format_bytes(self.columns[name]),
-                f"{self.columns[name] / self.peak_bytes:6.1%}",
-            )
-            for name in COLUMNS
-            if self.columns[name]
-        ]
-        return rows
+    def _table(self) -> Table:
+        rows = []
+        for name in COLUMNS:
+            if self.columns[name]:
+                share = f"{self.columns[name] / self.peak_bytes:.1%}"
+                size = format_bytes(self.columns[name])
+                rows.append({"column": name.replace("_", " "), "at the peak": size, "share": share})
+        return Table(rows, numbers={"at the peak", "share"})
 
     def _notes(self) -> list[str]:
         notes = []
@@ -147,24 +145,14 @@ class Measurement:
         )
 
     def __str__(self) -> str:
-        lines = [self._headline()]
-        lines += [f"  {name:<16} {size:>12} {share}" for name, size, share in self._rows()]
-        lines += [f"  {note}" for note in self._notes()]
-        return "\n".join(lines)
+        lines = [*self._table().to_text(headings=False).splitlines(), *self._notes()]
+        return "\n  ".join([self._headline(), *lines])
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><td style='text-align:left'>{name}</td><td>{size}</td><td>{share}</td></tr>"
-            for name, size, share in self._rows()
-        )
         notes = "".join(f"<div>{html.escape(note)}</div>" for note in self._notes())
-        return (
-            f"<div><b>{html.escape(self._headline())}</b></div><table><thead><tr><th"
-            " style='text-align:left'>column</th><th>at the"
-            f" peak</th><th>share</th></tr></thead><tbody>{rows}</tbody></table>{notes}"
-        )
+        return f"<div><b>{html.escape(self._headline())}</b></div>{self._table().to_html()}{notes}"
 
 
 @no_garbage_collection()

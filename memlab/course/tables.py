@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from memlab.course.words import caption, percent, times, with_spread
 from memlab.results import Record, Results
+from memlab.show import Table
 from memlab.units import format_bytes
 
 #: The columns of numbers, which are set to the right.
@@ -29,27 +30,12 @@ Rows = list[dict[str, str]]
 
 def markdown(rows: Rows) -> str:
     """Rows as a Markdown table."""
-    if not rows:
-        return ""
-    lines = [list(rows[0]), ["---:" if heading in NUMBERS else "---" for heading in rows[0]]]
-    for row in rows:
-        lines.append([cell.replace("|", "\\|").replace("\n", " ") for cell in row.values()])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return Table(rows, NUMBERS).to_markdown()
 
 
 def text(rows: Rows) -> str:
     """Rows as a table for the terminal."""
-    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = [
-            cell.rjust(width) if heading in NUMBERS else cell.ljust(width)
-            for cell, width, heading in zip(cells, widths, rows[0], strict=True)
-        ]
-        return "  ".join(padded).rstrip()
-
-    return "\n".join(map(line, lines))
+    return Table(rows, NUMBERS).to_text()
 
 
 def captioned(data: Results, rows: Rows) -> str:
