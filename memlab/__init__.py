@@ -5,7 +5,8 @@ print(compare(measure(before), measure(after)))
 """
 
 from memlab.budget import budget
-from memlab.compare import Comparison, compare
+from memlab.compare import compare
+from memlab.comparison import Comparison
 from memlab.ledger import COLUMNS
 from memlab.measure import measure
 from memlab.measurement import Measurement

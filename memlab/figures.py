@@ -27,7 +27,7 @@ from memlab.units import GiB, KiB, MiB, format_bytes
 if TYPE_CHECKING:
     import numpy as np
 
-    from memlab.compare import Comparison
+    from memlab.comparison import Comparison
 
 #: One colour a column: Okabe and Ito's palette, which people with any colour vision tell apart. In
 #: grey print the order, which is always that of `COLUMNS`, and the numbers have to do.

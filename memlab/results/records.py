@@ -15,8 +15,8 @@ from memlab.results.models import Claim, Record, in_words, listed
 from memlab.workloads.scale import scale as scale_of_this_device
 
 if TYPE_CHECKING:
-    from memlab.compare import Comparison
-    from memlab.compare import Variant as Compared
+    from memlab.comparison import Comparison
+    from memlab.comparison import Variant as Compared
 
 #: The environment variable that names the file to which `record` appends, one JSON object a line.
 VARIABLE = "MEMLAB_RECORDS"
