@@ -65,10 +65,13 @@ test-processors: lint ## run everything as on each processor, with 1 and with 4 
 	set -e; for setting in $(SETTINGS); do \
 		$(MAKE) test-unit test-notebooks PROCESSOR=$${setting%/*} THREADS=$${setting#*/}; done
 
-lint: .venv/.installed ## check the style of the code and of the notebooks
-	@echo "==> Style (a second)"
+lint: .venv/.installed ## check the style, the arrows between the rooms, and the dependencies
+	@echo "==> Style, arrows, dependencies (a few seconds)"
 	.venv/bin/python -m ruff check .
 	.venv/bin/python -m ruff format --check --quiet . || { echo "Format it: .venv/bin/python -m ruff format ."; exit 1; }
+	.venv/bin/lint-imports --no-logo
+	.venv/bin/deptry --no-ansi memlab tools
+	.venv/bin/deptry --no-ansi --ignore DEP002,DEP004 tests
 
 test-unit: .venv/.installed ## run the tests of the package and of the repository's rules
 	@echo "==> Tests, in $(JOBS) processes (a few minutes; what is skipped is listed at the end with its reason)"
@@ -92,6 +95,7 @@ test-colab: .venv-colab/.installed ## run notebook 00 on the versions that Googl
 
 address: .venv/.installed ## write the repository's address (pyproject.toml) into the badges and wherever it is named
 	.venv/bin/python tools/address.py
+	.venv/bin/python -m memlab report
 
 constraints: ## pin anew the versions that CI uses (torch stays as constraints.txt has it)
 	@$(CHECK_PYTHON)
