@@ -2,9 +2,11 @@
 
 The far side of a GPU is the host's pinned memory; that of a CPU is a memory-mapped file. What can
 wait there:
-activations between forward and backward (`offload_activations`), optimizer state between steps
-(`offload_optimizer_state`), the parameters of blocks that do not run, and their gradients
-(`stream_parameters`). The three compose. Nothing is computed twice; the price is traffic. On a GPU
+- activations between forward and backward (`offload_activations`),
+- optimizer state between steps (`offload_optimizer_state`),
+- the parameters of blocks that do not run, and their gradients (`stream_parameters`).
+
+The three compose. Nothing is computed twice; the price is traffic. On a GPU
 activations travel on a stream of their own, beside the computation. On a CPU nothing hides the
 copies.
 
@@ -25,27 +27,44 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+# --- The far side ---------------------------------------------------------------------------------
 
-def far_like(tensor: Tensor, directory: str | os.PathLike | None = None, *, device=None) -> Tensor:
+
+def far_like(
+    tensor: Tensor,
+    directory: str | os.PathLike | None = None,
+    *,
+    device: torch.device | str | None = None,
+) -> Tensor:
     """Return a tensor of this tensor's shape, strides and dtype on the far side, not initialized.
 
-    For a CUDA tensor that is pinned memory; for a CPU tensor a mapped file in `directory` (by
-    default where temporary files go: on some systems that is itself in memory). The file has no
-    name: it ends with the tensor, or with the process. `device` says whose far side is meant, if
-    not that of the tensor's own: of a tensor on the meta device. Raises ValueError for other
-    devices, OSError when the file cannot be made.
+    For a CUDA tensor that is pinned memory, for a CPU tensor a mapped file. The file has no name:
+    it ends with the tensor, or with the process.
+
+    Args:
+        tensor: Of any shape.
+        directory: Where the file goes; None takes the place of temporary files, which on some
+            systems is itself in memory.
+        device: Whose far side is meant, if not that of the tensor's own device: for a tensor on the
+            meta device.
+
+    Raises:
+        ValueError: The device is neither the CPU nor CUDA.
+        OSError: The file cannot be made.
     """
-    near = torch.device(device or tensor.device)
-    if near.type == "cuda":
+    computing_device = torch.device(device or tensor.device)
+    if computing_device.type == "cuda":
         return torch.empty_like(tensor, device="cpu", pin_memory=True)
-    if near.type != "cpu":
-        raise ValueError(f"Offloading knows CPU and CUDA tensors: this one is on {near}.")
-    size, strides = max(1, tensor.nbytes), torch.empty_like(tensor, device="meta").stride()
+    if computing_device.type != "cpu":
+        raise ValueError(
+            f"Offloading knows CPU and CUDA tensors: this one is on {computing_device}."
+        )
+    size = max(1, tensor.nbytes)
+    strides = torch.empty_like(tensor, device="meta").stride()
     handle, path = tempfile.mkstemp(prefix="offloaded-", dir=directory)
     try:
-        if hasattr(
-            os, "posix_fallocate"
-        ):  # to write to a map beyond the end of the disk ends the process
+        # To write to a map beyond the end of the disk would end the process.
+        if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(handle, 0, size)
         storage = torch.UntypedStorage.from_file(path, shared=True, nbytes=size)
     except OSError as error:
@@ -59,8 +78,17 @@ def far_like(tensor: Tensor, directory: str | os.PathLike | None = None, *, devi
 
 
 def far_zeros(*size, dtype: torch.dtype | None = None, device=None, directory=None) -> Tensor:
-    """Return `torch.zeros(*size, dtype=dtype)` on the far side of a device, for what is far from
-    its birth.
+    """Return `torch.zeros(*size, dtype=dtype)` on the far side, for what is far from its birth.
+
+    Args:
+        size: The shape.
+        dtype: None takes PyTorch's default type.
+        device: Whose far side is meant; None takes PyTorch's default device.
+        directory: Where a file goes, see `far_like`.
+
+    Raises:
+        ValueError: The device is neither the CPU nor CUDA.
+        OSError: The file cannot be made.
     """
     like = torch.empty(*size, dtype=dtype, device="meta")
     return far_like(like, directory, device=device or torch.get_default_device()).zero_()
@@ -69,16 +97,16 @@ def far_zeros(*size, dtype: torch.dtype | None = None, device=None, directory=No
 _copy_stream = functools.cache(torch.cuda.Stream)  # one for each device
 
 
-def _copy(target: Tensor, source: Tensor, near: torch.device) -> torch.cuda.Event | None:
+def _copy(target: Tensor, source: Tensor, device: torch.device) -> torch.cuda.Event | None:
     """Copy there or back. On a GPU that runs beside the computation; the result tells when it is
     done.
     """
-    if near.type == "cpu":
+    if device.type == "cpu":
         target.copy_(source)
         return None
-    stream = _copy_stream(near)
+    stream = _copy_stream(device)
     # After what computes the source, and after whatever had the target's memory before.
-    stream.wait_stream(torch.cuda.current_stream(near))
+    stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         target.copy_(source, non_blocking=True)
     return stream.record_event()
@@ -88,35 +116,50 @@ def _is_far(tensor: Tensor) -> bool:
     return tensor.is_pinned() or tensor.untyped_storage().filename is not None
 
 
-def _is_plain(tensor) -> bool:  # its storage and a way to look at it, and nothing else
+def _is_plain(tensor) -> bool:
+    """Whether a tensor is its storage and a way to look at it, and nothing else."""
     plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
     return plain and not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
 
 
-class offload_activations(saved_tensors_hooks):  # noqa: N801 - read as a verb
-    """Inside `with`, what autograd saves for backward goes to the far side; backward brings it near
-    again.
+# --- Activations ----------------------------------------------------------------------------------
 
-    >>> offload = offload_activations(model)  # once: it keeps its room on the far side from step to
-    step >>> with offload:
-    ...     loss = model(tokens, targets)
-    >>> loss.backward()
+
+class offload_activations(saved_tensors_hooks):  # noqa: N801 - read as a verb
+    """Inside `with`, what autograd saves for backward goes far; backward brings it near again.
+
+        offload = offload_activations(model)  # once: it keeps its room there from step to step
+        for tokens, targets in batches:
+            with offload:
+                loss = model(tokens, targets)
+            loss.backward()
 
     A storage moves once, however many saved tensors are views of it, and is near again while one is
     in use. Gradients are those of a plain step, bit for bit. Only the innermost hooks see a saved
-    tensor: of a checkpointed block these see the inputs. `moved_bytes` counts what the last `with`
-    moved.
+    tensor: of a checkpointed block these see the inputs. In backward, a saved tensor that was
+    changed in place is a RuntimeError, if what was saved is lost.
 
-    stays: models and tensors that are near anyway (the model, the batch): they do not move.
-    min_bytes: smaller storages do not move either. ahead: on a GPU, how many storages may be under
-    way: near until they have left, and fetched early.
+    Args:
+        stays: Models and tensors that are near anyway (the model, the batch): they do not move.
+        min_bytes: Smaller storages do not move either.
+        ahead: On a GPU, how many storages may be under way: near until they have left, and fetched
+            early.
+        directory: Where the files go that are the far side of a CPU, see `far_like`.
 
-    Raises TypeError for other things in `stays`, ValueError for numbers below 0, and in backward
-    RuntimeError for a saved tensor that was changed in place, if what was saved is lost.
+    Attributes:
+        moved_bytes: What the last `with` moved, in bytes.
+
+    Raises:
+        TypeError: Something else is in `stays`.
+        ValueError: `min_bytes` or `ahead` is below 0.
     """
 
     def __init__(
-        self, *stays: nn.Module | Tensor, min_bytes: int = 2**20, ahead: int = 2, directory=None
+        self,
+        *stays: nn.Module | Tensor,
+        min_bytes: int = 2**20,
+        ahead: int = 2,
+        directory: str | os.PathLike | None = None,
     ):
         if not all(isinstance(thing, nn.Module | Tensor) for thing in stays):
             raise TypeError(f"What stays near must be models and tensors, but it is {stays!r:.80}.")
@@ -127,22 +170,25 @@ class offload_activations(saved_tensors_hooks):  # noqa: N801 - read as a verb
                 f"min_bytes and ahead must be 0 or more, but they are {min_bytes} and {ahead}."
             )
         super().__init__(self._pack, self._unpack)
-        self._stays = [
-            weakref.ref(thing) for thing in stays
-        ]  # weakly: a loss's graph holds these hooks
-        self._min_bytes, self._ahead, self._directory = min_bytes, ahead, directory
-        self._room: dict[tuple, list[Tensor]] = {}  # free, on the far side: by bytes and device
-        self._leaving: deque = deque()  # on a GPU: copies that the computation has not waited for
-        self._last, self.moved_bytes = (lambda: None), 0
+        # Weakly: a loss's graph holds these hooks.
+        self._stays = [weakref.ref(thing) for thing in stays]
+        self._min_bytes = min_bytes
+        self._ahead = ahead
+        self._directory = directory
+        # What is free on the far side, by bytes and device.
+        self._room: dict[tuple, list[Tensor]] = {}
+        # On a GPU: copies that the computation has not waited for.
+        self._leaving: deque = deque()
+        self._last = lambda: None
+        self.moved_bytes = 0
 
     def __enter__(self):
-        near = [thing for reference in self._stays if (thing := reference()) is not None]
-        for module in [thing for thing in near if isinstance(thing, nn.Module)]:
-            near += [*module.parameters(), *module.buffers()]
-        self._near = {thing.untyped_storage().data_ptr() for thing in near if _is_plain(thing)}
-        self._moved = (
-            weakref.WeakKeyDictionary()
-        )  # storage -> its version and, weakly, what was moved
+        things = [thing for reference in self._stays if (thing := reference()) is not None]
+        for module in [thing for thing in things if isinstance(thing, nn.Module)]:
+            things += [*module.parameters(), *module.buffers()]
+        self._near = {thing.untyped_storage().data_ptr() for thing in things if _is_plain(thing)}
+        # For each storage its version and, weakly, what was moved.
+        self._moved = weakref.WeakKeyDictionary()
         self.moved_bytes = 0
         super().__enter__()
         return self
@@ -151,9 +197,8 @@ class offload_activations(saved_tensors_hooks):  # noqa: N801 - read as a verb
         self._let_leave(0)
         super().__exit__(*exception)
 
-    def _pack(
-        self, tensor: Tensor
-    ):  # autograd calls it in forward, for each tensor that it is to save
+    def _pack(self, tensor: Tensor) -> tuple:
+        """In forward, autograd calls this for each tensor that it is to save."""
         storage = tensor.untyped_storage() if _is_plain(tensor) else None
         parameter = _PARAMETER_OF.get(storage) if storage else None
         stays = (
@@ -164,12 +209,12 @@ class offload_activations(saved_tensors_hooks):  # noqa: N801 - read as a verb
         version, moved = self._moved.get(storage, (None, lambda: None))
         moved = moved() if version == tensor._version else None
         if moved is None:
-            moved = (
-                _Moved(parameter, tensor.device)
-                if parameter is not None
-                else self._move(tensor, storage)
-            )
-            moved.before, self._last = self._last, weakref.ref(moved)
+            if parameter is not None:
+                moved = _Moved(parameter, tensor.device)
+            else:
+                moved = self._move(tensor, storage)
+            moved.before = self._last
+            self._last = weakref.ref(moved)
             self._moved[storage] = tensor._version, self._last
         return moved, tensor.dtype, (tensor.storage_offset(), tensor.size(), tensor.stride())
 
@@ -190,22 +235,22 @@ class offload_activations(saved_tensors_hooks):  # noqa: N801 - read as a verb
         while len(self._leaving) > count:
             event, tensor, version, moved = self._leaving.popleft()
             torch.cuda.current_stream(tensor.device).wait_event(event)
-            moved.lost = (
-                tensor._version != version
-            )  # changed in place, perhaps before the copy was done
+            # Changed in place, perhaps before the copy was done.
+            moved.lost = tensor._version != version
 
-    def _unpack(
-        self, packed
-    ) -> Tensor:  # autograd calls it in backward, for each tensor that it needs
-        moved, what, where = packed
-        if moved is None:  # PyTorch does not look for changes itself once there are hooks
-            return what if what._version == where else _refuse(what)
+    def _unpack(self, packed: tuple) -> Tensor:
+        """In backward, autograd calls this for each tensor that it needs."""
+        if packed[0] is None:
+            _, tensor, version = packed
+            # PyTorch does not look for changes itself once there are hooks.
+            return tensor if tensor._version == version else _refuse(tensor)
+        moved, dtype, place = packed
         storage = moved.bring()
         for _ in range(self._ahead if storage.is_cuda else 0):
             if (moved := moved.before()) is None:
                 break
             moved.start()
-        return torch.empty(0, dtype=what, device=storage.device).set_(storage, *where)
+        return torch.empty(0, dtype=dtype, device=storage.device).set_(storage, *place)
 
 
 class _Moved:
@@ -213,33 +258,38 @@ class _Moved:
     it.
     """
 
-    lost, waiting, arrived = False, None, None
+    lost = False
+    waiting: torch.UntypedStorage | None = None
+    arrived: torch.cuda.Event | None = None
 
     def __init__(self, far: Tensor, device: torch.device, room: list | None = None):
-        self.far, self.device, self.room, self.version = far.detach(), device, room, far._version
-        self.near = self.before = lambda: (
-            None
-        )  # weakly: the near storage, what was moved before this
+        self.far = far.detach()
+        self.version = far._version
+        self.device = device
+        self.room = room
+        # Weakly: the near storage, and what was moved before this.
+        self.near = self.before = lambda: None
 
     def start(self) -> None:
         if self.lost or (self.room is None and self.far._version != self.version):
             _refuse(self.far)
         if self.near() is None:
             near = torch.empty_like(self.far, device=self.device, pin_memory=False)
-            self.arrived, self.waiting = _copy(near, self.far, self.device), near.untyped_storage()
+            self.arrived = _copy(near, self.far, self.device)
+            self.waiting = near.untyped_storage()
             self.near = weakref.ref(self.waiting)
 
     def bring(self) -> torch.UntypedStorage:
         self.start()
         if self.arrived is not None:
             torch.cuda.current_stream(self.device).wait_event(self.arrived)
-        near, self.waiting = self.near(), None  # from here on only the tensors in it hold it
+        near = self.near()
+        self.waiting = None  # from here on only the tensors in it hold it
         return near
 
     def __del__(self):
-        if (
-            self.waiting is not None
-        ):  # fetched early and never used: its memory is free when the copy is done
+        # Fetched early and never used: its memory is free when the copy is done.
+        if self.waiting is not None:
             self.bring()
         if self.room is not None:
             self.room.append(self.far)
