@@ -105,11 +105,7 @@ class _Limits:
 
 
 def _check(
-    build: Callable | None,
-    reference: Callable,
-    limits: _Limits,
-    steps: int,
-    device: torch.device,
+    build: Callable | None, reference: Callable, limits: _Limits, steps: int, device: torch.device
 ) -> Result:
     before = measure(reference, steps=steps, device=device)
     budget_text = format_bytes(limits.budget)
@@ -198,9 +194,7 @@ def _compare_first_steps(
 
 
 def _first_step_traced(build: Callable) -> tuple[FirstStep, int]:
-    """A run's first step, and the most bytes that Python and NumPy held in it beside
-    the tensors.
-    """
+    """A run's first step, and the most bytes that Python and NumPy held beside its tensors."""
     running = tracemalloc.is_tracing()
     if not running:
         tracemalloc.start()
@@ -214,45 +208,41 @@ def _first_step_traced(build: Callable) -> tuple[FirstStep, int]:
             tracemalloc.stop()
 
 
-def _wrong_gradients(wanted: FirstStep, given: FirstStep, tolerance: float) -> str | None:
-    if not given.gradients:
+def _wrong_gradients(expected: FirstStep, answer: FirstStep, tolerance: float) -> str | None:
+    if not answer.gradients:
         return (
             "No parameter has a gradient: the step has to call backward and let the optimizer step."
         )
     try:
-        difference = gradient_difference(wanted, given)
+        difference = gradient_difference(expected, answer)
     except ValueError as error:
         return f"{error}."
     if difference > tolerance:
         return f"The largest gradient difference is {difference:.1e}; {tolerance:.0e} is allowed."
-    stale = never_updated(wanted, given)
+    stale = never_updated(expected, answer)
     if stale:
         return (
-            f"The step leaves {len(stale)} of {len(wanted.updated)} parameters as they are"
+            f"The step leaves {len(stale)} of {len(expected.updated)} parameters as they are"
             f" ({stale[0]})."
         )
     return None
 
 
 def guess(mebibytes: float | None, measured: int, what: str = "the peak") -> None:
-    """Print how far a learner's prediction (in MiB, None if not made yet) is from what was measured
-    (bytes).
+    """Print how far a learner's prediction is from what was measured.
+
+    Args:
+        mebibytes: the prediction in MiB, None if it is not made yet.
+        measured: bytes.
+        what: what was predicted.
     """
     if mebibytes is None:
-        print(
-            f"You have not predicted {what} yet: write a number of MiB above and run the cells"
-            " again."
-        )
+        again = "write a number of MiB above and run the cells again."
+        print(f"You have not predicted {what} yet: {again}")
         return
     off = mebibytes * MiB / measured - 1
-    words = (
-        "spot on"
-        if abs(off) < 0.02
-        else "close"
-        if abs(off) < 0.10
-        else "worth a second look at the formula"
-    )
-    print(
-        f"You predicted {mebibytes:,.1f} MiB for {what}; measured {format_bytes(measured)}:"
-        f" {off:+.1%}, {words}."
-    )
+    words = "worth a second look at the formula"
+    if abs(off) < 0.10:
+        words = "spot on" if abs(off) < 0.02 else "close"
+    size = format_bytes(measured)
+    print(f"You predicted {mebibytes:,.1f} MiB for {what}; measured {size}: {off:+.1%}, {words}.")

@@ -39,7 +39,7 @@ def test_names():
     "runs, more, words",
     [
         ((), {}, "nothing to compare"),
-        ((BEFORE, None), {}, "takes what measure.. returned, not NoneType"),
+        ((BEFORE, None), {}, "takes what measure.. returned, or a run, not NoneType"),
         (([BEFORE, AFTER],), {}, "not list"),
         ((BEFORE, made()), {}, "a run that allocated nothing on cpu cannot be compared"),
         ((BEFORE, AFTER), {"names": ["x"]}, "2 measurements need 2 names, not 1"),
