@@ -1,9 +1,7 @@
-"""Chunked input: run a long text through a model piece by piece, and get what the whole would have
-given.
+"""Chunked input: run a long text through a model piece by piece, with the result of the whole.
 
 A causal language model may read a text in chunks if each sees the keys and values of those before
-it:
-`KVCache` keeps them, and `forward_in_chunks` does the rest. What a token computes alone, in a
+it: `KVCache` keeps them, and `forward_in_chunks` does the rest. What a token computes alone, in a
 feed-forward layer or the loss, needs no cache: `in_chunks`. At inference both take temporaries
 away. In training they save little unless each chunk is computed again in backward, since autograd
 keeps what it saved.
@@ -31,22 +29,33 @@ from torch.utils.checkpoint import checkpoint
 class KVCache:
     """The keys and values of the tokens that a model has read, for each of its attentions.
 
-    capacity: room for so many tokens, allocated at the first chunk and written in place: under
-        `torch.no_grad()` only. None keeps the chunks' own tensors and joins them at each use, which
-        autograd can follow.
-    window: a token sees itself and the `window - 1` before it. The cache then needs room for
-        `window - 1` tokens and a chunk, however long the text. Outputs differ from those of full
-        attention.
-    dtype: what the numbers are kept in. None: what the model computes in. torch.int8: eight bits,
-        and for each token and head one FP32 scale, the largest magnitude / 127. A smaller dtype
-        rounds.
+    Args:
+        capacity: Room for so many tokens, allocated at the first chunk and written in place: under
+            `torch.no_grad()` only. None keeps the chunks' own tensors and joins them at each use,
+            which autograd can follow.
+        window: A token sees itself and the `window - 1` before it. The cache then needs room for
+            `window - 1` tokens and a chunk, however long the text. Outputs differ from those of
+            full attention.
+        dtype: What the numbers are kept in. None: what the model computes in. torch.int8: eight
+            bits, and for each token and head one FP32 scale, the largest magnitude / 127. A smaller
+            dtype rounds.
 
-    `length` is the number of tokens read, `nbytes` what the cache holds, full or not. Raises
-    ValueError for a capacity or window below 1, another dtype, and a window or dtype without a
-    capacity.
+    Attributes:
+        length: The number of tokens read.
+        nbytes: The bytes that the cache holds, full or not.
+
+    Raises:
+        ValueError: A capacity or window below 1, another dtype, or a window or dtype without a
+            capacity.
     """
 
-    def __init__(self, capacity: int | None = None, *, window: int | None = None, dtype=None):
+    def __init__(
+        self,
+        capacity: int | None = None,
+        *,
+        window: int | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         for name, size in (("capacity", capacity), ("window", window)):
             if size is not None:
                 _check_count(name, size)
@@ -58,20 +67,25 @@ class KVCache:
             raise ValueError(
                 "A cache with a window or a dtype of its own needs a capacity, in tokens."
             )
-        self.capacity, self.window, self.dtype = capacity, window, dtype
+        self.capacity = capacity
+        self.window = window
+        self.dtype = dtype
         self.clear()
 
     def clear(self) -> None:
         """Forget the text."""
-        self.length = self._filled = self._dropped = 0
-        self._attentions: list[
-            tuple
-        ] = []  # for each the keys and the values: (data, scales), or the pieces
+        self.length = 0
+        self._filled = 0
+        self._dropped = 0
+        # For each attention the keys and the values: (data, scales), or the pieces.
+        self._attentions: list[tuple] = []
         self._broken = False
 
     def copy(self) -> "KVCache":
-        """A cache that shares what was read, and goes its own way from here on (without a capacity
-        only).
+        """Return a cache that shares what was read, and goes its own way from here on.
+
+        Raises:
+            ValueError: The cache has a capacity, so it is written in place.
         """
         if self.capacity is not None:
             raise ValueError(
@@ -83,6 +97,7 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
+        """The bytes that the cache holds, full or not."""
         tensors = [tensor for pair in self._attentions for side in pair for tensor in side]
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
@@ -123,12 +138,16 @@ class KVCache:
                 "Autograd cannot follow a cache with a capacity: use no_grad(), or KVCache()."
             )
         if not known:
-            sizes = [(*tensor.shape[:2], self.capacity, tensor.shape[3]) for tensor in new]
-            data = [t.new_empty(size, dtype=self.dtype) for t, size in zip(new, sizes, strict=True)]
-            scaled = self.dtype is torch.int8
-            known = [tuple((t, t[..., 0].float().unsqueeze(-1) if scaled else None) for t in data)]
-            self._attentions += known
-        return tuple(map(self._append, known[0], new))
+            self._attentions.append(tuple(map(self._buffer_for, new)))
+        return tuple(map(self._append, self._attentions[number], new))
+
+    def _buffer_for(self, new: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Room for keys or values, (batch, heads, capacity, width), and for their scales."""
+        batch, heads, _, width = new.shape
+        data = new.new_empty((batch, heads, self.capacity, width), dtype=self.dtype)
+        if self.dtype is not torch.int8:
+            return data, None
+        return data, data.new_empty((batch, heads, self.capacity, 1), dtype=torch.float32)
 
     def _append(self, buffer: tuple[Tensor, Tensor | None], new: Tensor) -> Tensor:
         data, scales = buffer
@@ -137,16 +156,14 @@ class KVCache:
             raise ValueError(f"The cache was made for {shapes}: clear() it for another batch.")
         start = self._filled - self._dropped
         if self._dropped:
-            for tensor in (
-                (data,) if scales is None else buffer
-            ):  # cloned, since the two places may overlap
+            for tensor in (data,) if scales is None else buffer:
+                # Cloned, since the two places may overlap.
                 tensor[:, :, :start] = tensor[:, :, self._dropped : self._filled].clone()
         end = start + new.shape[2]
         if scales is None:
             data[:, :, start:end] = new
-            return data[:, :, :end].to(
-                new.dtype
-            )  # a view, where the cache keeps the model's own numbers
+            # A view, where the cache keeps the model's own numbers.
+            return data[:, :, :end].to(new.dtype)
         scale = new.abs().amax(-1, keepdim=True).float().div_(127).clamp_(min=1e-30)
         scales[:, :, start:end] = scale
         data[:, :, start:end] = (new / scale).round_()
@@ -154,17 +171,19 @@ class KVCache:
 
 
 class _Attention(TorchFunctionMode):
-    """Gives each call of `scaled_dot_product_attention` the keys and values of the
-    chunks before.
-    """
+    """Gives each `scaled_dot_product_attention` the keys and values of the chunks before."""
 
     def __init__(self, cache: KVCache, count: int):
         super().__init__()
-        self.cache, self.count, self.calls, self.mask = cache, count, 0, None
+        self.cache = cache
+        self.count = count
+        self.calls = 0
+        self.mask: Tensor | None = None
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        own = function is F.scaled_dot_product_attention
-        return (self.attend if own else function)(*args, **(kwargs or {}))
+        if function is F.scaled_dot_product_attention:
+            function = self.attend
+        return function(*args, **(kwargs or {}))
 
     def attend(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **options):
         causal = is_causal or query.shape[-2] == 1  # one query that sees all keys
@@ -179,65 +198,67 @@ class _Attention(TorchFunctionMode):
             )
         key, value = self.cache._extend(self.calls, key, value)
         self.calls += 1
-        past, window = key.shape[2] - self.count, self.cache.window
+        past = key.shape[2] - self.count
+        window = self.cache.window
         causal = not past and (window is None or self.count <= window)
-        if (
-            not causal and self.mask is None
-        ):  # for all layers: 0 where a query (row) sees a key, else -inf
-            unseen = query.new_full((self.count, key.shape[2]), float("-inf"))
-            self.mask = unseen.triu_(past + 1) if window is None else unseen.triu(past + 1)
-            if window is not None:
-                self.mask += unseen.tril_(past - window)
+        if not causal and self.mask is None:
+            self.mask = self.make_mask(query, past)
         options |= {"attn_mask": self.mask, "dropout_p": dropout_p, "is_causal": causal}
         return F.scaled_dot_product_attention(query, key, value, **options)
 
+    def make_mask(self, query: Tensor, past: int) -> Tensor:
+        """For all layers, (chunk, keys): 0 where a query (row) sees a key, else -inf."""
+        window = self.cache.window
+        unseen = query.new_full((self.count, past + self.count), float("-inf"))
+        if window is None:
+            return unseen.triu_(past + 1)
+        later = unseen.triu(past + 1)
+        return later.add_(unseen.tril_(past - window))
 
-def forward_chunk(model: Callable, tokens: Tensor, cache: KVCache, *, positions, **kwargs):
-    """Return `model(tokens, **kwargs)` for the chunk after what `cache` has read, and let the cache
-    read it.
 
-    tokens: (batch, chunk, ...), such as the indices of the tokens. positions: how the model learns
-    where the chunk stands. Its `nn.Embedding` of learned positions, which is
-        then asked for later ones; or the name of the argument that takes positions, int64 (1,
-        chunk), such as "position_ids"; or None, for a model that uses none.
+def forward_chunk(
+    model: Callable,
+    tokens: Tensor,
+    cache: KVCache,
+    *,
+    positions: nn.Embedding | str | None,
+    **kwargs,
+):
+    """Return `model(tokens, **kwargs)` for the chunk after what `cache` has read.
 
-    The model must attend through `torch.nn.functional.scaled_dot_product_attention` with
-    `is_causal=True`, and not be compiled. Raises ValueError where it does otherwise, for more
-    tokens than there is room for, and for an embedding that is not that of the positions; TypeError
-    for other `positions`; RuntimeError for a cache that an error has left incomplete, and under
-    autograd for one with a capacity.
+    The cache then has read it, too. The model must attend through
+    `torch.nn.functional.scaled_dot_product_attention` with `is_causal=True`, and not be compiled.
+
+    Args:
+        model: What is called.
+        tokens: (batch, chunk, ...), such as the indices of the tokens.
+        cache: What was read before.
+        positions: How the model learns where the chunk stands. Its `nn.Embedding` of learned
+            positions, which is then asked for later ones; or the name of the argument that takes
+            positions, int64 (1, chunk), such as "position_ids"; or None, for a model that uses
+            none.
+        kwargs: Further arguments of the model.
+
+    Raises:
+        TypeError: `positions` is something else.
+        ValueError: The model attends in another way, there is no room for so many tokens, or the
+            embedding is not that of the positions.
+        RuntimeError: An error has left the cache incomplete, or autograd is on and the cache has a
+            capacity.
     """
-    if not isinstance(tokens, Tensor) or tokens.ndim < 2 or not tokens.numel():
-        raise ValueError(
-            f"tokens must be (batch, chunk, ...) and not empty, but they are {tokens!r:.60}."
-        )
-    start, count, learned = cache.length, tokens.shape[1], isinstance(positions, nn.Embedding)
-    if not (learned or positions is None or isinstance(positions, str)):
-        raise TypeError(
-            f"positions must be an nn.Embedding, a name or None, but it is {positions!r:.60}."
-        )
-    if learned and start + count > positions.num_embeddings:
-        raise ValueError(
-            f"There are {start + count} tokens, but only {positions.num_embeddings} positions."
-        )
+    _check_chunk(tokens, cache, positions)
+    start = cache.length
+    count = tokens.shape[1]
+    learned = isinstance(positions, nn.Embedding)
     if isinstance(positions, str):
         kwargs[positions] = torch.arange(start, start + count, device=tokens.device)[None]
-    shifted = []
-
-    def shift(module, args):
-        if args[0].shape[-1] != count or bool((args[0] != torch.arange(count).to(args[0])).any()):
-            raise ValueError(
-                "positions must be the embedding of positions, but it got other numbers."
-            )
-        shifted.append(True)
-        return (args[0] + start,)
-
     cache._begin(count)
-    handle = positions.register_forward_pre_hook(shift) if learned else None
+    shift = _Shift(start, count)
+    hook = positions.register_forward_pre_hook(shift) if learned else None
     try:
         with _Attention(cache, count) as attention:
             output = model(tokens, **kwargs)
-        if learned and not shifted:
+        if learned and not shift.ran:
             raise ValueError("The model does not use the embedding given as positions.")
         if attention.calls == 0 or attention.calls != len(cache._attentions):
             calls = f"{attention.calls} times instead of {len(cache._attentions) or 'once a layer'}"
@@ -248,18 +269,60 @@ def forward_chunk(model: Callable, tokens: Tensor, cache: KVCache, *, positions,
         cache._broken = True
         raise
     finally:
-        if learned:
-            handle.remove()
+        if hook is not None:
+            hook.remove()
     cache.length += count
     cache._filled += count - cache._dropped
     return output
 
 
+def _check_chunk(tokens, cache: KVCache, positions) -> None:
+    if not isinstance(tokens, Tensor) or tokens.ndim < 2 or not tokens.numel():
+        raise ValueError(
+            f"tokens must be (batch, chunk, ...) and not empty, but they are {tokens!r:.60}."
+        )
+    if not (positions is None or isinstance(positions, nn.Embedding | str)):
+        raise TypeError(
+            f"positions must be an nn.Embedding, a name or None, but it is {positions!r:.60}."
+        )
+    end = cache.length + tokens.shape[1]
+    if isinstance(positions, nn.Embedding) and end > positions.num_embeddings:
+        raise ValueError(f"There are {end} tokens, but only {positions.num_embeddings} positions.")
+
+
+class _Shift:
+    """A hook on the embedding of positions, which is asked for 0 to `count - 1`: `start` later."""
+
+    def __init__(self, start: int, count: int):
+        self.start = start
+        self.count = count
+        self.ran = False
+
+    def __call__(self, module: nn.Embedding, args: tuple) -> tuple:
+        positions = args[0]
+        first = torch.arange(self.count).to(positions)
+        if positions.shape[-1] != self.count or bool((positions != first).any()):
+            raise ValueError(
+                "positions must be the embedding of positions, but it got other numbers."
+            )
+        self.ran = True
+        return (positions + self.start,)
+
+
 def forward_in_chunks(
-    model, tokens: Tensor, cache: KVCache, chunk_size: int, **options
+    model: Callable, tokens: Tensor, cache: KVCache, chunk_size: int, **options
 ) -> Iterator:
-    """Yield the output of `forward_chunk` for each chunk of tokens, (batch, sequence, ...): keep
-    what you need.
+    """Yield the output of `forward_chunk` for each chunk: keep what you need.
+
+    Args:
+        model: What is called.
+        tokens: (batch, sequence, ...).
+        cache: What was read before.
+        chunk_size: Tokens of a chunk.
+        options: `positions`, and further arguments of the model.
+
+    Raises:
+        ValueError: `chunk_size` is below 1, or `forward_chunk` refuses a chunk.
     """
     _check_count("chunk_size", chunk_size)
     return (
@@ -267,12 +330,25 @@ def forward_in_chunks(
     )
 
 
-def kv_cache_bytes(tokens, *, layers, heads, width, batch_size=1, dtype=torch.float32) -> int:
-    """Return the bytes of a `KVCache` of this capacity: for each layer two of (batch, heads,
-    tokens, width).
+def kv_cache_bytes(
+    tokens: int,
+    *,
+    layers: int,
+    heads: int,
+    width: int,
+    batch_size: int = 1,
+    dtype: torch.dtype = torch.float32,
+) -> int:
+    """Return the bytes of a `KVCache`: for each layer two of (batch, heads, tokens, width).
 
-    heads: those of the keys and values, of which grouped-query attention has fewer than of the
-    queries.
+    Args:
+        tokens: The cache's capacity.
+        layers: How often the model attends.
+        heads: Those of the keys and values, of which grouped-query attention has fewer than of the
+            queries.
+        width: Numbers of a head.
+        batch_size: Texts that are read at once.
+        dtype: What the numbers are kept in; torch.int8 has an FP32 scale beside them.
     """
     scale = 4 if dtype is torch.int8 else 0
     return 2 * layers * batch_size * heads * tokens * (width * dtype.itemsize + scale)
@@ -282,18 +358,31 @@ def kv_cache_bytes(tokens, *, layers, heads, width, batch_size=1, dtype=torch.fl
 
 
 def in_chunks(
-    function: Callable, *tensors: Tensor, chunk_size: int, combine="cat", recompute=False
-):
-    """Call `function`, which must treat each token apart, on chunks of the tensors, and join the
-    results.
-
-    tensors: (tokens, ...), cut alike. combine: "cat" joins results of (tokens, ...); "sum" adds
-    them up, as for a loss with reduction="sum". recompute: keep only a chunk's inputs for backward;
-    the function runs a second time there.
+    function: Callable,
+    *tensors: Tensor,
+    chunk_size: int,
+    combine: str = "cat",
+    recompute: bool = False,
+) -> Tensor:
+    """Call a function that treats each token apart on chunks of the tensors; join the results.
 
     Results that need no gradient are written into one tensor; others are there twice while they are
-    joined. Raises ValueError for tensors of no or different lengths, a wrong option, and a result
-    of another length.
+    joined.
+
+    Args:
+        function: Gets a chunk of each tensor.
+        tensors: (tokens, ...), cut alike.
+        chunk_size: Tokens of a chunk.
+        combine: "cat" joins results of (tokens, ...); "sum" adds them up, as for a loss with
+            reduction="sum".
+        recompute: Keep only a chunk's inputs for backward; the function runs a second time there.
+
+    Returns:
+        The results of all tokens, (tokens, ...), or their sum.
+
+    Raises:
+        ValueError: The tensors have no or different lengths, an option is wrong, or a result has
+            another length than its chunk.
     """
     _check_count("chunk_size", chunk_size)
     lengths = {len(tensor) for tensor in tensors}
@@ -303,11 +392,14 @@ def in_chunks(
         )
     if combine not in ("cat", "sum"):
         raise ValueError(f'combine must be "cat" or "sum", but it is {combine!r}.')
-    results, joined, start = [], None, 0
+    results = []
+    joined = None
+    start = 0
     for pieces in zip(*(tensor.split(chunk_size) for tensor in tensors), strict=True):
-        result = (
-            checkpoint(function, *pieces, use_reentrant=False) if recompute else function(*pieces)
-        )
+        if recompute:
+            result = checkpoint(function, *pieces, use_reentrant=False)
+        else:
+            result = function(*pieces)
         if combine == "sum":
             joined = result if joined is None else joined + result
         elif not result.ndim or len(result) != len(pieces[0]):
@@ -317,7 +409,8 @@ def in_chunks(
         elif result.requires_grad:
             results.append(result)
         else:
-            joined = result.new_empty((*lengths, *result.shape[1:])) if joined is None else joined
+            if joined is None:
+                joined = result.new_empty((*lengths, *result.shape[1:]))
             joined[start : start + len(result)] = result
             start += len(result)
         del result  # before the next one is made
