@@ -129,11 +129,8 @@ NOT_TO_A_MODEL = {"offload_optimizer_state"}
 # TODO: give these names of their own: nothing of them can be undone.
 WITHOUT_UNDO = {"apply_low_precision", "apply_sharding"}
 
-# TODO: it still has a handle of its own.
-PENDING = {"apply_mixed_precision": pytest.mark.xfail(strict=False)}
-
 every_technique = pytest.mark.parametrize(
-    "case", [pytest.param(CASES[name], id=name, marks=PENDING.get(name, ())) for name in CASES]
+    "case", [pytest.param(CASES[name], id=name) for name in CASES]
 )
 
 
