@@ -100,7 +100,7 @@ def test_what_is_alive_at_the_start_is_counted_once_by_what_it_is(training):
         "temporaries": 0,
         "unattributed": 0,
     }
-    assert w.measurement.peak_bytes == 3 * LAYER + 3 * LAYER + STATE + INPUTS
+    assert w.measurement.known_bytes == 3 * LAYER + 3 * LAYER + STATE + INPUTS
     assert w.measurement.phase == "other"
 
 
@@ -119,7 +119,7 @@ def test_blocks_from_before_that_die_make_room(training):
         del old
         new = torch.ones(500, 500)
     everything = 3 * LAYER + 3 * LAYER + STATE + INPUTS
-    assert w.measurement.peak_bytes == everything + 1000 * 1000 * FLOAT
+    assert w.measurement.known_bytes == everything + 1000 * 1000 * FLOAT
     ledger = w.measurement.ledger
     assert sum(ledger.columns_at(ledger.end).values()) == everything + 500 * 500 * FLOAT
     del new
@@ -198,10 +198,10 @@ def test_one_watch_can_be_entered_twice(training):
     w = watch()
     with w:
         torch.ones(1000)
-    first = w.measurement.peak_bytes
+    first = w.measurement.known_bytes
     with w:
         torch.ones(2000)
-    assert w.measurement.peak_bytes == first + 1000 * FLOAT
+    assert w.measurement.known_bytes == first + 1000 * FLOAT
 
 
 def test_a_finished_watch_keeps_nothing_alive(training):

@@ -241,7 +241,7 @@ def test_the_peak_is_the_weights_the_cache_and_one_chunk():
 
             return step
 
-        return measure(build, steps=1, device="cpu").peak_bytes
+        return measure(build, steps=1, device="cpu").known_bytes
 
     h, beside = 64, 4 * config.parameter_count + 8 * 1024
     beside += kv_cache_bytes(1024, layers=3, heads=2, width=32)
@@ -299,7 +299,7 @@ def test_what_needs_no_gradient_is_joined_without_a_copy():
         return step
 
     unit = 4 * 1024 * 64
-    assert measure(build, steps=1, device="cpu").peak_bytes <= unit + unit + unit // 16 + 1024
+    assert measure(build, steps=1, device="cpu").known_bytes <= unit + unit + unit // 16 + 1024
 
 
 # --- Training -------------------------------------------------------------------------------------

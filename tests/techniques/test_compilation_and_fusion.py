@@ -240,7 +240,7 @@ def test_the_peak_is_what_the_formula_says(chunk_tokens):
     tokens, hidden, vocabulary = 256, 32, 1024
     peak = measure(
         build_loss(linear_cross_entropy, chunk_tokens=chunk_tokens), device="cpu"
-    ).peak_bytes
+    ).known_bytes
     inputs = 4 * tokens * hidden + 4 * vocabulary * hidden + 8 * tokens
     gradients = 4 * tokens * hidden + 4 * vocabulary * hidden
     chunk = (
@@ -250,7 +250,7 @@ def test_the_peak_is_what_the_formula_says(chunk_tokens):
     small = 17 * chunk_tokens
     assert inputs + gradients + chunk + small <= peak <= inputs + gradients + chunk + small + 64
     # The plain loss holds three tensors of the size of all logits.
-    whole = measure(build_loss(plain), device="cpu").peak_bytes
+    whole = measure(build_loss(plain), device="cpu").known_bytes
     assert (
         inputs + 3 * 4 * tokens * vocabulary <= whole <= inputs + 3 * 4 * tokens * vocabulary + 64
     )
@@ -260,7 +260,7 @@ def test_without_grad_one_chunk_is_all():
     tokens, hidden, vocabulary, chunk = 256, 32, 1024, 16
     peak = measure(
         build_loss(linear_cross_entropy, learns=False, chunk_tokens=chunk), device="cpu"
-    ).peak_bytes
+    ).known_bytes
     inputs = 4 * tokens * hidden + 4 * vocabulary * hidden + 8 * tokens
     logits = 4 * chunk * vocabulary
     assert inputs + logits <= peak < inputs + 1.05 * logits
@@ -271,7 +271,7 @@ def test_bf16_weights_cost_an_fp32_sum_of_their_gradient_and_no_product_beside_i
     build = build_loss(
         linear_cross_entropy, tokens, hidden, vocabulary, dtype=torch.bfloat16, chunk_tokens=chunk
     )
-    peak = measure(build, device="cpu").peak_bytes
+    peak = measure(build, device="cpu").known_bytes
     inputs = 2 * tokens * hidden + 2 * vocabulary * hidden + 8 * tokens
     # The sum, and beside it, in backward, the 16-bit gradient that it becomes. Both at once only
     # there.
@@ -702,7 +702,7 @@ def test_a_training_step_has_no_logits_at_its_peak():
     assert max(block.bytes for block in before.largest()) == logits
     weight = 4 * 4096 * 64  # and a chunk of as many tokens as the hidden size
     assert max(block.bytes for block in after.largest()) == weight
-    assert before.peak_bytes - after.peak_bytes > 3 * logits - 2.2 * weight
+    assert before.known_bytes - after.known_bytes > 3 * logits - 2.2 * weight
 
 
 # --- Hugging Face ---------------------------------------------------------------------------------

@@ -109,7 +109,7 @@ def test_the_map_takes_no_memory_of_the_allocator(path):
 
     run = measure(build, device="cpu")
     # The window, and the sum with what it takes to make it: nothing that grows with the file.
-    assert SEQUENCE <= run.peak_bytes < SEQUENCE + 512
+    assert SEQUENCE <= run.known_bytes < SEQUENCE + 512
 
 
 def test_a_pickled_data_set_carries_a_path_and_no_tokens(path, monkeypatch):
@@ -255,7 +255,7 @@ def test_the_order_takes_four_bytes_an_index():
         batches = iter(ResumableBatches(100_000, 4))
         return lambda: next(batches)[0]
 
-    assert 400_000 <= measure(build, device="cpu").peak_bytes < 401_000
+    assert 400_000 <= measure(build, device="cpu").known_bytes < 401_000
 
 
 @fork
@@ -479,7 +479,7 @@ def test_workers_take_nothing_off_the_device(path):
     with_workers = measure(
         run_of(make_gpt, lambda: text_streamed(path, 1, workers=2)), device="cpu"
     )
-    assert with_workers.peak_bytes == alone.peak_bytes
+    assert with_workers.known_bytes == alone.known_bytes
     assert with_workers.losses == alone.losses
 
 
@@ -509,7 +509,7 @@ def test_a_vit_on_streamed_images_holds_the_batches_in_flight():
     # their floats.
     one, extra = BATCH * (size * size + 8), BATCH * size * size
     difference = count * (size * size + 8) - (in_flight * one + extra)
-    assert before.peak_bytes - after.peak_bytes == difference
+    assert before.known_bytes - after.known_bytes == difference
 
 
 def test_a_gpt_on_a_streamed_text_holds_the_batches_in_flight_and_no_data_set(path):
@@ -522,7 +522,7 @@ def test_a_gpt_on_a_streamed_text_holds_the_batches_in_flight_and_no_data_set(pa
     before, after = measure(kept, device="cpu"), measure(streamed, device="cpu")
     assert before.losses == after.losses
     behind = 3 * BATCH * (SEQUENCE + 1)
-    assert before.peak_bytes - after.peak_bytes == 8 * TOKENS - behind
+    assert before.known_bytes - after.known_bytes == 8 * TOKENS - behind
     assert before.columns["batch"] - after.columns["batch"] == 8 * TOKENS - behind
     windows = (TOKENS - 1) // SEQUENCE
     in_use = 2 * 8 * BATCH * SEQUENCE

@@ -221,7 +221,7 @@ def test_what_is_mapped_is_not_in_the_ledger_and_what_is_read_is_a_copy(tmp_path
 
         return step
 
-    peak = measure(build, device="cpu").peak_bytes
+    peak = measure(build, device="cpu").known_bytes
     # What was read, and its FP32 copy; the rest is the model, its gradient, the sum and the loss.
     assert taken * k * (6 + 4) <= peak < taken * k * (6 + 4) + 200
 
@@ -349,12 +349,12 @@ def test_the_columns_of_a_run_with_each_kind_of_teacher():
         )
 
     base = 4 * config.parameter_count + 8 * n + kept
-    assert peak_bytes(config, alone).peak_bytes == pytest.approx(base + 3 * one, rel=0.01)
-    assert peak_bytes(config, top_k).peak_bytes == pytest.approx(base + 5 * one, rel=0.02)
+    assert peak_bytes(config, alone).known_bytes == pytest.approx(base + 3 * one, rel=0.01)
+    assert peak_bytes(config, top_k).known_bytes == pytest.approx(base + 5 * one, rel=0.02)
     run = peak_bytes(config, chunked)
     chunk = 4 * config.hidden * V  # as many tokens as the hidden size, so as large as the head
-    assert run.peak_bytes < base + 4 * V * config.hidden + 4 * n * config.hidden + 6.5 * chunk
-    assert run.peak_bytes < peak_bytes(config, alone).peak_bytes
+    assert run.known_bytes < base + 4 * V * config.hidden + 4 * n * config.hidden + 6.5 * chunk
+    assert run.known_bytes < peak_bytes(config, alone).known_bytes
 
     def no_grad(model, tokens, whole):
         with torch.no_grad():
@@ -366,7 +366,7 @@ def test_the_columns_of_a_run_with_each_kind_of_teacher():
     run = peak_bytes(config, no_grad, teacher=large)
     weights = 4 * (config.parameter_count + large.parameter_count)
     assert run.columns["parameters"] == weights
-    assert run.peak_bytes == pytest.approx(weights + 8 * n + kept + 7 * one, rel=0.01)
+    assert run.known_bytes == pytest.approx(weights + 8 * n + kept + 7 * one, rel=0.01)
 
 
 # --- On models ------------------------------------------------------------------------------------

@@ -535,8 +535,8 @@ def test_a_place_costs_what_a_token_costs_and_a_packed_row_one_tensor_a_layer_mo
             held - wanted[name] - batch[name],
         )
     assert runs["maximum"].losses[0] == pytest.approx(runs["packed"].losses[0], rel=1e-5)
-    assert runs["longest"].peak_bytes < runs["maximum"].peak_bytes
-    assert runs["packed"].peak_bytes < runs["longest"].peak_bytes
+    assert runs["longest"].known_bytes < runs["maximum"].known_bytes
+    assert runs["packed"].known_bytes < runs["longest"].known_bytes
 
 
 def test_equal_documents_gain_nothing_from_a_row():
@@ -570,7 +570,7 @@ def test_nothing_of_the_square_of_the_row_is_made():
 
     square = sum(n) ** 2
     masked, apart = (
-        measure(build_attention(masked), device="cpu").peak_bytes for masked in (True, False)
+        measure(build_attention(masked), device="cpu").known_bytes for masked in (True, False)
     )
     assert masked > square > 2 * apart
 

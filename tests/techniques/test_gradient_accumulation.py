@@ -658,15 +658,15 @@ def test_accumulation_divides_the_activations_and_keeps_the_gradients():
 
     batch = 8 * ROWS * length  # tokens and targets are one tensor here
     whole, pieces = measure(build("whole")), measure(build("pieces"))
-    within(whole.peak_bytes, 12 * p + mountain(ROWS) + batch, 1e-3)
-    within(pieces.peak_bytes, 16 * p + mountain(ROWS // 2) + batch, 1e-3)
+    within(whole.known_bytes, 12 * p + mountain(ROWS) + batch, 1e-3)
+    within(pieces.known_bytes, 16 * p + mountain(ROWS // 2) + batch, 1e-3)
     assert pieces.columns["gradients"] == 4 * p
 
 
 def test_with_few_tokens_accumulation_raises_the_peak():
     length = 2
-    whole = measure(build("whole", length)).peak_bytes
-    pieces = measure(build("pieces", length)).peak_bytes
+    whole = measure(build("whole", length)).known_bytes
+    pieces = measure(build("pieces", length)).known_bytes
     assert SIZES.parameter_count * 16 < whole < pieces
 
 
@@ -680,7 +680,7 @@ def test_the_optimizer_in_backward_holds_few_gradients():
     most = (
         12 * p + gpt.activation_bytes(SIZES, ROWS, length) + 3 * 4 * 4 * h * h + 4 * 128 * h + 8192
     )
-    assert in_backward.peak_bytes <= most < ordinary.peak_bytes
+    assert in_backward.known_bytes <= most < ordinary.known_bytes
 
 
 def test_layer_by_layer_holds_the_inputs_one_slice_and_one_blocks_gradients():
@@ -690,8 +690,8 @@ def test_layer_by_layer_holds_the_inputs_one_slice_and_one_blocks_gradients():
     alive = (layers + 1) * unit + (ROWS - 1) * piece + gradients + 4 * 128 * h
     alive += max(19 * piece + 16 * h**2, 15 * piece + 32 * h**2)
     small_print = (16 + 4 * 2) * length + 5056 * ((layers - 1) * ROWS + 1) + 8 * ROWS * length
-    within(run.peak_bytes, 12 * p + alive + small_print, 0.01)
-    assert run.peak_bytes < measure(build("whole, checkpoints, in backward")).peak_bytes
+    within(run.known_bytes, 12 * p + alive + small_print, 0.01)
+    assert run.known_bytes < measure(build("whole, checkpoints, in backward")).known_bytes
 
 
 @pytest.mark.gpu

@@ -106,7 +106,7 @@ def step_extra(optimizer_class, **options):
         return step
 
     measured = measure(build, device="cpu")
-    return measured.peak_bytes - 16 * sum(sizes) - 4 * len(sizes), sizes
+    return measured.known_bytes - 16 * sum(sizes) - 4 * len(sizes), sizes
 
 
 def test_a_step_holds_a_copy_of_the_model_or_of_two_matrices_or_nothing():
@@ -263,7 +263,7 @@ def test_the_ledger_sees_the_bytes_that_the_verdicts_count():
     assert beside.columns["activations"] - over.columns["activations"] == 3 * unit
     # The peak falls by less: with one tensor for two owners, backward finds a gradient's room a
     # layer later.
-    assert beside.peak_bytes - over.peak_bytes >= 2 * unit
+    assert beside.known_bytes - over.known_bytes >= 2 * unit
 
 
 def test_a_small_slice_of_a_large_tensor_is_an_example_and_is_copied_alone():
@@ -273,7 +273,7 @@ def test_a_small_slice_of_a_large_tensor_is_an_example_and_is_copied_alone():
         model = chain(nn.ReLU)
         return lambda: apply_in_place_activations(model, data[:2])
 
-    assert measure(build, steps=1, device="cpu").peak_bytes < data.nbytes / 10
+    assert measure(build, steps=1, device="cpu").known_bytes < data.nbytes / 10
 
 
 # --- Activations: right and wrong -----------------------------------------------------------------

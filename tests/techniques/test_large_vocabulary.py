@@ -360,7 +360,7 @@ def test_the_peak_is_one_tile_of_logits_and_its_product(tile_words):
     tokens, hidden, words = SIZES.values()
     peak = measure(
         build_loss(tiled_linear_cross_entropy, **SIZES, tile_words=tile_words), device="cpu"
-    ).peak_bytes
+    ).known_bytes
     inputs = 4 * tokens * hidden + 4 * words * hidden + 8 * tokens
     gradients = 4 * tokens * hidden + 4 * words * hidden
     tile = (
@@ -373,14 +373,14 @@ def test_the_peak_is_one_tile_of_logits_and_its_product(tile_words):
     assert peak == inputs + gradients + tile + small
     # The plain loss holds three tensors of the size of all logits.
     if tile_words == 64:
-        whole = measure(build_loss(plain, **SIZES), device="cpu").peak_bytes
+        whole = measure(build_loss(plain, **SIZES), device="cpu").known_bytes
         assert inputs + 3 * 4 * tokens * words <= whole <= inputs + 3 * 4 * tokens * words + 64
 
 
 def test_in_16_bits_logits_are_there_in_16_and_in_32_and_the_weights_gradient_has_16():
     tokens, hidden, words = SIZES.values()
     build = build_loss(tiled_linear_cross_entropy, **SIZES, dtype=torch.bfloat16, tile_words=512)
-    peak = measure(build, device="cpu").peak_bytes
+    peak = measure(build, device="cpu").known_bytes
     inputs = 2 * tokens * hidden + 2 * words * hidden + 8 * tokens
     gradients = (
         4 * tokens * hidden + 2 * words * hidden
@@ -391,7 +391,7 @@ def test_in_16_bits_logits_are_there_in_16_and_in_32_and_the_weights_gradient_ha
 def test_without_grad_one_tile_is_all():
     tokens, hidden, words = SIZES.values()
     build = build_loss(tiled_linear_cross_entropy, **SIZES, learns=False, tile_words=64)
-    peak = measure(build, device="cpu").peak_bytes
+    peak = measure(build, device="cpu").known_bytes
     inputs, logits = 4 * tokens * hidden + 4 * words * hidden + 8 * tokens, 4 * tokens * 64
     assert inputs + logits <= peak <= inputs + logits + 48 * tokens
 
@@ -708,8 +708,8 @@ def test_the_second_gradient_of_the_embedding_is_never_there():
     assert [block.bytes for block in after.largest()].count(embedding) == 2
     # At the end of backward: all weights, all gradients, and a few tensors of (tokens, width).
     rows = 4 * tokens * width
-    assert 8 * parameters + embedding < before.peak_bytes <= 8 * parameters + embedding + 4 * rows
-    assert 8 * parameters < after.peak_bytes <= 8 * parameters + 8 * rows
+    assert 8 * parameters + embedding < before.known_bytes <= 8 * parameters + embedding + 4 * rows
+    assert 8 * parameters < after.known_bytes <= 8 * parameters + 8 * rows
 
 
 def test_the_output_layers_gradient_becomes_grad_without_a_copy():
@@ -1032,7 +1032,7 @@ def test_everything_at_once_has_nothing_of_the_embeddings_size_near(tmp_path):
     assert (
         max(block.bytes for block in after.largest()) == 4 * 4 * 64 * 64
     )  # a matrix of the block that runs
-    assert after.peak_bytes < embedding and before.peak_bytes > 6 * embedding
+    assert after.known_bytes < embedding and before.known_bytes > 6 * embedding
 
 
 # --- On a GPU -------------------------------------------------------------------------------------
