@@ -71,26 +71,15 @@ def tracked_files(root):
     """The files that git tracks or would track; without git (an unpacked archive), all that is not
     hidden.
     """
-    command = [
-        "git",
-        "-C",
-        str(root),
-        "ls-files",
-        "-z",
-        "--cached",
-        "--others",
-        "--exclude-standard",
-    ]
+    command = "git ls-files -z --cached --others --exclude-standard".split()
     try:
-        listed = subprocess.run(command, capture_output=True, check=True, text=True).stdout.split(
-            "\0"
-        )
+        ended = subprocess.run(command, cwd=root, capture_output=True, check=True, text=True)
+        listed = ended.stdout.split("\0")
     except (OSError, subprocess.CalledProcessError):
         skip = {"build", "__pycache__", "memlab.egg-info"}
-        listed = [str(p.relative_to(root)) for p in root.rglob("*")]
-        listed = [
-            p for p in listed if not any(q in skip or q.startswith(".") for q in Path(p).parts)
-        ]
+        paths = [path.relative_to(root) for path in root.rglob("*")]
+        hidden = [any(part in skip or part[0] == "." for part in path.parts) for path in paths]
+        listed = [str(path) for path, left_out in zip(paths, hidden, strict=True) if not left_out]
     return sorted(root / p for p in listed if p and (root / p).is_file())
 
 
@@ -122,9 +111,8 @@ def output_texts(cell):
     """Every text in a cell's outputs. A picture is no text: it is encoded."""
     for output in cell.outputs:
         yield from (output.get("text", ""), output.get("evalue", ""))
-        yield from (
-            v for k, v in output.get("data", {}).items() if isinstance(v, str) and k != "image/png"
-        )
+        shown = {k: v for k, v in output.get("data", {}).items() if k != "image/png"}
+        yield from (text for text in shown.values() if isinstance(text, str))
 
 
 def third_party(tree):
@@ -162,11 +150,8 @@ def pyproject(root):
 
 def pins(path):
     """{name: version} of a constraints file, and the lines that are not plain pins."""
-    lines = [
-        line
-        for line in path.read_text(encoding="utf-8").splitlines()
-        if line and not line.startswith("#")
-    ]
+    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = [line for line in lines if line and not line.startswith("#")]
     plain = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)==([0-9A-Za-z.]+)")
     found = {canonicalize_name(m[1]): m[2] for m in map(plain.fullmatch, lines) if m}
     return found, [line for line in lines if not plain.fullmatch(line)]
@@ -184,13 +169,11 @@ def taught(path):
 def name_problems(root):
     notebooks = [p for p in notebook_paths(root) if topic(p) not in NO_TECHNIQUE]
     lessons = [name for path in notebooks for name in taught(path)]
+    tests = {p.stem[5:] for p in (root / "tests/techniques").glob("test_[!_]*.py")}
     places = {
         "memlab/techniques/{}.py": {p.stem for p in (root / "memlab/techniques").glob("[!_]*.py")},
         "notebooks/NN_{}.ipynb": set(lessons),
-        "tests/techniques/test_{}.py": {
-            p.stem[5:] for p in (root / "tests/techniques").glob("test_[!_]*.py")
-        }
-        - ABOUT_ALL_TECHNIQUES,
+        "tests/techniques/test_{}.py": tests - ABOUT_ALL_TECHNIQUES,
     }
     for name in sorted(set.union(*places.values())):
         missing = [place.format(name) for place, names in places.items() if name not in names]
@@ -203,9 +186,7 @@ def name_problems(root):
         elective = path.parent.name == "electives"
         if not re.fullmatch(r"e\d_[a-z0-9_]+" if elective else r"\d\d_[a-z0-9_]+", path.stem):
             form = "e and a digit" if elective else "two digits"
-            yield (
-                f"{path.name}: a notebook is named by {form} and a name, like the others beside it"
-            )
+            yield f"{path.name}: a notebook is named by {form} and a name, like those beside it"
         if stems.count(path.stem) > 1:
             yield f"{path.name}: there are two of this name"
 
@@ -251,11 +232,8 @@ def test_a_notebook_without_a_number_is_found(good_tree):
 
 def test_an_elective_is_numbered_apart(good_tree):
     (good_tree / "notebooks/electives").mkdir()
-    core, elective = (
-        good_tree / "notebooks/01_x.ipynb",
-        good_tree / "notebooks/electives/e1_x.ipynb",
-    )
-    core.rename(elective)
+    elective = good_tree / "notebooks/electives/e1_x.ipynb"
+    (good_tree / "notebooks/01_x.ipynb").rename(elective)
     assert list(name_problems(good_tree)) == []
     elective.rename(elective.with_name("01_x.ipynb"))
     assert ["e and a digit" in p for p in name_problems(good_tree)] == [True]
@@ -278,12 +256,10 @@ LONGEST_FILE = 250  # lines; a technique or a workload is one file, however long
 
 #: Longer for now, on the way to being split.
 STILL_TOO_LONG = {
-    "memlab/exercises.py",
     "memlab/figures.py",
     "memlab/figures.py: bars",
     "memlab/figures.py: stack",
     "memlab/techniques/chunked_input.py: forward_chunk",
-    "memlab/techniques/compilation_and_fusion.py: apply_fused_loss",
     "memlab/techniques/dynamic_length.py: documents_apart",
     "memlab/techniques/lean_optimizers.py: step",
     "memlab/techniques/low_precision.py: apply_low_precision",
@@ -308,8 +284,7 @@ def length_problems(root):
 
 
 def test_files_and_functions_can_be_read_in_one_sitting():
-    problems = [(place, what) for place, what in length_problems(ROOT)]
-    assert [problem for problem in problems if problem[0] not in STILL_TOO_LONG] == []
+    assert [found for found in length_problems(ROOT) if found[0] not in STILL_TOO_LONG] == []
 
 
 def test_what_is_too_long_is_found(good_tree):
@@ -356,17 +331,17 @@ def device_questions(root):
     A device is one file in `memlab/meters/`. A technique may ask, since it has to work without the
     rest.
     """
-    counts = {}
+    sources = {}
     for path in notebook_paths(root):
         source = "\n".join(c.source for c in code_cells(nbformat.read(path, as_version=4)))
-        counts[f"{path.relative_to(root)}"] = source
+        sources[f"{path.relative_to(root)}"] = source
     for path in sorted((root / "memlab").rglob("*.py")):
         file = path.relative_to(root)
         if file.parts[1] not in ("meters", "techniques"):
-            counts[f"{file}"] = path.read_text(encoding="utf-8")
+            sources[f"{file}"] = path.read_text(encoding="utf-8")
     found = {
         file: sum(bool(ASKS_FOR_THE_DEVICE.search(line)) for line in source.splitlines())
-        for file, source in counts.items()
+        for file, source in sources.items()
     }
     return {file: count for file, count in found.items() if count}
 
@@ -402,10 +377,7 @@ def test_a_question_for_the_device_is_found(good_tree, line, asks):
 
 def notebook_problems(path):
     if path.stat().st_size > MAX_NOTEBOOK_BYTES:
-        yield (
-            f"{path.stat().st_size:,} bytes; more than {MAX_NOTEBOOK_BYTES:,} is too heavy to read"
-            " on the web"
-        )
+        yield f"{path.stat().st_size:,} bytes: too heavy to read on the web"
     notebook = nbformat.read(path, as_version=4)
     try:
         nbformat.validate(notebook)
@@ -463,9 +435,8 @@ def shape_problems(notebook, sections):
     headings = iter(re.findall(r"^##+ +(.*)$", prose, flags=re.MULTILINE))
     for section in sections:
         if not any(section.lower() in heading.lower() for heading in headings):
-            yield (
-                f"no section '{section}', or not in its place; the order is: {', '.join(sections)}"
-            )
+            order = ", ".join(sections)
+            yield f"no section '{section}', or not in its place; the order is: {order}"
             return
 
 
@@ -593,21 +564,14 @@ def dependency_problems(root):
     if colab.get("torch") != pinned.get("torch"):
         yield "constraints-colab.txt and constraints.txt have different versions of torch"
 
-    environment = yaml.safe_load((root / "environment.yml").read_text(encoding="utf-8"))[
-        "dependencies"
-    ]
-    expected = [
-        f"python{supported}",
-        "pip",
-        {"pip": ["--constraint constraints.txt", "--editable .[course]"]},
-    ]
+    conda = yaml.safe_load((root / "environment.yml").read_text(encoding="utf-8"))
+    python, *rest = conda["dependencies"]
+    by_pip = {"pip": ["--constraint constraints.txt", "--editable .[course]"]}
     # A specifier set has no order of its own.
-    if (
-        SpecifierSet(str(environment[0]).removeprefix("python")) != supported
-        or environment[1:] != expected[1:]
-    ):
+    if SpecifierSet(str(python).removeprefix("python")) != supported or rest != ["pip", by_pip]:
         yield (
-            f"environment.yml has {environment}; to follow pyproject.toml it has to have {expected}"
+            f"environment.yml has {[python, *rest]}; to follow pyproject.toml it has to have"
+            f" {[f'python{supported}', 'pip', by_pip]}"
         )
 
     makefile = (root / "Makefile").read_text(encoding="utf-8")
@@ -738,11 +702,8 @@ def text_problems(root):
 
 def command_problems(root, markdown):
     """Every `make something` in a text is a target of the Makefile."""
-    targets = set(
-        re.findall(
-            r"^([a-z-]+):", (root / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE
-        )
-    )
+    makefile = (root / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z-]+):", makefile, flags=re.MULTILINE))
     for name in re.findall(r"(?:^|`|\$ )make ([a-z][a-z-]*)", markdown, flags=re.MULTILINE):
         if name not in targets:
             yield f"there is no 'make {name}'"
@@ -754,17 +715,13 @@ def address_problems(root):
     """
     address = pyproject(root)["project"]["urls"]["Repository"]
     owner = address.removeprefix("https://github.com/").removesuffix("/memlab")
-    files = [
+    notebooks = [
         (str(p.relative_to(root)), p.read_text(encoding="utf-8")) for p in notebook_paths(root)
     ]
-    for file, text in [*text_files(root), *files]:
-        for other in sorted(
-            set(re.findall(r"github(?:\.com)?/([\w.-]+)/memlab\b", text)) - {owner}
-        ):
-            yield (
-                f"{file} names the repository of {other}; pyproject.toml says {owner}: run `make"
-                " address`"
-            )
+    for file, text in [*text_files(root), *notebooks]:
+        named = set(re.findall(r"github(?:\.com)?/([\w.-]+)/memlab\b", text))
+        for other in sorted(named - {owner}):
+            yield f"{file} names {other}'s repository, pyproject.toml {owner}'s: run `make address`"
 
 
 def test_texts_are_as_they_should_be():
