@@ -1,5 +1,4 @@
-"""In-place operations: write a result over a tensor that nobody needs any more, instead of beside
-it.
+"""In-place operations: write a result over a tensor that nobody needs any more.
 
 Outside of autograd, as in an optimizer's step, you decide what is needed no more. `InPlaceAdamW` is
 AdamW without temporaries: once the moments have taken up a gradient, its memory serves as the
@@ -32,27 +31,37 @@ from torch.nn.modules import activation
 
 
 class InPlaceAdamW(torch.optim.AdamW):
-    """AdamW whose step needs no temporaries: it uses up the gradients, and sets each `.grad` to
-    None.
+    """AdamW whose step needs no temporaries: it uses up the gradients, and sets them to None.
 
     The updates are those of `torch.optim.AdamW(foreach=False)`, bit for bit, and either loads the
     other's `state_dict`. Read or clip gradients before the step. It works on one parameter at a
     time, which on a GPU is slower than `fused=True`: use that in production.
 
-    Raises ValueError, before anything is changed, for a gradient that is sparse or complex or
-    shares its memory with another one, and for a loaded state with amsgrad or maximize.
+    Args:
+        params: As for `torch.optim.AdamW`, and so are the others.
+        lr: The learning rate.
+        betas: How much of the two moments stays at each step.
+        eps: What is added to the denominator.
+        weight_decay: What share of a weight is taken away at each step, times `lr`.
+
+    Raises:
+        ValueError: In `step`, before anything is changed: a gradient is sparse or complex or shares
+            its memory with another one, or a state was loaded with amsgrad or maximize.
     """
 
     def __init__(
-        self, params, lr: float = 1e-3, betas=(0.9, 0.999), eps: float = 1e-8, weight_decay=1e-2
+        self,
+        params,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
     ):
         super().__init__(params, lr, betas, eps, weight_decay, foreach=False)
 
     @torch.no_grad()
     def step(self, closure=None):
-        """Update all parameters that have a gradient; return what `closure` returns, if there is
-        one.
-        """
+        """Update all parameters that have a gradient; return what `closure` returns."""
         with torch.enable_grad():
             loss = None if closure is None else closure()
         self._check()
@@ -63,12 +72,16 @@ class InPlaceAdamW(torch.optim.AdamW):
         return loss
 
     def _update(self, parameter: Tensor, group: dict) -> None:
-        gradient, state, lr = parameter.grad, self.state[parameter], float(group["lr"])
+        gradient = parameter.grad
+        state = self.state[parameter]
+        lr = float(group["lr"])
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
             for moment in ("exp_avg", "exp_avg_sq"):
                 state[moment] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-        mean, square, (beta1, beta2) = state["exp_avg"], state["exp_avg_sq"], group["betas"]
+        mean = state["exp_avg"]
+        square = state["exp_avg_sq"]
+        beta1, beta2 = group["betas"]
         state["step"] += 1
         step = state["step"].item()
 
@@ -89,10 +102,10 @@ class InPlaceAdamW(torch.optim.AdamW):
                     "InPlaceAdamW has no amsgrad and no maximize: use torch.optim.AdamW."
                 )
             for parameter in group["params"]:
-                gradient, shape = parameter.grad, tuple(parameter.shape)
+                gradient = parameter.grad
                 if gradient is None or not gradient.numel():
                     continue
-                which = f"The gradient of a parameter of shape {shape}"
+                which = f"The gradient of a parameter of shape {tuple(parameter.shape)}"
                 if gradient.layout is not torch.strided or gradient.is_complex():
                     raise ValueError(
                         f"{which} is {gradient.dtype}, {gradient.layout}: InPlaceAdamW takes dense"
@@ -253,9 +266,15 @@ _GRADIENT = "the gradient of"
 
 
 class Verdict(NamedTuple):
-    """What was found about one activation: its name in the model, its class, whether it is in place
-    now, the bytes that autograd saves less with the inputs of the trial, and the reason in
-    words."""
+    """What was found about one activation.
+
+    Attributes:
+        name: Its name in the model.
+        kind: Its class.
+        in_place: Whether it is in place now.
+        saved_bytes: The bytes that autograd saves less with the inputs of the trial.
+        reason: Why, in words.
+    """
 
     name: str
     kind: str
@@ -412,18 +431,15 @@ def _try(model, inputs, keyword_inputs, reference, tolerance) -> tuple[bool, str
         raise
     what, difference = _compare(reference, values, tolerance)
     if what:
-        return (
-            False,
-            f"wrong without an error: {what} changes by {difference:.2g} of its largest value",
-        )
+        change = f"{what} changes by {difference:.2g} of its largest value"
+        return False, f"wrong without an error: {change}"
     return True, f"; gradients within {difference:.0e}" if difference else ""
 
 
 def _run(
     model, inputs, keyword_inputs, count: bool = False
 ) -> tuple[dict[str, Tensor | None], int]:
-    """Run forward and backward; return all that must stay the same, by name, and the bytes that
-    were saved.
+    """Run forward and backward; return all that must stay the same, and the bytes that were saved.
 
     Bytes are counted on demand only: under hooks on saved tensors autograd notices no change in
     place.
@@ -489,8 +505,8 @@ def _tensors(structure) -> Iterator[Tensor]:
 
 def _compare(
     reference: dict[str, Tensor | None], values: dict[str, Tensor | None], tolerance: float
-):
-    """Whether all is the same, or else what differs first, and the largest difference that was met.
+) -> tuple[str, float]:
+    """What differs first ("" for nothing), and the largest difference that was met.
 
     Forward has to be the same to the last bit: in place or not, the same numbers are computed. A
     gradient below a hundredth of the model's largest is compared with that hundredth, not with
@@ -498,17 +514,19 @@ def _compare(
     compare.
     """
     gradients = [t for name, t in reference.items() if name.startswith(_GRADIENT) and t is not None]
-    floor, largest = 0.01 * max([_size(t) for t in gradients], default=0.0), 0.0
+    floor = 0.01 * max([_size(t) for t in gradients], default=0.0)
+    largest = 0.0
     for name, expected in reference.items():
-        given, is_gradient = values.get(name), name.startswith(_GRADIENT)
-        if expected is given or (
-            expected is not None and given is not None and torch.equal(expected, given)
-        ):
+        value = values.get(name)
+        if expected is None and value is None:
             continue
-        if expected is None or given is None or expected.shape != given.shape:
+        if expected is None or value is None or expected.shape != value.shape:
             return name, float("inf")
+        if torch.equal(expected, value):
+            continue
+        is_gradient = name.startswith(_GRADIENT)
         size = max(_size(expected), floor) if is_gradient else _size(expected)
-        difference = _size(given.double() - expected.double()) / (size or 1.0)
+        difference = _size(value.double() - expected.double()) / (size or 1.0)
         if not is_gradient or not difference <= tolerance:  # NaN is no reason to go on
             return name, difference
         largest = max(largest, difference)

@@ -1,5 +1,4 @@
-"""Sparse attention: a sliding window, computed in pieces, so that nothing of sequence x sequence
-exists.
+"""Sparse attention: a sliding window in pieces, so that nothing of sequence x sequence exists.
 
 In a window a position sees itself and the `window - 1` positions before it. Given as a mask of
 sequence x sequence, that saves nothing: the mask is as large as what it leaves out, and the fused
@@ -36,13 +35,28 @@ LARGEST_PIECE = 256
 # --- The function ---------------------------------------------------------------------------------
 
 
-def window_mask(queries: int, keys: int, window: int, *, after: int = 0, device=None) -> Tensor:
-    """Return which key each query sees, a bool tensor (queries, keys): the definition, and a
-    reference.
+def window_mask(
+    queries: int,
+    keys: int,
+    window: int,
+    *,
+    after: int = 0,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Return which key each query sees: the definition of the window, and a reference.
 
-    The queries are the last positions of the keys. A position sees itself, `window - 1` positions
-    before it and `after` positions after it. Raises ValueError for a window below 1 or more queries
-    than keys.
+    Args:
+        queries: How many there are. They are the last positions of the keys.
+        keys: How many there are.
+        window: A position sees itself and `window - 1` positions before it,
+        after: and so many after it.
+        device: Where the mask is made.
+
+    Returns:
+        A bool tensor (queries, keys).
+
+    Raises:
+        ValueError: The window is below 1, or there are more queries than keys.
     """
     _check_sizes(queries, keys, window, after, None)
     query = torch.arange(keys - queries, keys, device=device)[:, None]
@@ -64,40 +78,39 @@ def sliding_window_attention(
     after: int = 0,
     piece: int | None = None,
 ) -> Tensor:
-    """Return `scaled_dot_product_attention(query, key, value, attn_mask=window_mask(...))`, without
-    that mask.
+    """Return `scaled_dot_product_attention(..., attn_mask=window_mask(...))`, without that mask.
 
-    query: (batch, heads, queries, head), key: (batch, heads, keys, head), value: (batch, heads,
-        keys, value head). With fewer queries than keys, the queries are the last positions: so keys
-        from a cache can stand before them. With `enable_gqa`, key and value may have fewer heads, a
-        divisor of the query's.
-    window: how many positions a position sees, itself and those before it. after: how many it sees
-    after itself; then `is_causal` must be False. piece: so many queries are computed at once; None
-    takes `window`, at most 256. With pieces of c queries
-        each meets c + window - 1 + after keys, so smaller ones compute less in vain and take more
-        calls.
+    The arguments up to `enable_gqa` are those of `scaled_dot_product_attention`, in its order, so
+    that this can take its place. Backward computes each piece again; a second derivative is a
+    RuntimeError.
 
-    The other arguments are those of `scaled_dot_product_attention`, in its order, so that this can
-    take its place. Backward computes each piece again; a second derivative is a RuntimeError.
+    Args:
+        query: (batch, heads, queries, head). With fewer queries than keys, they are the last
+            positions: so keys from a cache can stand before them.
+        key: (batch, heads, keys, head).
+        value: (batch, heads, keys, value head).
+        attn_mask: None; the window makes its own.
+        dropout_p: 0; there is none.
+        is_causal: True, or False with an `after` above 0.
+        scale: What the scores are multiplied by; None takes 1 / sqrt(head).
+        enable_gqa: Key and value may have fewer heads, a divisor of the query's.
+        window: How many positions a position sees, itself and those before it.
+        after: How many it sees after itself.
+        piece: So many queries are computed at once; None takes `window`, at most 256. With pieces
+            of c queries each meets c + window - 1 + after keys, so smaller ones compute less in
+            vain and take more calls.
 
-    Raises TypeError for what is no floating-point tensor and ValueError for shapes that do not fit,
-    a mask or dropout (there are none), and `is_causal` that contradicts `after`.
+    Returns:
+        (batch, heads, queries, value head).
+
+    Raises:
+        TypeError: Something is no floating-point tensor.
+        ValueError: Shapes do not fit, there is a mask or dropout, or `is_causal` contradicts
+            `after`.
     """
     _check_tensors(query, key, value, enable_gqa)
     _check_sizes(query.shape[2], key.shape[2], window, after, piece)
-    if attn_mask is not None:
-        raise ValueError(
-            "sliding_window_attention makes its own mask: attn_mask must be None. Cut padding off."
-        )
-    if dropout_p:
-        raise ValueError(
-            f"sliding_window_attention has no dropout: dropout_p must be 0, not {dropout_p}."
-        )
-    if bool(is_causal) != (after == 0):
-        raise ValueError(
-            f"is_causal={bool(is_causal)} and after={after} contradict each other: a causal window"
-            " sees nothing after itself, and one that is not causal has to say how much."
-        )
+    _check_options(attn_mask, dropout_p, is_causal, after)
     if torch.is_autocast_enabled(kind := query.device.type):
         query, key, value = (
             tensor.to(torch.get_autocast_dtype(kind)) for tensor in (query, key, value)
@@ -125,23 +138,27 @@ class _Window(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        inputs = query, key, value = (
-            ctx.saved_tensors
-        )  # once: checkpointing does not give them twice
-        gradients = [torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)]
+        query, key, value = ctx.saved_tensors  # once: checkpointing does not give them twice
+        query_gradient = torch.empty_like(query)
+        key_gradient = torch.zeros_like(key)
+        value_gradient = torch.zeros_like(value)
         with torch.autocast(query.device.type, enabled=False):
             for rows, columns, mask in _pieces(query, key, *ctx.sizes):
-                where = zip(inputs, (rows, columns, columns), strict=True)
-                part = [tensor[:, :, some].detach().requires_grad_() for tensor, some in where]
+                inputs = [
+                    query[:, :, rows].detach().requires_grad_(),
+                    key[:, :, columns].detach().requires_grad_(),
+                    value[:, :, columns].detach().requires_grad_(),
+                ]
                 with torch.enable_grad():
-                    output = _attend(*part, mask, ctx.scale)
-                of_query, *others = torch.autograd.grad(output, part, gradient[:, :, rows])
-                gradients[0][:, :, rows] = of_query
-                for total, one in zip(gradients[1:], others, strict=True):
-                    total[:, :, columns] += (
-                        one  # a key is seen by the queries of more than one piece
-                    )
-        return *gradients, *[None] * 4
+                    output = _attend(*inputs, mask, ctx.scale)
+                of_query, of_key, of_value = torch.autograd.grad(
+                    output, inputs, gradient[:, :, rows]
+                )
+                query_gradient[:, :, rows] = of_query
+                # Added up: a key is seen by the queries of more than one piece.
+                key_gradient[:, :, columns] += of_key
+                value_gradient[:, :, columns] += of_value
+        return query_gradient, key_gradient, value_gradient, None, None, None, None
 
 
 def _attend(query, key, value, mask, scale) -> Tensor:
@@ -152,30 +169,28 @@ def _attend(query, key, value, mask, scale) -> Tensor:
 
 
 def _pieces(query, key, window, after, piece) -> Iterator[tuple[slice, slice, Tensor]]:
-    """For each piece of the queries: its rows, the columns of the keys that it can see, and the
-    mask of both.
+    """For each piece of the queries: its rows, the columns of the keys that it sees, their mask.
 
     Every mask is a part of one: seen from its first query, a piece looks like any other, but for
     the ends.
     """
-    queries, keys = query.shape[2], key.shape[2]
-    window, after = min(window, keys), min(after, keys)
-    wide = (
-        window - 1 + piece + after
-    )  # from what the first query sees first to what the last sees last
-    row, column = (
-        torch.arange(piece, device=query.device)[:, None],
-        torch.arange(wide, device=query.device),
-    )
+    queries = query.shape[2]
+    keys = key.shape[2]
+    window = min(window, keys)
+    after = min(after, keys)
+    # From what the first query sees first to what the last sees last.
+    width = window - 1 + piece + after
+    row = torch.arange(piece, device=query.device)[:, None]
+    column = torch.arange(width, device=query.device)
     hidden = (column < row) | (column > row + window - 1 + after)
     # Kernels on a GPU want rows that begin at multiples of 16 numbers, and copy a mask that has
     # others.
-    band = query.new_zeros(piece, -(-wide // 16) * 16)[:, :wide].masked_fill_(hidden, float("-inf"))
+    band = query.new_zeros(piece, -(-width // 16) * 16)[:, :width]
+    band.masked_fill_(hidden, float("-inf"))
     for start in range(0, queries, piece):
         count = min(piece, queries - start)
-        first = (
-            start + keys - queries - (window - 1)
-        )  # negative at the beginning, where nothing is before
+        # Negative at the beginning, where nothing is before.
+        first = start + keys - queries - (window - 1)
         columns = slice(max(first, 0), min(first + window - 1 + count + after, keys))
         mask = band[:count, columns.start - first : columns.stop - first]
         yield slice(start, start + count), columns, mask.clone() if first < 0 else mask
@@ -211,6 +226,22 @@ def _check_tensors(query, key, value, enable_gqa) -> None:
             f"{name} {tensor.dtype} on {tensor.device}" for name, tensor in given.items()
         )
         raise ValueError(f"All must be of one type and on one device, but they are {kinds}.")
+
+
+def _check_options(attn_mask, dropout_p, is_causal, after) -> None:
+    if attn_mask is not None:
+        raise ValueError(
+            "sliding_window_attention makes its own mask: attn_mask must be None. Cut padding off."
+        )
+    if dropout_p:
+        raise ValueError(
+            f"sliding_window_attention has no dropout: dropout_p must be 0, not {dropout_p}."
+        )
+    if bool(is_causal) != (after == 0):
+        raise ValueError(
+            f"is_causal={bool(is_causal)} and after={after} contradict each other: a causal window"
+            " sees nothing after itself, and one that is not causal has to say how much."
+        )
 
 
 def _check_sizes(queries, keys, window, after, piece) -> None:
@@ -280,15 +311,18 @@ def _run_with_attention(module, forward, attention, /, *args, **kwargs):
 
 
 class _Replaced(TorchFunctionMode):
+    """Within it, in this thread, `attention` is called for `scaled_dot_product_attention`."""
+
     def __init__(self, attention):
         super().__init__()
-        self.attention, self.calls = attention, 0
+        self.attention = attention
+        self.calls = 0
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is not F.scaled_dot_product_attention:
-            return function(*args, **(kwargs or {}))
-        self.calls += 1
-        return self.attention(*args, **(kwargs or {}))
+        if function is F.scaled_dot_product_attention:
+            self.calls += 1
+            function = self.attention
+        return function(*args, **(kwargs or {}))
 
 
 def hugging_face_attention(
@@ -304,32 +338,39 @@ def hugging_face_attention(
     position_ids: Tensor | None = None,
     **others,
 ) -> tuple[Tensor, None]:
-    """`sliding_window_attention` for transformers: register it, and the model makes no sequence x
-    sequence mask.
+    """`sliding_window_attention` for transformers: it makes no sequence x sequence mask.
+
+        from transformers.masking_utils import flash_attention_mask
 
         transformers.AttentionInterface.register("window", hugging_face_attention)
-        transformers.AttentionMaskInterface.register("window", flash_attention_mask)  # of its
-        masking_utils model.set_attn_implementation("window")
+        transformers.AttentionMaskInterface.register("window", flash_attention_mask)
+        model.set_attn_implementation("window")
 
-    Without the second line padding would be attended to; with it, padding is refused. Shapes as
-    above, with fewer heads of keys; returns (batch, queries, heads, head) and None. The window is
-    the layer's own `sliding_window`; a layer without one attends to all that comes before.
+    Without the mask's line padding would be attended to; with it, padding is refused. See
+    https://huggingface.co/docs/transformers/attention_interface.
 
-    Raises ValueError for padded or packed batches, static caches, dropout, a module that is not
-    causal, and models that do more with their scores, as soft-capping them.
+    Args:
+        module: The attention layer.
+        query: (batch, heads, queries, head).
+        key: (batch, key heads, keys, head), with as many heads or fewer.
+        value: As `key`.
+        attention_mask: None.
+        scaling: What the scores are multiplied by; None takes 1 / sqrt(head).
+        dropout: 0; there is none.
+        sliding_window: The layer's window; None attends to all that comes before.
+        is_causal: True, or None for what the module says.
+        position_ids: Consecutive, or None.
+        others: What else transformers gives; much of it changes nothing here.
+
+    Returns:
+        The output, (batch, queries, heads, head), and None, for there are no weights to show.
+
+    Raises:
+        ValueError: A padded or packed batch, a static cache, dropout, a module that is not causal,
+            or a model that does more with its scores, as soft-capping them.
     """
     if position_ids is not None:
-        if bool((position_ids.diff() != 1).any()):
-            raise ValueError(
-                "hugging_face_attention knows no packed sequences: position_ids must be"
-                " consecutive."
-            )
-        if bool((position_ids[..., -1] + 1 < key.shape[2]).any()):
-            raise ValueError(
-                f"There are {key.shape[2]} keys for fewer positions. A static cache, which has"
-                " places for later positions, does not work with hugging_face_attention: use the"
-                " dynamic one."
-            )
+        _check_positions(position_ids, keys=key.shape[2])
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         raise ValueError(f"hugging_face_attention is causal, and {type(module).__name__} is not.")
     for name in ("softcap", "s_aux", "position_bias", "cache"):
@@ -340,6 +381,19 @@ def hugging_face_attention(
     options = {"scale": scaling, "enable_gqa": True, "window": sliding_window or key.shape[2]}
     output = sliding_window_attention(query, key, value, attention_mask, dropout, **options)
     return output.transpose(1, 2), None
+
+
+def _check_positions(position_ids: Tensor, keys: int) -> None:
+    if bool((position_ids.diff() != 1).any()):
+        raise ValueError(
+            "hugging_face_attention knows no packed sequences: position_ids must be consecutive."
+        )
+    if bool((position_ids[..., -1] + 1 < keys).any()):
+        raise ValueError(
+            f"There are {keys} keys for fewer positions. A static cache, which has"
+            " places for later positions, does not work with hugging_face_attention: use the"
+            " dynamic one."
+        )
 
 
 # --- pasted from _patch.py: begin -----------------------------------------------------------------
