@@ -64,11 +64,16 @@ class Seconds(Model):
 
 
 class Variant(Model):
-    """One run of a comparison. What does not apply, or was not measured, is None."""
+    """One run of a comparison. What does not apply, or was not measured, is None.
+
+    `known_bytes` is the most that tensors held, where an operator took bytes for itself beside them
+    at the peak. It is not in the file where it is None.
+    """
 
     name: Text
     predicted_bytes: Count | None
     peak_bytes: Count
+    known_bytes: Count | None = None
     columns: dict[str, Annotated[int, Field(ge=0)]]
     phase: str
     reserved_bytes: Count | None
@@ -101,8 +106,11 @@ class Variant(Model):
 
     @property
     def residual(self) -> float | None:
-        """What the prediction missed, as a part of the prediction; None where there was none."""
-        return units.residual(self.peak_bytes, self.predicted_bytes)
+        """What the prediction missed, as a part of the prediction; None where there was none.
+
+        No formula says what an operator takes for itself, so that is left out.
+        """
+        return units.residual(self.known_bytes or self.peak_bytes, self.predicted_bytes)
 
     def times_less(self, baseline: Variant) -> float:
         """How many times smaller its peak is than the baseline's."""
@@ -191,6 +199,9 @@ class Results(Model):
 
         def in_file(kept: Record | Claim) -> dict:
             fields = kept.model_dump()
+            for variant in fields.get("variants", ()):
+                if variant["known_bytes"] is None:
+                    del variant["known_bytes"]
             shared = self.environment.model_dump()
             differing = {
                 key: value for key, value in fields["environment"].items() if value != shared[key]

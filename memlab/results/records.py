@@ -100,6 +100,8 @@ def _variant(
     measured = compared.measurement
     seconds = measured.seconds
     last_loss = measured.losses[-1] if measured.losses else None
+    # Nothing is known where a GPU's history was too long to be kept.
+    beside = measured.known_bytes and measured.known_bytes != measured.peak_bytes
     kept_seconds = speed = None
     if seconds is not None:
         kept_seconds = {
@@ -113,6 +115,7 @@ def _variant(
         "name": compared.name,
         "predicted_bytes": compared.predicted_bytes,
         "peak_bytes": measured.peak_bytes,
+        "known_bytes": measured.known_bytes if beside else None,
         "columns": dict(measured.columns),
         "phase": measured.phase,
         "reserved_bytes": measured.reserved_bytes,

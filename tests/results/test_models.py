@@ -55,6 +55,15 @@ def test_a_variant_says_what_was_gained_and_what_the_prediction_missed():
     assert after.times_less(before) == 2 and after.times_time(before) == 1.5
     assert before.residual == 0 and after.residual == -20972 / (2 * MiB + 20972)
     assert variant().residual is None
+    with_more = variant(peak=5 * MiB, predicted=4 * MiB, known_bytes=4 * MiB)
+    assert with_more.residual == 0
+
+
+def test_what_an_operator_took_for_itself_is_in_the_file_where_there_was_any():
+    data = results_file(record(variants=[variant(known_bytes=MiB), variant("without")]))
+    first, second = json.loads(data.to_json())["records"][0]["variants"]
+    assert first["known_bytes"] == MiB and "known_bytes" not in second
+    assert Results.from_json(data.to_json()) == data
 
 
 @pytest.mark.parametrize(

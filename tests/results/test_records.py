@@ -7,17 +7,17 @@ import pytest
 
 from memlab import results
 from memlab.compare import compare
-from memlab.ledger import COLUMNS, Ledger
+from memlab.ledger import COLUMNS, Block, Ledger
 from memlab.measurement import Measurement
 from memlab.meters.device import environment as measured_environment
 from memlab.timing import Seconds
 from memlab.units import MiB
 
 
-def measurement(activations=3 * MiB, **more):
+def measurement(activations=3 * MiB, ledger=None, **more):
     columns = dict.fromkeys(COLUMNS, 0) | {"parameters": MiB, "activations": activations}
     more = {"environment": measured_environment("cpu"), **more}
-    return Measurement(sum(columns.values()), columns, "backward", Ledger([]), **more)
+    return Measurement(sum(columns.values()), columns, "backward", ledger or Ledger([]), **more)
 
 
 def record(notebook="03_x", technique="x", **more):
@@ -52,6 +52,7 @@ def test_a_record_holds_what_was_measured_and_none_for_the_rest():
         "name": "before",
         "predicted_bytes": 4 * MiB,
         "peak_bytes": 4 * MiB,
+        "known_bytes": None,
         "columns": dict.fromkeys(COLUMNS, 0) | {"parameters": MiB, "activations": 3 * MiB},
         "phase": "backward",
         "reserved_bytes": None,
@@ -71,6 +72,17 @@ def test_a_record_holds_what_was_measured_and_none_for_the_rest():
 def test_a_given_loss_goes_before_the_measured_one_and_none_leaves_it_out():
     assert [v.loss for v in record(loss={"before": 1.5, "after": 1.25}).variants] == [1.5, 1.25]
     assert [v.loss for v in record(loss={"before": None}).variants] == [None, None]
+
+
+def test_what_was_in_tensors_is_kept_where_an_operator_took_more():
+    tensor = Block(3 * MiB, 1, 0, 9, "activations")
+    for scratch, known in ((True, 3 * MiB), (False, None)):
+        more = Block(MiB, 2, 3, 4, "temporaries", scratch=scratch)
+        measured = measurement(ledger=Ledger([tensor, more]))
+        compared = compare(measured, predicted=[3 * MiB])
+        made = results.record(compared, notebook="a", technique="a", sizes={}, scale="cpu")
+        assert made.variants[0].known_bytes == known
+        assert made.variants[0].residual == compared.variants[0].residual
 
 
 def test_the_scale_is_this_devices_unless_given(monkeypatch):
