@@ -28,8 +28,14 @@ from torch.utils.checkpoint import checkpoint
 
 
 def split_batch(batch: Iterable[Tensor], micro_batch_size: int) -> list[tuple[Tensor, ...]]:
-    """Cut a batch's tensors, each (batch, ...), into micro-batches, as views; the last one has the
-    rest.
+    """Cut a batch into micro-batches, as views; the last one has the rest.
+
+    Args:
+        batch: Tensors, each (batch, ...).
+        micro_batch_size: Rows of a micro-batch.
+
+    Raises:
+        ValueError: The tensors are not equally long, there are none, or the size is below 1.
     """
     tensors = tuple(batch)
     _check_size(micro_batch_size)
@@ -41,7 +47,11 @@ def split_batch(batch: Iterable[Tensor], micro_batch_size: int) -> list[tuple[Te
 
 
 def groups_of(batches: Iterable, size: int) -> Iterator[list]:
-    """Yield lists of `size` batches, one for each optimizer step; the last has what is left."""
+    """Yield lists of `size` batches, one for each optimizer step; the last has what is left.
+
+    Raises:
+        ValueError: `size` is below 1.
+    """
     _check_size(size)
     batches = iter(batches)
     while group := list(itertools.islice(batches, size)):
@@ -49,12 +59,13 @@ def groups_of(batches: Iterable, size: int) -> Iterator[list]:
 
 
 def count_targets(*micro_batch: Tensor, **named) -> Tensor:
-    """Return how many targets count: those in a micro-batch's last tensor, int64, that are not
-    -100.
+    """Return how many targets count: those in a micro-batch's last tensor that are not -100.
+
+    Raises:
+        TypeError: The last tensor is not int64, or the micro-batch is a dict.
     """
-    targets = (
-        named or micro_batch[-1]
-    )  # of a dict it is not known which targets the loss is a mean of
+    # Of a dict it is not known which targets the loss is a mean of.
+    targets = named or micro_batch[-1]
     if not isinstance(targets, Tensor) or targets.dtype != torch.int64:
         raise TypeError(
             f"A micro-batch must end with int64 targets, not {targets!r:.60}: pass count=."
@@ -63,27 +74,31 @@ def count_targets(*micro_batch: Tensor, **named) -> Tensor:
 
 
 def accumulate_gradients(
-    mean_loss: Callable, micro_batches: Iterable, count=count_targets
+    mean_loss: Callable, micro_batches: Iterable, count: Callable = count_targets
 ) -> Tensor:
-    """Add the gradients of micro-batches to `.grad`, as if they were one large batch, and return
-    its loss.
+    """Add the gradients of micro-batches to `.grad`, as if they were one large batch.
 
     Each mean is multiplied by how many targets it is over, and divided by how many there are in
     all. So the gradients are those of the large batch, up to the order of additions, if no row
-    depends on another (as in batch norm) and no random numbers are drawn (as by dropout). The loss
-    is a scalar and detached. With several processes the counts would have to be summed over all of
-    them.
+    depends on another (as in batch norm) and no random numbers are drawn (as by dropout). With
+    several processes the counts would have to be summed over all of them.
 
-    mean_loss: a model or a function, from a micro-batch to the mean loss over the targets that
-        count: a scalar, or an output with a `.loss`. A tuple or list becomes arguments, a dict
-        keyword arguments.
-    micro_batches: all those of one optimizer step: their targets are counted before the first one
-        runs. One without any is left out, since its mean is 0 / 0.
-    count: from a micro-batch to how many targets its mean is over. Hugging Face's causal models
-        shift the labels: `lambda input_ids, labels: (labels[:, 1:] != -100).sum()`.
+    Args:
+        mean_loss: A model or a function, from a micro-batch to the mean loss over the targets that
+            count: a scalar, or an output with a `.loss`. A tuple or list becomes arguments, a dict
+            keyword arguments.
+        micro_batches: All those of one optimizer step: their targets are counted before the first
+            one runs. One without any is left out, since its mean is 0 / 0.
+        count: From a micro-batch to how many targets its mean is over. Hugging Face's causal models
+            shift the labels: `lambda input_ids, labels: (labels[:, 1:] != -100).sum()`.
 
-    Raises ValueError when no target counts or a loss is no scalar, TypeError for a dict without
-    `count`, and RuntimeError when `optimizer_in_backward` would step after each micro-batch.
+    Returns:
+        The loss of the large batch, a detached scalar.
+
+    Raises:
+        ValueError: No target counts, or a loss is no scalar.
+        TypeError: A micro-batch is a dict, and `count` is not given.
+        RuntimeError: `optimizer_in_backward` would step after each micro-batch.
     """
     micro_batches = list(micro_batches)
     counts = [int(_call(count, micro_batch)) for micro_batch in micro_batches]
@@ -148,20 +163,25 @@ def _check_size(size: int) -> None:
 def optimizer_in_backward(model: nn.Module, make_optimizer: Callable) -> "OptimizerInBackward":
     """Let backward step each parameter when its gradient is complete, and free the gradient.
 
+        optimizer = optimizer_in_backward(model, make_optimizer)
+        loss.backward()  # steps
+        optimizer.step()  # ends the training step
+
     A shared parameter is stepped once. Gradients cannot be accumulated, clipped by their common
-    norm or divided by a loss scaler: they are never all there. Keep the result, which holds the
-    optimizers.
+    norm or divided by a loss scaler: they are never all there.
 
-    make_optimizer: from a list of one parameter to its optimizer: `lambda p: torch.optim.AdamW(p,
-    lr=1e-3)`.
+    Args:
+        model: The model to train.
+        make_optimizer: From a list of one parameter to its optimizer:
+            `lambda p: torch.optim.AdamW(p, lr=1e-3)`.
 
-    >>> optimizer = optimizer_in_backward(model, make_optimizer)
-    >>> loss.backward()  # steps
-    >>> optimizer.step()  # ends the training step
+    Returns:
+        What holds the optimizers: keep it. Its `remove()` takes them away.
 
-    Raises ValueError for a model with nothing to train, with a gradient left or with an optimizer
-    in backward already, and TypeError when `make_optimizer` returns anything but an optimizer of
-    that one parameter.
+    Raises:
+        ValueError: The model has nothing to train, a gradient left, or an optimizer in backward
+            already.
+        TypeError: `make_optimizer` returns anything but an optimizer of that one parameter.
     """
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     taken = _stepped_in_backward()
@@ -184,8 +204,10 @@ def optimizer_in_backward(model: nn.Module, make_optimizer: Callable) -> "Optimi
 
 
 class OptimizerInBackward:
-    """The optimizers that `optimizer_in_backward` made (`optimizers`, by the names of their
-    parameters).
+    """What `optimizer_in_backward` returns.
+
+    Attributes:
+        optimizers: The optimizers by the names of their parameters.
     """
 
     def __init__(
@@ -220,8 +242,10 @@ class OptimizerInBackward:
         parameter.grad = None
 
     def step(self) -> None:
-        """End a training step; backward has stepped the parameters. Raises RuntimeError if it has
-        not.
+        """End a training step; backward has stepped the parameters.
+
+        Raises:
+            RuntimeError: It has not.
         """
         if not self._stepped:
             raise RuntimeError(
@@ -231,9 +255,7 @@ class OptimizerInBackward:
 
     @property
     def param_groups(self) -> list[dict]:
-        """The groups of all optimizers, to set a learning rate: `for group in ...: group["lr"] =
-        1e-4`.
-        """
+        """The groups of all optimizers, to set a learning rate in each."""
         return [group for optimizer in self.optimizers.values() for group in optimizer.param_groups]
 
     def state_dict(self) -> dict:
@@ -241,7 +263,11 @@ class OptimizerInBackward:
         return {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
 
     def load_state_dict(self, state: dict) -> None:
-        """Take over what `state_dict` returned. Raises ValueError for other parameters."""
+        """Take over what `state_dict` returned.
+
+        Raises:
+            ValueError: It is of other parameters.
+        """
         if other := sorted(state.keys() ^ self.optimizers.keys()):
             raise ValueError(
                 f"The state must be of this model's parameters, but differs in {other}."
@@ -301,36 +327,41 @@ def clip_gradient_norm(parameters: Tensor | Iterable[Tensor], max_norm: float) -
 
 
 def in_micro_batches(function: Callable, micro_batch_size: int, /, *args, **kwargs):
-    """Return `function(*args, **kwargs)`, computed slice of the batch by slice, each one
-    checkpointed.
+    """Return `function(*args, **kwargs)`, computed slice of the batch by slice.
 
-    Only the arguments are kept for backward, which runs a slice again and passes through it before
-    the next.
+    Each slice is a checkpoint: only the arguments are kept for backward, which runs a slice again
+    and passes through it before the next.
 
-    args, kwargs: the first is a tensor, (batch, ...). Further tensors (also in tuples and lists)
-        are cut if their first axis is the batch, and given whole to each slice if it is 1. So are
-        numbers and None.
-    function: returns a tensor (batch, ...), or a tuple of them. Of a loss, return one number a row.
+    Args:
+        function: It returns a tensor (batch, ...), or a tuple of them. Of a loss, return one number
+            a row.
+        micro_batch_size: Rows of a slice.
+        args: The first is a tensor, (batch, ...). Further tensors (also in tuples and lists) are
+            cut if their first axis is the batch, and given whole to each slice if it is 1. So are
+            numbers and None.
+        kwargs: As the further arguments.
 
-    Raises ValueError for tensors that do not fit the batch, or fit it in two ways, and TypeError
-    for what cannot be cut, such as a cache, or put together.
+    Raises:
+        ValueError: A tensor does not fit the batch, or fits it in two ways.
+        TypeError: Something cannot be cut, such as a cache, or put together.
     """
     _check_size(micro_batch_size)
     if not args or not isinstance(args[0], Tensor) or args[0].ndim == 0 or len(args[0]) == 0:
         raise ValueError("The first argument must be a tensor (batch, ...) with at least one row.")
-    rows, firsts, values = (
-        len(args[0]),
-        args[0].split(micro_batch_size),
-        (*args[1:], *kwargs.values()),
-    )
+    rows = len(args[0])
+    firsts = args[0].split(micro_batch_size)
     # With (8, 8, hidden) it is not clear whether the 8 of another tensor is the batch or the
     # sequence.
-    rest = [_cut(value, rows, micro_batch_size, args[0].shape[1:2] == (rows,)) for value in values]
-    outputs, count = [], len(args)
-    for one in zip(firsts, *rest, strict=True):
-        part = functools.partial(function, **dict(zip(kwargs, one[count:], strict=True)))
-        outputs.append(checkpoint(part, *one[:count], use_reentrant=False))
-    return _join(outputs, [len(part) for part in firsts])
+    ambiguous = args[0].shape[1:2] == (rows,)
+    others = [
+        _cut(value, rows, micro_batch_size, ambiguous) for value in (*args[1:], *kwargs.values())
+    ]
+    outputs = []
+    for values in zip(firsts, *others, strict=True):
+        named = dict(zip(kwargs, values[len(args) :], strict=True))
+        call = functools.partial(function, **named)
+        outputs.append(checkpoint(call, *values[: len(args)], use_reentrant=False))
+    return _join(outputs, [len(first) for first in firsts])
 
 
 def _cut(value, rows: int, size: int, ambiguous: bool) -> list:
@@ -345,8 +376,8 @@ def _cut(value, rows: int, size: int, ambiguous: bool) -> list:
             )
         return list(value.split(size))
     if type(value) in (tuple, list) and value:
-        parts = [_cut(part, rows, size, ambiguous) for part in value]
-        return [type(value)(one) for one in zip(*parts, strict=True)]
+        items = [_cut(item, rows, size, ambiguous) for item in value]
+        return [type(value)(slices) for slices in zip(*items, strict=True)]
     if value is None or isinstance(value, Tensor | int | float | str | tuple | list):
         return [value] * len(range(0, rows, size))
     raise TypeError(
@@ -357,10 +388,11 @@ def _cut(value, rows: int, size: int, ambiguous: bool) -> list:
 def _join(outputs: list, sizes: list[int]):
     first = outputs[0]
     if type(first) in (tuple, list):
-        return type(first)(_join(parts, sizes) for parts in zip(*outputs, strict=True))
+        return type(first)(_join(items, sizes) for items in zip(*outputs, strict=True))
     if first is None:
         return None
-    if isinstance(first, Tensor) and [len(one) if one.ndim else 0 for one in outputs] == sizes:
+    lengths = [len(output) if output.ndim else 0 for output in outputs if torch.is_tensor(output)]
+    if lengths == sizes:
         return torch.cat(outputs) if len(outputs) > 1 else first
     what = tuple(first.shape) if isinstance(first, Tensor) else type(first).__name__
     raise TypeError(
