@@ -12,21 +12,25 @@ from memlab.results.models import Environment
 
 
 def environment(root: Path, device: object = None) -> Environment:
-    """What a result depends on: the device and the libraries, the checkout's commit, today's date
-    (UTC).
+    """Return what a result depends on: device, libraries, the checkout's commit, the date (UTC).
+
+    Args:
+        root: the checkout.
+        device: where it is measured; by default CUDA if there is a device, else the CPU.
     """
     return of_measurement(measured_environment(device), commit(root))
 
 
 def of_measurement(measured: Mapping[str, object], commit: str | None = None) -> Environment:
-    """The environment that a measurement names, with a commit and today's date (UTC)."""
+    """Return the environment that a measurement names, with a commit and today's date (UTC)."""
     today = datetime.now(UTC).date().isoformat()
     return Environment(**{"commit": commit, "date": today} | dict(measured))
 
 
 def commit(root: Path) -> str | None:
-    """The commit of the checkout in `root`, with `-dirty` where tracked files differ from it; None
-    outside of one.
+    """Return the commit of the checkout in `root`; None outside of one.
+
+    It ends in `-dirty` where tracked files differ from the commit.
     """
 
     def git(*arguments: str) -> str:

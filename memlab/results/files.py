@@ -11,8 +11,11 @@ from memlab.results.models import Claim, Environment, Record, Results
 
 
 def file_name(environment: Environment, scale: str | None = None) -> str:
-    """The name of a device's results file: `cpu.json`, `nvidia-h200.json`; that of the scale
-    "large" has a file of its own.
+    """Return the name of a device's results file: `cpu.json`, `nvidia-h200.json`.
+
+    Args:
+        environment: where something was measured.
+        scale: in which sizes; those of the scale "large" have a file of their own.
     """
     name = (environment.gpu or environment.device) + (" large" if scale == "large" else "")
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ".json"
@@ -21,13 +24,16 @@ def file_name(environment: Environment, scale: str | None = None) -> str:
 def merge(
     data: Results | None, environment: Environment, notebook: str, fresh: Iterable[Record | Claim]
 ) -> Results:
-    """A results file in which a notebook's fresh records stand in the place of its old ones.
+    """Put a notebook's fresh records into a results file, in the place of its old ones.
 
     Args:
         data: the results file so far, None for a new one.
         environment: the environment of the run; it becomes the file's.
         notebook: the notebook that was run.
         fresh: what it kept in the file of MEMLAB_RECORDS (`read_lines`).
+
+    Returns:
+        The new results; nothing is written.
     """
     old = [] if data is None else [*data.records, *data.claims]
     kept = [each for each in old if each.notebook != notebook]
@@ -63,7 +69,7 @@ def load(path: Path) -> Results:
 
 
 def load_all(root: Path) -> list[Results]:
-    """Every results file of the checkout, the CPU's first."""
+    """Read every results file of the checkout, the CPU's first."""
     files = sorted(
         (Path(root) / "results").glob("*.json"),
         key=lambda path: (path.name != "cpu.json", path.name),

@@ -50,6 +50,9 @@ def record(
         scale: `"cpu"`, `"t4"`, `"gpu"` or `"large"`; by default what `memlab.workloads.scale()`
             chooses here.
 
+    Returns:
+        The record.
+
     Raises:
         ValueError: a name that is no variant's, a number that is not finite, or anything else that
             a results file cannot hold.
@@ -144,6 +147,9 @@ def claim(
         found: one or two sentences: what holds instead, or what to know beside it. No number that
             another device would not give.
 
+    Returns:
+        The claim with its verdict, which a notebook shows.
+
     Raises:
         ValueError: something given cannot be kept, or `when` comes with a claim that does not hold.
     """
@@ -170,7 +176,13 @@ def claim(
 
 
 def read_lines(path: Path) -> list[Record | Claim]:
-    """What `record` and `claim` appended to a file; nothing where there is no file.
+    """Read what `record` and `claim` appended to a file.
+
+    Args:
+        path: the file that MEMLAB_RECORDS named; it need not be there.
+
+    Returns:
+        The records and claims in their order.
 
     Raises:
         ValueError: a line is neither a record nor a claim.
