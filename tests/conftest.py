@@ -57,3 +57,9 @@ def objects_frozen():
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.fixture(scope="session")
+def transformers():
+    """Hugging Face's library, for the tests that hold a technique against its models."""
+    return pytest.importorskip("transformers")

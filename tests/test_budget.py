@@ -9,8 +9,6 @@ import weakref
 
 import pytest
 import torch
-import torch.nn.modules.module as modules
-import torch.optim.optimizer as optimizers
 from torch import nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.checkpoint import checkpoint
@@ -20,6 +18,7 @@ from memlab.budget import active_budget
 from memlab.ledger import COLUMNS
 from memlab.meters.device import bytes_alive, resolve_device
 from memlab.meters.refusals import ADVICE, OverBudget
+from tests.helpers import global_hooks
 
 FLOAT = 4
 MiB, KiB = 2**20, 2**10
@@ -38,13 +37,7 @@ def _everything_is_off_afterwards():
     yield
     assert active_budget() is None
     assert _get_current_dispatch_mode_stack() == []
-    hooks = [
-        name
-        for place in (modules, optimizers)
-        for name, registry in vars(place).items()
-        if name.startswith("_global") and isinstance(registry, dict) and registry
-    ]
-    assert hooks == []
+    assert global_hooks() == {}
 
 
 def mlp(layers: int = 3) -> nn.Sequential:

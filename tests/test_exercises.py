@@ -6,14 +6,13 @@ import weakref
 import pytest
 import torch
 from torch import nn
-from torch.nn.modules import module as nn_module
-from torch.optim import optimizer as optim_optimizer
 from torch.utils.checkpoint import checkpoint
 
 from memlab import exercises, measure, proof
 from memlab.budget import active_budget
 from memlab.ledger import COLUMNS
 from memlab.units import MiB, format_bytes
+from tests.helpers import global_hooks
 
 ROWS, WIDTH, LAYERS = 256, 128, 6
 
@@ -29,10 +28,7 @@ def history():
 def switched_on():
     gc.collect()
     return (
-        len(nn_module._global_forward_pre_hooks),
-        len(nn_module._global_forward_hooks),
-        len(optim_optimizer._global_optimizer_pre_hooks),
-        len(optim_optimizer._global_optimizer_post_hooks),
+        global_hooks(),
         torch._C._len_torch_dispatch_stack(),
         active_budget(),
         torch.is_grad_enabled(),
@@ -90,21 +86,11 @@ SOLUTION = builder(checkpointed)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def peaks():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(
-        1
-    )  # runs this small are slower with more, and far slower when the cores are busy
+def peaks(objects_frozen):
     runs = {"reference": REFERENCE, "solution": SOLUTION}
     found = {name: measure(run, device="cpu").peak_bytes for name, run in runs.items()}
     proof.first_step(SOLUTION)
-    # The meter walks the objects that the garbage collector knows: those of the imported libraries
-    # are set aside.
-    gc.collect()
-    gc.freeze()
-    yield found
-    gc.unfreeze()
-    torch.set_num_threads(threads)
+    return found
 
 
 @pytest.fixture

@@ -6,13 +6,12 @@ import weakref
 import pytest
 import torch
 from torch import nn
-from torch.nn.modules import module as nn_module
-from torch.optim import optimizer as optim_optimizer
 from torch.utils.checkpoint import checkpoint
 
 from memlab.first_step import first_step
 from memlab.proof import gradient_difference, never_updated
 from memlab.workloads import gpt
+from tests.helpers import global_hooks
 
 BATCH, INPUTS, OUTPUTS = 8, 16, 4
 
@@ -345,9 +344,7 @@ def test_fused_attention_is_counted_like_its_products(key_heads):
 
 def switched_on():
     return (
-        len(nn_module._global_forward_pre_hooks),
-        len(nn_module._global_forward_hooks),
-        len(optim_optimizer._global_optimizer_pre_hooks),
+        global_hooks(),
         torch._C._len_torch_dispatch_stack(),
     )
 

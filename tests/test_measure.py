@@ -12,8 +12,6 @@ import weakref
 import numpy as np
 import pytest
 import torch
-import torch.nn.modules.module as modules
-import torch.optim.optimizer as optimizers
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
@@ -23,6 +21,7 @@ from memlab.ledger import PHASES, Block, Ledger
 from memlab.meters.device import environment
 from memlab.meters.live import live_objects, objects_set_aside
 from memlab.timing import Seconds
+from tests.helpers import global_hooks
 
 FLOAT = 4
 WIDTH, BATCH = 64, 32
@@ -37,13 +36,7 @@ def _everything_is_off_afterwards():
 
 def switched_on() -> list[str]:
     """What a measurement switches on, and has to switch off again."""
-    hooks = [
-        name
-        for place in (modules, optimizers)
-        for name, registry in vars(place).items()
-        if name.startswith("_global") and isinstance(registry, dict) and registry
-    ]
-    return hooks + ["the profiler"] * torch._C._autograd._profiler_enabled()
+    return list(global_hooks()) + ["the profiler"] * torch._C._autograd._profiler_enabled()
 
 
 def mlp() -> nn.Sequential:

@@ -6,13 +6,12 @@ import weakref
 
 import pytest
 import torch
-import torch.nn.modules.module as modules
-import torch.optim.optimizer as optimizers
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from memlab import Measurement, measure, watch
+from tests.helpers import global_hooks
 
 FLOAT = 4
 WIDTH, BATCH = 64, 128
@@ -27,13 +26,7 @@ pytestmark = pytest.mark.usefixtures("objects_frozen")
 def _everything_is_off_afterwards():
     gc.collect()
     yield
-    hooks = [
-        name
-        for place in (modules, optimizers)
-        for name, registry in vars(place).items()
-        if name.startswith("_global") and isinstance(registry, dict) and registry
-    ]
-    assert hooks == []
+    assert global_hooks() == {}
     assert not torch._C._autograd._profiler_enabled()
 
 

@@ -3,7 +3,6 @@ GPT and models of Hugging Face; feed-forward layers and losses in chunks; bytes 
 would go wrong is refused."""
 
 import copy
-import logging
 import weakref
 
 import pytest
@@ -22,6 +21,7 @@ from memlab.techniques.chunked_input import (
     kv_cache_bytes,
 )
 from memlab.workloads import gpt, vit
+from tests.helpers import largest_difference
 
 CONFIG = gpt.tiny(layers=2)  # a context of 64 tokens, 2 heads of 32
 TOKENS = torch.randint(256, (2, 40), generator=torch.Generator().manual_seed(0))
@@ -39,14 +39,6 @@ def read(model, tokens, cache, chunk_size, positions="learned", **options):
         forward_in_chunks(model, tokens, cache, chunk_size, positions=positions, **options)
     )
     return torch.cat([getattr(output, "logits", output) for output in outputs], 1)
-
-
-def difference(ones, others):
-    pairs = (
-        [(ones, others)] if isinstance(ones, torch.Tensor) else list(zip(ones, others, strict=True))
-    )
-    assert pairs
-    return max(((one - other).abs().max() / other.abs().max()).item() for one, other in pairs)
 
 
 def windowed(model, tokens, window):
@@ -74,7 +66,7 @@ def windowed(model, tokens, window):
 def test_outputs_are_those_of_the_whole(capacity, chunk_size):
     model = new_model()
     cache = KVCache(capacity)
-    assert difference(read(model, TOKENS, cache, chunk_size), model(TOKENS)) < 1e-5
+    assert largest_difference(read(model, TOKENS, cache, chunk_size), model(TOKENS)) < 1e-5
     assert cache.length == 40
     assert not model.position_embedding._forward_pre_hooks  # nothing is left on the model
 
@@ -83,8 +75,8 @@ def test_outputs_are_those_of_the_whole(capacity, chunk_size):
 def test_without_the_cache_only_the_first_chunk_is_right():
     model = new_model()
     apart = torch.cat([model(part) for part in TOKENS.split(10, 1)], 1)
-    assert difference(apart[:, :10], model(TOKENS)[:, :10]) < 1e-6
-    assert difference(apart[:, 10:], model(TOKENS)[:, 10:]) > 0.05
+    assert largest_difference(apart[:, :10], model(TOKENS)[:, :10]) < 1e-6
+    assert largest_difference(apart[:, 10:], model(TOKENS)[:, 10:]) > 0.05
 
 
 @pytest.mark.parametrize("chunk_size", [1, 6, 8, 25, 40])
@@ -93,20 +85,20 @@ def test_a_window_is_that_of_a_mask_over_the_whole(chunk_size):
     model, window = new_model(), 8
     cache = KVCache(window - 1 + chunk_size, window=window)
     expected = windowed(model, TOKENS, window)
-    assert difference(read(model, TOKENS, cache, chunk_size), expected) < 1e-5
+    assert largest_difference(read(model, TOKENS, cache, chunk_size), expected) < 1e-5
     assert cache.nbytes == kv_cache_bytes(
         window - 1 + chunk_size, layers=2, heads=2, width=32, batch_size=2
     )
-    assert difference(expected, model(TOKENS)) > 0.01
+    assert largest_difference(expected, model(TOKENS)) > 0.01
     wide = read(model, TOKENS, KVCache(40, window=100), chunk_size)
-    assert difference(wide, model(TOKENS)) < 1e-5
+    assert largest_difference(wide, model(TOKENS)) < 1e-5
 
 
 @torch.no_grad()
 def test_a_window_in_eight_bits_moves_its_scales_too():
     model = new_model()
     given = read(model, TOKENS, KVCache(7 + 6, window=8, dtype=torch.int8), 6)
-    assert 0 < difference(given, windowed(model, TOKENS, 8)) < 0.02
+    assert 0 < largest_difference(given, windowed(model, TOKENS, 8)) < 0.02
 
 
 @pytest.mark.parametrize(
@@ -116,9 +108,9 @@ def test_a_window_in_eight_bits_moves_its_scales_too():
 def test_a_cache_of_another_dtype_rounds_and_the_chunk_does_not_matter(dtype, most):
     model = new_model()
     outputs = [read(model, TOKENS, KVCache(40, dtype=dtype), size) for size in (5, 40)]
-    assert difference(outputs[0], model(TOKENS)) < most
+    assert largest_difference(outputs[0], model(TOKENS)) < most
     assert (
-        difference(*outputs) < 1e-5
+        largest_difference(*outputs) < 1e-5
     )  # read back at once: no chunk sees numbers that a later one does not
 
 
@@ -136,11 +128,11 @@ def test_a_text_goes_on_and_clear_begins_a_new_one():
     model, cache = new_model(), KVCache(40)
     first = read(model, TOKENS[:, :30], cache, 10)
     rest = forward_chunk(model, TOKENS[:, 30:], cache, positions=model.position_embedding)
-    assert difference(torch.cat([first, rest], 1), model(TOKENS)) < 1e-5
+    assert largest_difference(torch.cat([first, rest], 1), model(TOKENS)) < 1e-5
     cache.clear()
     assert (cache.length, cache.nbytes) == (0, 0)
     other = TOKENS[:1].flip(1)  # and of another batch
-    assert difference(read(model, other, cache, 10), model(other)) < 1e-5
+    assert largest_difference(read(model, other, cache, 10), model(other)) < 1e-5
 
 
 @torch.no_grad()
@@ -148,20 +140,11 @@ def test_half_precision():
     model = new_model().bfloat16()
     given = read(model, TOKENS, KVCache(40), 10)
     assert given.dtype == torch.bfloat16
-    assert difference(given.float(), model(TOKENS).float()) < 0.05
+    assert largest_difference(given.float(), model(TOKENS).float()) < 0.05
     assert read(model, TOKENS, KVCache(40, dtype=torch.int8), 10).dtype == torch.bfloat16
 
 
 # --- Models of Hugging Face -----------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def transformers():
-    logging.disable(
-        logging.WARNING
-    )  # it looks at every optional package, and some of them complain
-    yield pytest.importorskip("transformers")
-    logging.disable(logging.NOTSET)
 
 
 @pytest.mark.parametrize("name", ["GPT2", "Llama"])
@@ -185,10 +168,10 @@ def test_a_hugging_face_model_gives_the_outputs_of_the_whole(transformers, name)
         model = transformers.LlamaForCausalLM(config).eval()
     expected, cache = model(TOKENS, use_cache=False).logits, KVCache(40)
     given = read(model, TOKENS, cache, 7, positions="position_ids", use_cache=False)
-    assert difference(given, expected) < 1e-5
+    assert largest_difference(given, expected) < 1e-5
     theirs = transformers.DynamicCache()
     parts = [model(part, past_key_values=theirs).logits for part in TOKENS.split(7, 1)]
-    assert difference(torch.cat(parts, 1), expected) < 1e-5
+    assert largest_difference(torch.cat(parts, 1), expected) < 1e-5
     stored = sum(layer.keys.nbytes + layer.values.nbytes for layer in theirs.layers)
     assert (
         stored == cache.nbytes == kv_cache_bytes(40, layers=2, heads=heads, width=16, batch_size=2)
@@ -335,7 +318,8 @@ def test_a_text_in_chunks_has_the_gradients_of_the_whole(recompute):
             total = total + one
         return total
 
-    assert difference(gradients(model, loss), gradients(model, lambda: whole_loss(model))) < 1e-5
+    expected = gradients(model, lambda: whole_loss(model))
+    assert largest_difference(gradients(model, loss), expected) < 1e-5
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -355,11 +339,11 @@ def test_feed_forward_and_loss_in_chunks_have_the_gradients_of_the_whole(recompu
         options = {"chunk_size": chunk_size, "combine": "sum", "recompute": recompute}
         return in_chunks(of, features, TARGETS.flatten(), **options)
 
-    assert difference(gradients(model, loss), expected) < 1e-5
-    assert difference(gradients(twin, lambda: whole_loss(twin)), expected) < 1e-5
+    assert largest_difference(gradients(model, loss), expected) < 1e-5
+    assert largest_difference(gradients(twin, lambda: whole_loss(twin)), expected) < 1e-5
     handle.remove()
     handle.remove()
-    assert difference(gradients(model, lambda: whole_loss(model)), expected) == 0
+    assert largest_difference(gradients(model, lambda: whole_loss(model)), expected) == 0
     apply_chunked_feed_forward(model, "mlp", chunk_size).remove()
 
 
@@ -369,7 +353,7 @@ def test_a_vit_and_dropout():
     model = vit.ViT(vit.small(layers=1, hidden=32, heads=2)).eval()
     expected = model(images)
     apply_chunked_feed_forward(model, "mlp", 10)
-    assert difference(model(images), expected) < 1e-5
+    assert largest_difference(model(images), expected) < 1e-5
     dropping = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5))).train()
     apply_chunked_feed_forward(dropping, "0", 3, recompute=True)
     dropping(torch.ones(2, 5, 4)).sum().backward()
@@ -414,7 +398,7 @@ def test_too_much_is_refused_before_anything_is_read():
     with pytest.raises(ValueError, match="room for 25 tokens, but 20 have to stay and 10 come in"):
         forward_chunk(model, TOKENS[:, 20:30], cache, positions=model.position_embedding)
     rest = forward_chunk(model, TOKENS[:, 20:25], cache, positions=model.position_embedding)
-    assert difference(rest, model(TOKENS[:, :25])[:, 20:]) < 1e-5
+    assert largest_difference(rest, model(TOKENS[:, :25])[:, 20:]) < 1e-5
     with pytest.raises(ValueError, match="room for 12 tokens, but 7 have to stay"):
         read(model, TOKENS, KVCache(12, window=8), 10)
     long = TOKENS.repeat(1, 2)
@@ -489,7 +473,7 @@ def test_a_cache_that_an_error_left_incomplete_is_not_used():
     with pytest.raises(RuntimeError, match="clear\\(\\) the cache"):
         forward_chunk(model, TOKENS[:, 10:20], cache, positions=model.position_embedding)
     cache.clear()
-    assert difference(read(model, TOKENS, cache, 10), model(TOKENS)) < 1e-5
+    assert largest_difference(read(model, TOKENS, cache, 10), model(TOKENS)) < 1e-5
 
 
 def test_autograd_and_other_batches_are_refused():
@@ -560,12 +544,12 @@ def test_on_a_gpu_outputs_and_bytes_are_the_same():
     expected = model(tokens)
     for chunk_size in (1, 7, 40):
         cache = KVCache(40)
-        assert difference(read(model, tokens, cache, chunk_size), expected) < 1e-4
+        assert largest_difference(read(model, tokens, cache, chunk_size), expected) < 1e-4
         assert cache.nbytes == kv_cache_bytes(40, layers=2, heads=2, width=32, batch_size=2)
     given = read(model, tokens, KVCache(40, dtype=torch.int8), 7)
-    assert difference(given, expected) < 0.02
+    assert largest_difference(given, expected) < 0.02
     given = read(model, tokens, KVCache(7 + 6, window=8), 6)
-    assert difference(given.cpu(), windowed(model.cpu(), TOKENS, 8)) < 1e-4
+    assert largest_difference(given.cpu(), windowed(model.cpu(), TOKENS, 8)) < 1e-4
 
 
 @pytest.mark.gpu
@@ -583,4 +567,5 @@ def test_on_a_gpu_a_text_in_chunks_has_the_gradients_of_the_whole():
             )
         return total
 
-    assert difference(gradients(model, lambda: loss(8)), gradients(model, lambda: loss(40))) < 1e-4
+    expected = gradients(model, lambda: loss(40))
+    assert largest_difference(gradients(model, lambda: loss(8)), expected) < 1e-4

@@ -4,7 +4,6 @@ in a function and applied from outside to our GPT, our ViT and models of Hugging
 import functools
 import gc
 import inspect
-import logging
 import weakref
 
 import pytest
@@ -23,6 +22,7 @@ from memlab.techniques.gradient_checkpointing import apply_gradient_checkpointin
 from memlab.techniques.large_vocabulary import tiled_linear_cross_entropy
 from memlab.techniques.mixed_precision import apply_mixed_precision
 from memlab.workloads import gpt, vit
+from tests.helpers import largest_difference, run_gpt, run_hugging_face, small_gpt
 
 TOKENS, HIDDEN, VOCABULARY = 37, 16, 101  # no multiple of a chunk of 5: the last chunk is short
 
@@ -50,12 +50,6 @@ def loss_and_gradients(function, hidden, weight, targets, bias=None, factor=1.0,
     loss = function(hidden, weight, targets, bias, **options)
     (factor * loss).backward()
     return loss.detach(), [leaf.grad for leaf in leaves]
-
-
-def largest_difference(ones, others):
-    assert len(ones) == len(others) > 0
-    pairs = [(one.double(), other.double()) for one, other in zip(ones, others, strict=True)]
-    return max(((one - other).abs().max() / other.abs().max()).item() for one, other in pairs)
 
 
 # --- The same loss and gradients ------------------------------------------------------------------
@@ -380,22 +374,10 @@ def gradients_of(model, run, factor=1.0):
     return loss.detach(), [p.grad for p in model.parameters() if p.grad is not None]
 
 
-def run_gpt(model):
-    generator = torch.Generator().manual_seed(0)
-    tokens, targets = torch.randint(model.config.vocabulary_size, (2, 2, 24), generator=generator)
-    targets[0, :5] = -100
-    return model(tokens, targets)
-
-
 def run_vit(model):
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(4, 1, 32, 32, generator=generator)
     return model(images, torch.randint(model.config.classes, (4,), generator=generator))
-
-
-def small_gpt(**changes):
-    torch.manual_seed(0)
-    return gpt.GPT(gpt.tiny(**{"layers": 2, "vocabulary_size": 500} | changes))
 
 
 def small_vit():
@@ -706,24 +688,6 @@ def test_a_training_step_has_no_logits_at_its_peak():
 
 
 # --- Hugging Face ---------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def transformers():
-    logging.disable(
-        logging.WARNING
-    )  # it looks at every optional package, and some of them complain
-    module = pytest.importorskip("transformers")
-    yield module
-    logging.disable(logging.NOTSET)
-
-
-def run_hugging_face(model):
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(model.config.vocab_size, (2, 20), generator=generator)
-    labels = tokens.clone()
-    labels[:, :4] = -100  # a prompt
-    return model(input_ids=tokens, labels=labels, use_cache=False).loss
 
 
 def hugging_face_model(transformers, name):

@@ -31,6 +31,7 @@ from memlab.techniques.large_vocabulary import apply_tied_embedding
 from memlab.techniques.mixed_precision import apply_mixed_precision
 from memlab.techniques.offloading import stream_parameters
 from memlab.workloads import gpt
+from tests.helpers import equal
 
 # --- The techniques, each with a model ------------------------------------------------------------
 
@@ -168,10 +169,6 @@ def run(case, model):
     found = [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
     model.zero_grad()
     return found
-
-
-def equal(ours, theirs):
-    return len(ours) == len(theirs) and all(map(torch.equal, ours, theirs))
 
 
 def structure(model):

@@ -22,6 +22,7 @@ from memlab.techniques.data_loading import (
     prefetch,
 )
 from memlab.workloads import gpt, vit
+from tests.helpers import equal
 
 BATCH, SEQUENCE, TOKENS = 4, 16, 20_000
 CPU = torch.device("cpu")
@@ -47,10 +48,6 @@ def path(tmp_path):
 def loader(dataset, workers=0, **options):
     context = "fork" if workers else None
     return DataLoader(dataset, num_workers=workers, multiprocessing_context=context, **options)
-
-
-def equal(some, others):
-    return len(some) == len(others) and all(map(torch.equal, some, others))
 
 
 # --- The data set ---------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 logits in chunks.
 """
 
-import logging
 import math
 import pickle
 
@@ -374,15 +373,9 @@ def test_the_columns_of_a_run_with_each_kind_of_teacher():
 
 def hugging_face(name, **sizes):
     transformers = pytest.importorskip("transformers")
-    logging.disable(
-        logging.WARNING
-    )  # it looks at every optional package, and some of them complain
-    try:
-        config = getattr(transformers, f"{name}Config")(vocab_size=50, use_cache=False, **sizes)
-        cls = f"{name}LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM"
-        return getattr(transformers, cls)(config)
-    finally:
-        logging.disable(logging.NOTSET)
+    config = getattr(transformers, f"{name}Config")(vocab_size=50, use_cache=False, **sizes)
+    cls = f"{name}LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM"
+    return getattr(transformers, cls)(config)
 
 
 def gpt_pair():

@@ -4,7 +4,6 @@ formula; and what would go wrong is refused."""
 
 import contextlib
 import functools
-import logging
 
 import pytest
 import torch
@@ -23,6 +22,7 @@ from memlab.techniques.dynamic_length import (
     places,
 )
 from memlab.workloads import gpt, vit
+from tests.helpers import largest_difference
 
 CONFIG = gpt.tiny(layers=2)  # a context of 64 tokens
 LENGTHS = (11, 3, 19, 1, 16)
@@ -51,14 +51,6 @@ def summed(logits, targets):
 
 def gradients(model):
     return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-
-
-def difference(ones, others):
-    pairs = (
-        [(ones, others)] if isinstance(ones, torch.Tensor) else list(zip(ones, others, strict=True))
-    )
-    assert pairs
-    return max(((one - other).abs().max() / other.abs().max()).item() for one, other in pairs)
 
 
 @functools.cache
@@ -205,7 +197,7 @@ def test_every_arrangement_has_the_loss_and_gradients_of_the_documents_alone(pla
         total += loss.item()
     expected, expected_gradients = one_by_one()
     assert abs(total - expected) < 1e-5 * expected
-    assert difference(gradients(model), expected_gradients) < 1e-5
+    assert largest_difference(gradients(model), expected_gradients) < 1e-5
 
 
 def test_a_document_does_not_see_its_neighbours_and_would_without():
@@ -227,8 +219,8 @@ def test_a_document_does_not_see_its_neighbours_and_would_without():
         random_documents((7, 8), seed=1),
         random_documents((1,) * 9),
     ):
-        assert difference(in_a_row(True, *neighbours), alone) < 1e-5
-        assert difference(in_a_row(False, *neighbours), alone) > 1e-2
+        assert largest_difference(in_a_row(True, *neighbours), alone) < 1e-5
+        assert largest_difference(in_a_row(False, *neighbours), alone) > 1e-2
 
 
 def test_the_mask_and_the_loop_are_the_same():
@@ -238,7 +230,7 @@ def test_the_mask_and_the_loop_are_the_same():
     masked = F.scaled_dot_product_attention(q, k, v, attn_mask=block_diagonal_mask(LENGTHS))
     with documents_apart(LENGTHS, positions=None):
         apart = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    assert difference(apart, masked) < 1e-5
+    assert largest_difference(apart, masked) < 1e-5
     assert apart.shape == masked.shape
 
 
@@ -251,7 +243,7 @@ def test_options_of_attention_reach_the_kernel():
         alone = F.scaled_dot_product_attention(
             q[:, :, part], k[:, :, part], v[:, :, part], is_causal=True, scale=0.5, enable_gqa=True
         )
-        assert difference(apart[:, :, part], alone) < 1e-6
+        assert largest_difference(apart[:, :, part], alone) < 1e-6
 
 
 def test_attention_is_put_back_also_after_an_error():
@@ -285,7 +277,7 @@ def test_a_checkpointed_model_is_right_with_backward_inside(reentrant):
     model, row = checkpointed(reentrant), pack(DOCUMENTS)
     with documents_apart(row.lengths, positions=model.position_embedding):
         (summed(model(row.tokens), row.targets) / sum(LENGTHS)).backward()
-    assert difference(gradients(model), one_by_one()[1]) < 1e-5
+    assert largest_difference(gradients(model), one_by_one()[1]) < 1e-5
 
 
 @pytest.mark.filterwarnings(
@@ -377,15 +369,6 @@ def test_positions_that_would_be_wrong_are_refused():
 # --- Hugging Face ---------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def transformers():
-    logging.disable(
-        logging.WARNING
-    )  # it looks at every optional package, and some of them complain
-    yield pytest.importorskip("transformers")
-    logging.disable(logging.NOTSET)
-
-
 def hugging_face(transformers, name):
     torch.manual_seed(0)
     special = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
@@ -429,7 +412,7 @@ def test_hugging_face_models_read_documents_apart_as_with_their_own_collator(tra
     with documents_apart(row.lengths, positions=positions):
         loss = summed(model(row.tokens, use_cache=False).logits, row.targets) / sum(LENGTHS)
     loss.backward()
-    assert difference(gradients(model), expected) < 1e-4
+    assert largest_difference(gradients(model), expected) < 1e-4
 
     model, _ = hugging_face(transformers, name)
     collate = transformers.DataCollatorWithFlattening(return_tensors="pt")
@@ -437,7 +420,7 @@ def test_hugging_face_models_read_documents_apart_as_with_their_own_collator(tra
     theirs = model(**flat, use_cache=False).loss  # with a cache it would not look for documents
     assert abs(loss.item() - theirs.item()) < 1e-5 * theirs.item()
     theirs.backward()
-    assert difference(gradients(model), expected) < 1e-4
+    assert largest_difference(gradients(model), expected) < 1e-4
 
     # With position_ids their model makes a mask of its own, which is not what we are for.
     with (
@@ -464,7 +447,7 @@ def test_an_encoder_sees_both_ways_within_a_document(transformers):
         alone = [model(part).last_hidden_state for part in row.tokens.split(row.lengths, 1)]
         with documents_apart(row.lengths, positions=model.embeddings.position_embeddings):
             together = model(row.tokens).last_hidden_state
-    assert difference(together, torch.cat(alone, 1)) < 1e-4
+    assert largest_difference(together, torch.cat(alone, 1)) < 1e-4
 
 
 def test_gradient_checkpointing_of_hugging_face_with_backward_inside(transformers):
@@ -481,7 +464,7 @@ def test_gradient_checkpointing_of_hugging_face_with_backward_inside(transformer
         with documents_apart(row.lengths, positions=positions):
             summed(model(row.tokens, use_cache=False).logits, row.targets).backward()
         expected = expected or gradients(model)
-    assert difference(gradients(model), expected) < 1e-5
+    assert largest_difference(gradients(model), expected) < 1e-5
 
 
 # --- Bytes ----------------------------------------------------------------------------------------
@@ -589,4 +572,4 @@ def test_on_a_gpu_loss_and_gradients_are_the_documents_and_checkpoints_work():
                 block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
         with documents_apart(row.lengths, positions=model.position_embedding):
             (summed(model(row.tokens), row.targets) / sum(LENGTHS)).backward()
-        assert difference(gradients(model), gradients(padded)) < 1e-4
+        assert largest_difference(gradients(model), gradients(padded)) < 1e-4

@@ -3,7 +3,6 @@ the same bits.
 """
 
 import copy
-import logging
 import weakref
 
 import pytest
@@ -312,20 +311,10 @@ def hugging_face(name, **options):
     transformers = pytest.importorskip("transformers")
     sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "pad_token_id": 0}
-    logging.disable(
-        logging.WARNING
-    )  # it looks at every optional package, and some of them complain
-    try:
-        config = getattr(transformers, f"{name}Config")(
-            **sizes, **heads, use_cache=False, **options
-        )
-        model, tokens = (
-            getattr(transformers, f"{name}ForCausalLM")(config),
-            torch.randint(1, 50, (2, 8)),
-        )
-        return model, lambda: model(input_ids=tokens, labels=tokens).loss
-    finally:
-        logging.disable(logging.NOTSET)
+    config = getattr(transformers, f"{name}Config")(**sizes, **heads, use_cache=False, **options)
+    model = getattr(transformers, f"{name}ForCausalLM")(config)
+    tokens = torch.randint(1, 50, (2, 8))
+    return model, lambda: model(input_ids=tokens, labels=tokens).loss
 
 
 def llama_run():

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from memlab.techniques.gradient_checkpointing import MATRIX_PRODUCTS, apply_gradient_checkpointing
 from memlab.workloads import gpt, vit
+from tests.helpers import equal, saved_bytes
 
 HIDDEN, BATCH, SEQUENCE = 32, 2, 8
 UNIT = BATCH * SEQUENCE * HIDDEN * 4  # bytes of one (batch, sequence, hidden) tensor in FP32
@@ -86,26 +87,6 @@ def gradients(run, tensors):
     loss.backward()
     # Without dropout, the next number shows that the recomputation left the random state alone.
     return [loss.detach(), torch.rand(3), *(tensor.grad for tensor in tensors)]
-
-
-def equal(results, others):
-    return len(results) == len(others) and all(map(torch.equal, results, others))
-
-
-def saved_bytes(run, exclude=()):
-    """Bytes that hooks around `run` see saved, by unique storage, without those of `exclude`."""
-    storages = {}
-
-    def pack(tensor):
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes(), tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = run()
-    for tensor in exclude:
-        storages.pop(tensor.untyped_storage().data_ptr(), None)
-    del output
-    return sum(size for size, _ in storages.values())
 
 
 def allocated_bytes(run, tmp_path):

@@ -2,7 +2,6 @@
 that are in place only where output and gradients stay what they were."""
 
 import copy
-import logging
 import pickle
 import weakref
 
@@ -13,12 +12,9 @@ from torch import nn
 from memlab import measure
 from memlab.techniques.in_place import InPlaceAdamW, apply_in_place_activations
 from memlab.workloads import gpt, vit
+from tests.helpers import equal
 
 SMALL_GPT = gpt.tiny(layers=2, tied_embeddings=False)
-
-
-def equal(one, other):
-    return len(one) == len(other) and all(map(torch.equal, one, other))
 
 
 # --- The optimizer --------------------------------------------------------------------------------
@@ -430,9 +426,6 @@ def test_a_gpt_and_a_vit_have_nothing_but_their_dropout():
 
 def test_a_hugging_face_codec_keeps_its_residual_branches():
     transformers = pytest.importorskip("transformers")
-    logging.disable(
-        logging.WARNING
-    )  # it looks at every optional package, and some of them complain
     config = transformers.EncodecConfig(
         num_filters=4,
         upsampling_ratios=[2],
@@ -444,7 +437,6 @@ def test_a_hugging_face_codec_keeps_its_residual_branches():
         target_bandwidths=[1.5],
     )
     parts = transformers.EncodecModel(config)
-    logging.disable(logging.NOTSET)
     model, sound = nn.Sequential(parts.encoder, parts.decoder), torch.randn(1, 1, 64)
     expected = gradients(model, sound)
     handle = apply_in_place_activations(model, sound)

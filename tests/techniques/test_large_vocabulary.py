@@ -6,7 +6,6 @@ import contextlib
 import copy
 import functools
 import gc
-import logging
 import weakref
 from types import SimpleNamespace
 
@@ -30,30 +29,16 @@ from memlab.techniques.low_precision import stochastic_round
 from memlab.techniques.mixed_precision import apply_mixed_precision
 from memlab.techniques.offloading import far_like, far_zeros, offload_activations, stream_parameters
 from memlab.workloads import gpt
+from tests.helpers import (
+    is_far,
+    largest_difference,
+    numbers_of,
+    run_gpt,
+    run_hugging_face,
+    small_gpt,
+)
 
 TOKENS, HIDDEN, WORDS = 37, 16, 101  # no multiple of a tile of 20: the last tile is one word
-
-
-def small_gpt(**changes):
-    torch.manual_seed(0)
-    return gpt.GPT(gpt.tiny(**{"layers": 2, "vocabulary_size": 500} | changes))
-
-
-def run_gpt(model):
-    generator = torch.Generator().manual_seed(0)
-    tokens, targets = torch.randint(model.config.vocabulary_size, (2, 2, 24), generator=generator)
-    targets[0, :5] = -100
-    return model(tokens, targets)
-
-
-@pytest.fixture(scope="module")
-def transformers():
-    logging.disable(
-        logging.WARNING
-    )  # it looks at every optional package, and some of them complain
-    module = pytest.importorskip("transformers")
-    yield module
-    logging.disable(logging.NOTSET)
 
 
 def gpt2(transformers, **changes):
@@ -82,29 +67,11 @@ def llama(transformers, **changes):
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).train()
 
 
-def run_hugging_face(model):
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(model.config.vocab_size, (2, 20), generator=generator)
-    labels = tokens.clone()
-    labels[:, :4] = -100  # a prompt
-    return model(input_ids=tokens, labels=labels, use_cache=False).loss
-
-
 def loss_and_gradients(model, run):
     model.zero_grad()
     loss = run(model)
     loss.backward()
     return loss.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
-
-
-def largest_difference(ones, others):
-    assert len(ones) == len(others) > 0
-    pairs = [(one.double(), other.double()) for one, other in zip(ones, others, strict=True)]
-    return max(((one - other).abs().max() / other.abs().max()).item() for one, other in pairs)
-
-
-def is_far(tensor):
-    return tensor.is_pinned() or tensor.untyped_storage().filename is not None
 
 
 # --- The loss, a tile of words at a time: the same numbers ----------------------------------------
@@ -905,11 +872,6 @@ def test_layers_that_are_not_found_can_be_named():
 # --- Everything together --------------------------------------------------------------------------
 
 LEAST = 1024  # bytes: what is smaller stays near
-
-
-def numbers_of(model):
-    """All of them, with the buffers that are never saved."""
-    return {**model.state_dict(), **dict(model.named_buffers())}
 
 
 def a_gpt(_):

@@ -25,6 +25,7 @@ from memlab.techniques.lean_optimizers import (
 from memlab.techniques.low_precision import stochastic_round
 from memlab.techniques.offloading import far_like, far_zeros
 from memlab.workloads import gpt, vit
+from tests.helpers import is_far
 
 BLOCK, SMALLEST = 256, 4096
 
@@ -435,10 +436,6 @@ def test_equally_spaced_codes_lose_the_second_moment():
 
 
 # --- Rounding, and a state that lies elsewhere ----------------------------------------------------
-
-
-def is_far(tensor):
-    return tensor.is_pinned() or tensor.untyped_storage().filename is not None
 
 
 @pytest.mark.parametrize("count", [SMALLEST - 1, 2**17])  # FP32 moments, and those of 8 bits

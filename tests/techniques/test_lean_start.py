@@ -2,7 +2,6 @@
 tensor.
 """
 
-import logging
 from collections.abc import Mapping
 
 import pytest
@@ -13,11 +12,7 @@ from memlab import measure
 from memlab.techniques.lean_start import materialize
 from memlab.techniques.offloading import far_like
 from memlab.workloads import gpt
-
-
-def small_gpt():
-    torch.manual_seed(0)
-    return gpt.GPT(gpt.tiny(layers=2, vocabulary_size=500))
+from tests.helpers import numbers_of, small_gpt
 
 
 def on_meta(make, dtype=torch.float32):
@@ -29,15 +24,8 @@ def on_the_cpu(name, like):
     return torch.empty_like(like, device="cpu")
 
 
-def numbers_of(model):
-    """All of them, with the buffers that are never saved."""
-    return {**model.state_dict(), **dict(model.named_buffers())}
-
-
 @pytest.fixture
 def make_llama():
-    # It looks at every optional package, and some of them complain.
-    logging.disable(logging.WARNING)
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
         vocab_size=400,
@@ -49,7 +37,6 @@ def make_llama():
         tie_word_embeddings=True,
     )
     yield lambda: transformers.LlamaForCausalLM(config)
-    logging.disable(logging.NOTSET)
 
 
 def test_a_model_gets_its_numbers_and_runs_as_the_one_they_are_from():

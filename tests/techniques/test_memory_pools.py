@@ -1,6 +1,5 @@
 import gc
 import itertools
-import logging
 import math
 import random
 import threading
@@ -351,11 +350,7 @@ def llama_config(transformers):
 
 def hugging_face_run():
     transformers = pytest.importorskip("transformers")
-    logging.disable(
-        logging.WARNING
-    )  # it looks at every optional package, and some of them complain
     config, tokens = llama_config(transformers), torch.arange(32).reshape(2, 16)
-    logging.disable(logging.NOTSET)
     return training(
         lambda: transformers.LlamaForCausalLM(config),
         lambda model: model(tokens, labels=tokens).loss,
@@ -451,7 +446,6 @@ def test_a_hugging_face_model_generates_the_same_from_a_cache_in_a_pool():
     lie.
     """
     transformers = pytest.importorskip("transformers")
-    logging.disable(logging.WARNING)
     config = llama_config(transformers)
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
@@ -473,7 +467,6 @@ def test_a_hugging_face_model_generates_the_same_from_a_cache_in_a_pool():
                     for lease in old:
                         lease.give_back()
         texts.append(text)
-    logging.disable(logging.NOTSET)
     assert texts[0] == texts[1]
 
 

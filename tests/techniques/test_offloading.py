@@ -24,6 +24,7 @@ from memlab.techniques.offloading import (
     stream_parameters,
 )
 from memlab.workloads import gpt, vit
+from tests.helpers import equal, is_far
 
 SMALL = gpt.GPTConfig(vocabulary_size=64, context_length=32, layers=3, heads=2, hidden=32)
 TOKENS, HIDDEN = 4 * 32, 32
@@ -67,14 +68,6 @@ def gradients(model, run, context=None):
         loss = run()
     loss.backward()
     return [parameter.grad.detach().cpu().clone() for parameter in model.parameters()]
-
-
-def equal(one, other):
-    return len(one) == len(other) and all(map(torch.equal, one, other))
-
-
-def is_far(tensor):
-    return tensor.is_pinned() or tensor.untyped_storage().filename is not None
 
 
 # --- The far side ---------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ bytes counted by hand.
 
 import copy
 import gc
-import logging
 import weakref
 
 import pytest
@@ -31,18 +30,11 @@ def vit_model():
 
 def hugging_face(name, **sizes):
     transformers = pytest.importorskip("transformers")
-    logging.disable(
-        logging.WARNING
-    )  # it looks at every optional package, and some of them complain
-    try:
-        config = getattr(transformers, f"{name}Config")(
-            vocab_size=50, pad_token_id=0, bos_token_id=0, eos_token_id=0, use_cache=False, **sizes
-        )
-        model = getattr(
-            transformers, "GPT2LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM"
-        )(config)
-    finally:
-        logging.disable(logging.NOTSET)
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=50, pad_token_id=0, bos_token_id=0, eos_token_id=0, use_cache=False, **sizes
+    )
+    cls = "GPT2LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM"
+    model = getattr(transformers, cls)(config)
     tokens = torch.randint(1, 50, (2, 8))
     return model.eval(), lambda model: model(input_ids=tokens, labels=tokens).loss
 

@@ -2,7 +2,6 @@
 nothing of the size sequence x sequence."""
 
 import functools
-import logging
 import weakref
 
 import pytest
@@ -463,9 +462,6 @@ def mistral():
     transformers = pytest.importorskip("transformers")
     from transformers.masking_utils import flash_attention_mask
 
-    logging.disable(
-        logging.WARNING
-    )  # it looks at every optional package, and some of them complain
     transformers.AttentionInterface.register("window", hugging_face_attention)
     transformers.AttentionMaskInterface.register("window", flash_attention_mask)
     config = transformers.MistralConfig(
@@ -480,7 +476,6 @@ def mistral():
     )
     torch.manual_seed(0)
     yield transformers.MistralForCausalLM(config).double()
-    logging.disable(logging.NOTSET)
 
 
 def test_mistral_s_own_window_is_ours(mistral):

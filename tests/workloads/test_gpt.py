@@ -11,6 +11,7 @@ from memlab.measure import measure
 from memlab.techniques.mixed_precision import apply_mixed_precision
 from memlab.workloads import gpt
 from memlab.workloads.gpt import GPT, Block, CausalSelfAttention, GPTConfig
+from tests.helpers import count_parameters
 
 TINY = gpt.tiny(context_length=16, layers=2)
 
@@ -25,10 +26,6 @@ def random_tokens(batch=3, sequence=16, vocabulary=256):
     return torch.randint(vocabulary, (batch, sequence), generator=generator)
 
 
-def count(model):
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
 @pytest.mark.parametrize(
     "geometry, published",
     [
@@ -41,7 +38,7 @@ def count(model):
 def test_parameter_counts_are_the_published_ones(geometry, published):
     with torch.device("meta"):
         model = GPT(geometry())
-    assert count(model) == published
+    assert count_parameters(model) == published
     assert geometry().parameter_count == published
 
 
@@ -50,7 +47,7 @@ def test_parameter_counts_are_the_published_ones(geometry, published):
 def test_parameter_count_follows_the_options(bias, tied):
     config = gpt.tiny(bias=bias, tied_embeddings=tied)
     model = build(config)
-    assert count(model) == config.parameter_count
+    assert count_parameters(model) == config.parameter_count
     names = [name for name, _ in model.named_parameters()]
     assert any(name.endswith("bias") for name in names) is bias
     assert ("head.weight" in names) is not tied

@@ -7,6 +7,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from memlab.workloads import vit
 from memlab.workloads.vit import Block, SelfAttention, ViT, ViTConfig
+from tests.helpers import count_parameters
 
 TINY = ViTConfig(16, 4, channels=2, classes=10, layers=2, heads=2, hidden=32)
 
@@ -23,23 +24,19 @@ def random_images(config=TINY, batch=3):
     )
 
 
-def count(model):
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
 @pytest.mark.parametrize(
     "geometry, published", [(vit.vit_b_16, 86_567_656), (vit.vit_l_16, 304_326_632)]
 )
 def test_parameter_counts_are_the_published_ones(geometry, published):
     with torch.device("meta"):
         model = ViT(geometry())
-    assert count(model) == published
+    assert count_parameters(model) == published
     assert geometry().parameter_count == published
 
 
 @pytest.mark.parametrize("config", [TINY, vit.small()])
 def test_parameter_count_is_the_models(config):
-    assert count(build(config)) == config.parameter_count
+    assert count_parameters(build(config)) == config.parameter_count
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "naive"])
