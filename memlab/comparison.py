@@ -143,7 +143,9 @@ class Comparison:
         """
         from memlab import figures  # here, so that a comparison can be made where nothing is drawn
 
-        return figures.comparison(self, title)
+        measurements = {variant.name: variant.measurement for variant in self.variants}
+        predicted = {variant.name: variant.predicted_bytes for variant in self.variants}
+        return figures.comparison(measurements, title or self.verdict, predicted)
 
     def _table(self) -> Table:
         rows = []

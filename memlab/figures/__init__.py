@@ -1,0 +1,32 @@
+"""The figures: ledgers as stacked bars on one axis, timelines by column. One palette, everywhere.
+
+Every figure carries an alternative text and its title says what happened.
+
+- *style*: the palette, the picture that shows itself, title, legend and units;
+- *bars*: ledgers as stacked bars on one axis;
+- *timeline*: what was alive when;
+- *compound*: whole figures, made of these: ledgers, a ladder, a comparison; and plain curves.
+"""
+
+from memlab.figures.bars import bars
+from memlab.figures.compound import comparison, curves, ladder, ledgers, trade
+from memlab.figures.style import PALETTE, Drawing, drawing, headline, legend, style, unit_for
+from memlab.figures.timeline import stack, timeline
+
+__all__ = [
+    "PALETTE",
+    "Drawing",
+    "bars",
+    "comparison",
+    "curves",
+    "drawing",
+    "headline",
+    "ladder",
+    "ledgers",
+    "legend",
+    "stack",
+    "style",
+    "timeline",
+    "trade",
+    "unit_for",
+]
