@@ -53,18 +53,24 @@ def _activation(name: str):
 def gated_linear(
     gate: Tensor, up: Tensor | None, weight: Tensor, bias=None, activation="silu"
 ) -> Tensor:
-    """Return `linear(activation(gate) * up, weight, bias)`, keeping for backward only `gate` and
-    `up`.
-
-    gate, up: (..., inner), of one shape and dtype. Without `up` (None) it is
-    `linear(activation(gate), ...)`. weight, bias: (hidden, inner) and (hidden,), as of
-    `nn.Linear(inner, hidden)`. Returns (..., hidden). activation: "silu" (SwiGLU), "gelu" or
-    "gelu_tanh" (GeGLU), "sigmoid" (GLU), "relu" (ReGLU).
+    """Return `linear(activation(gate) * up, weight, bias)`, keeping only `gate` and `up`.
 
     The gradients are those of the plain expression; they cost no matrix product more. Autocast and
-    `torch.compile` are supported, second derivatives in eager mode. Raises ValueError for an
-    unknown activation or shapes that do not fit, TypeError for gate and up not in one
-    floating-point dtype.
+    `torch.compile` are supported, second derivatives in eager mode.
+
+    Args:
+        gate: (..., inner).
+        up: Of the same shape and dtype; None computes `linear(activation(gate), ...)`.
+        weight: (hidden, inner), as of `nn.Linear(inner, hidden)`.
+        bias: (hidden,), or None.
+        activation: "silu" (SwiGLU), "gelu" or "gelu_tanh" (GeGLU), "sigmoid" (GLU), "relu" (ReGLU).
+
+    Returns:
+        (..., hidden).
+
+    Raises:
+        ValueError: The activation is unknown, or shapes do not fit.
+        TypeError: Gate and up are not of one floating-point dtype.
     """
     _activation(activation)
     if not gate.is_floating_point() or (up is not None and up.dtype != gate.dtype):
@@ -100,7 +106,8 @@ class _GatedLinear(torch.autograd.Function):
     def backward(ctx, gradient):
         gate, up, weight, bias = ctx.saved_tensors
         activate, differentiate, options = _ACTIVATIONS[ctx.activation]
-        needed, given = ctx.needs_input_grad[:4], [None] * 4  # of gate, up, weight, bias
+        needed = ctx.needs_input_grad[:4]  # of gate, up, weight, bias
+        gradients = [None] * 4
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # Somebody differentiates the gradient: compute it with a graph, and nothing in place.
             output = F.linear(activate(gate) if up is None else activate(gate) * up, weight, bias)
@@ -110,27 +117,30 @@ class _GatedLinear(torch.autograd.Function):
 
         # Under autocast the product was cast for the linear layer, and so was the weight: cast them
         # again.
-        rows, dtype = gradient.reshape(-1, gradient.shape[-1]), gradient.dtype
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        dtype = gradient.dtype
         activated = activate(gate)
         if needed[3]:
-            given[3] = rows.sum(0).to(bias.dtype)
+            gradients[3] = rows.sum(0).to(bias.dtype)
         if needed[2]:
             product = activated if up is None else activated * up
-            given[2] = (rows.T @ product.reshape(-1, product.shape[-1]).to(dtype)).to(weight.dtype)
+            columns = product.reshape(-1, product.shape[-1]).to(dtype)
+            gradients[2] = (rows.T @ columns).to(weight.dtype)
+            del columns
             del product
         if not needed[1]:
             del activated
         if needed[0] or needed[1]:
             of_product = (gradient @ weight.to(dtype)).to(gate.dtype)
             if needed[1]:
-                given[1] = activated.mul_(of_product)  # written over what is needed no more
+                gradients[1] = activated.mul_(of_product)  # written over what is needed no more
             if needed[0]:
                 of_activated = of_product if up is None else of_product.mul_(up)
                 known = torch.sigmoid(gate) if ctx.activation == "sigmoid" else gate
-                given[0] = differentiate.grad_input(
+                gradients[0] = differentiate.grad_input(
                     of_activated, known, **options, grad_input=of_activated
                 )
-        return *given, None
+        return *gradients, None
 
 
 # --- A gated MLP, and how wide it has to be -------------------------------------------------------
@@ -139,7 +149,14 @@ class _GatedLinear(torch.autograd.Function):
 class GatedMLP(nn.Module):
     """`down(activation(gate(x)) * up(x))`, as it is usually written: (..., hidden) to the same.
 
-    activation: as for `gated_linear`. Raises ValueError for an unknown one or a size below 1.
+    Args:
+        hidden: The width outside.
+        inner: The width inside.
+        activation: As for `gated_linear`.
+        bias: Whether the layers have one.
+
+    Raises:
+        ValueError: The activation is unknown, or a size below 1.
     """
 
     def __init__(self, hidden: int, inner: int, activation: str = "silu", bias: bool = False):
@@ -156,11 +173,17 @@ class GatedMLP(nn.Module):
 
 
 def gated_width(hidden: int, inner: int, bias: bool = False) -> int:
-    """The width at which a gated MLP has as many parameters as a plain one of these sizes: 2/3 of
-    `inner`.
+    """Return the width at which a gated MLP has the parameters of a plain one: 2/3 of `inner`.
 
-    Round it to a multiple of 8 or more for fast 16-bit products. Raises ValueError for a size below
-    1.
+    Round it to a multiple of 8 or more for fast 16-bit products.
+
+    Args:
+        hidden: The plain one's width outside.
+        inner: Its width inside.
+        bias: Whether its layers have one.
+
+    Raises:
+        ValueError: A size is below 1.
     """
     _check_sizes(hidden=hidden, inner=inner)
     plain = 2 * hidden * inner + (inner if bias else 0)  # the last bias is the same in both
@@ -187,17 +210,15 @@ class _Layout(NamedTuple):
     half: int = 0
 
     def compute(self, mlp: nn.Module, x: Tensor) -> Tensor:
-        gate, down = mlp.get_submodule(self.gate)(x), mlp.get_submodule(self.down)
-        up = (
-            None
-            if self.up is None
-            else mlp.get_submodule(self.up)(x)
-            if self.up != self.gate
-            else gate
-        )
-        if up is gate:
+        gate = mlp.get_submodule(self.gate)(x)
+        down = mlp.get_submodule(self.down)
+        up = None
+        if self.up == self.gate:
             halves = gate.chunk(2, dim=-1)
-            gate, up = halves[self.half], halves[1 - self.half]
+            gate = halves[self.half]
+            up = halves[1 - self.half]
+        elif self.up is not None:
+            up = mlp.get_submodule(self.up)(x)
         return gated_linear(gate, up, down.weight, down.bias, self.activation)
 
 
@@ -307,12 +328,12 @@ def _recognise(module: nn.Module) -> _Layout | None:
     # What is replaced already, as by checkpointing, may do more than its class says.
     if "forward" in vars(module) or any(id(p) not in weights for p in module.parameters()):
         return None
-    like, generator = children[linears[0]].weight, torch.Generator().manual_seed(0)
+    like = children[linears[0]].weight
+    generator = torch.Generator().manual_seed(0)
     # Large numbers too, since some MLPs clamp what goes into their activation.
-    probe = torch.randn(3, like.shape[1], generator=generator) * torch.tensor(
-        [[1.0], [30.0], [1000.0]]
-    )
-    probe, layouts = probe.to(like), list(_layouts(linears))
+    sizes = torch.tensor([[1.0], [30.0], [1000.0]])
+    probe = (torch.randn(3, like.shape[1], generator=generator) * sizes).to(like)
+    layouts = list(_layouts(linears))
     modes = {m: m.training for m in module.modules()}
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     try:

@@ -54,17 +54,25 @@ class _Part(NamedTuple):
 
 
 def score_units(model: nn.Module, kind: str, criterion: str = "magnitude") -> dict[str, Tensor]:
-    """Return by module name a score for each unit, (units,): the lower, the sooner it can go.
+    """Return a score for each unit: the lower, the sooner it can go.
 
-    kind: "heads" or "channels". Where heads share keys and values, a unit is a group of them.
-    criterion: "magnitude", the L2 norm of all the unit's weights, or "taylor", |sum of weight x
-    gradient| over the weights that read the unit: to first order, by how much the loss changes when
-    the unit goes (Molchanov et al., 2019; for a head it is the sensitivity of Michel et al., 2019).
-    It reads `.grad`, so call `loss.backward()` before. Near a minimum the sum over many sequences
-    is small, since its parts cancel: take the mean of the scores of single sequences then.
+    Args:
+        model: A model with layers that `prune_heads` or `prune_mlp` know.
+        kind: "heads" or "channels". Where heads share keys and values, a unit is a group of them.
+        criterion: "magnitude", the L2 norm of all the unit's weights, or "taylor", |sum of weight x
+            gradient| over the weights that read the unit: to first order, by how much the loss
+            changes when the unit goes (Molchanov et al., 2019; for a head it is the sensitivity of
+            Michel et al., 2019). It reads `.grad`, so call `loss.backward()` before. Near a minimum
+            the sum over many sequences is small, since its parts cancel: take the mean of the
+            scores of single sequences then.
 
-    Raises ValueError for an unknown kind or criterion, a model with no such units, or gradients
-    that are not there; TypeError for a model that is no module.
+    Returns:
+        By module name the scores, (units,).
+
+    Raises:
+        ValueError: The kind or criterion is unknown, the model has no such units, or gradients are
+            not there.
+        TypeError: `model` is no module.
     """
     scores = {}
     for name, part in _find(model, kind).items():
@@ -92,32 +100,42 @@ def score_units(model: nn.Module, kind: str, criterion: str = "magnitude") -> di
 # --- Cutting --------------------------------------------------------------------------------------
 
 
-def prune_heads(model: nn.Module, keep_fraction: float, scores: dict[str, Tensor] | None = None):
+def prune_heads(
+    model: nn.Module, keep_fraction: float, scores: dict[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     """Cut attention heads out of every layer, in place, and keep those with the highest scores.
-
-    keep_fraction: above 0 and up to 1. Every layer keeps the same number, rounded, and at least
-    one. The shapes depend on nothing else, so a checkpoint fits any model that was pruned by the
-    same fraction. scores: as from `score_units(model, "heads")`, which is the default.
 
     Knows the attention of memlab's GPT and ViT, of GPT-2 and of the Llama family, where a key-value
     head goes with all its query heads. Head counts of modules, and in the Llama family those of
     `model.config`, follow; the configs of the others cannot express it. Gradients of what is cut
     are dropped. An optimizer made before still holds the old weights: it refuses its next step.
 
-    Returns the kept units by module name, int64 (kept,), ascending. Raises TypeError for a model
-    that is no module; ValueError for a fraction or scores that do not fit, no layers to cut, masked
-    or shared weights.
+    Args:
+        model: The model to cut. There is no way back.
+        keep_fraction: Above 0 and up to 1. Every layer keeps the same number, rounded, and at least
+            one. The shapes depend on nothing else, so a checkpoint fits any model that was pruned
+            by the same fraction.
+        scores: As from `score_units(model, "heads")`, which is the default.
+
+    Returns:
+        The kept units by module name, int64 (kept,), ascending.
+
+    Raises:
+        TypeError: `model` is no module.
+        ValueError: The fraction or the scores do not fit, there are no layers to cut, or weights
+            are masked or shared.
     """
     return _prune(model, "heads", keep_fraction, scores)
 
 
-def prune_mlp(model: nn.Module, keep_fraction: float, scores: dict[str, Tensor] | None = None):
-    """Cut channels (inner features) out of every MLP, in place, and keep those with the highest
-    scores.
+def prune_mlp(
+    model: nn.Module, keep_fraction: float, scores: dict[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Cut channels (inner features) out of every MLP, in place, and keep those of highest scores.
 
-    All else is as for `prune_heads`. Knows the MLPs of memlab's GPT and ViT, of GPT-2 and of the
-    Llama family, in which a channel has two rows, in gate and up; `n_inner` or `intermediate_size`
-    of `model.config` follows.
+    Arguments, result and errors are those of `prune_heads`. Knows the MLPs of memlab's GPT and ViT,
+    of GPT-2 and of the Llama family, in which a channel has two rows, in gate and up; `n_inner` or
+    `intermediate_size` of `model.config` follows.
     """
     return _prune(model, "channels", keep_fraction, scores)
 
@@ -133,7 +151,8 @@ def _prune(model, kind, keep_fraction, scores):
         )
     parts = _find(model, kind)
     scores = score_units(model, kind) if scores is None else scores
-    kept, causal = {}, {}
+    kept = {}
+    causal = {}
     for name, part in parts.items():  # look at everything before anything is cut
         if name not in scores or scores[name].shape != (part.units,):
             raise ValueError(
@@ -150,9 +169,11 @@ def _prune(model, kind, keep_fraction, scores):
         _cut(part.reader, False, 1, part.units, kept[name])
         _note_count(part, kind, len(kept[name]))
         if name in causal:
-            own = type(part.module)
+            kind_of_module = type(part.module)
             part.module.__class__ = type(
-                f"Cut{own.__name__}", (_CutAttention, own), {"_causal": causal[name]}
+                f"Cut{kind_of_module.__name__}",
+                (_CutAttention, kind_of_module),
+                {"_causal": causal[name]},
             )
     if kind == "channels" or all(len(part.makers) == 3 for part in parts.values()):
         _note_in_config(model, kind, list(parts.values()), {len(units) for units in kept.values()})
@@ -161,26 +182,25 @@ def _prune(model, kind, keep_fraction, scores):
 
 
 def _cut(layer: nn.Module, output: bool, blocks: int, units: int, kept: Tensor) -> None:
-    """Give the layer new, smaller parameters. They are copies: a slice would keep the whole storage
-    alive.
+    """Give the layer new, smaller parameters.
+
+    They are copies: a slice would keep the whole storage alive.
     """
     axis = _axis(layer, output)
-    index = torch.arange(layer.weight.shape[axis], device=layer.weight.device).view(
-        blocks, units, -1
-    )
-    index = index[:, kept.to(index.device)].flatten()
+    index = torch.arange(layer.weight.shape[axis], device=layer.weight.device)
+    index = index.view(blocks, units, -1)[:, kept.to(index.device)].flatten()
     for name, along in (("weight", axis), ("bias", 0 if output else None)):
         old = getattr(layer, name)
         if old is None or along is None:
             continue
-        setattr(
-            layer, name, nn.Parameter(old.detach().index_select(along, index), old.requires_grad)
-        )
+        new = old.detach().index_select(along, index)
+        setattr(layer, name, nn.Parameter(new, old.requires_grad))
         old.was_cut = True  # for an optimizer that still holds it
-    out_name, in_name = (
-        ("out_features", "in_features") if isinstance(layer, nn.Linear) else ("nf", "nx")
-    )
-    setattr(layer, out_name if output else in_name, len(index))
+    if isinstance(layer, nn.Linear):
+        size_name = "out_features" if output else "in_features"
+    else:  # transformers' Conv1D
+        size_name = "nf" if output else "nx"
+    setattr(layer, size_name, len(index))
 
 
 def _by_unit(tensor: Tensor, layer: nn.Module, output: bool, blocks: int, units: int) -> Tensor:
@@ -347,18 +367,21 @@ def _refuse_cut(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> 
 
 
 def two_of_four(weight: Tensor) -> Tensor:
-    """Return a mask (True: kept) of the two largest magnitudes in each four neighbours of a row:
-    2:4 sparsity.
+    """Return a mask of 2:4 sparsity: the two largest magnitudes in each four neighbours of a row.
 
-    weight: (out, in), with `in` a multiple of 4. Raises ValueError for other shapes.
+    Args:
+        weight: (out, in), with `in` a multiple of 4.
+
+    Returns:
+        A bool tensor (out, in), True for what is kept.
+
+    Raises:
+        ValueError: The weight has another shape.
     """
     if weight.ndim != 2 or weight.shape[1] % 4:
         raise ValueError(
             f"weight must be (out, in) with in a multiple of 4, but it is {tuple(weight.shape)}."
         )
     fours = weight.detach().abs().unflatten(1, (-1, 4))
-    return (
-        torch.zeros_like(fours, dtype=torch.bool)
-        .scatter_(2, fours.topk(2).indices, True)
-        .flatten(1)
-    )
+    mask = torch.zeros_like(fours, dtype=torch.bool)
+    return mask.scatter_(2, fours.topk(2).indices, True).flatten(1)
