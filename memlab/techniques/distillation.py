@@ -1,5 +1,4 @@
-"""Distillation: a small model learns from a large one, and the large one has to be somewhere
-meanwhile.
+"""Distillation: a small model learns from a large one, which has to be somewhere meanwhile.
 
 The student's loss is a mix of the usual cross-entropy and of the divergence between the teacher's
 distribution over the vocabulary and its own (`distillation_loss`). That adds to the memory of
@@ -41,18 +40,25 @@ def distillation_loss(
     ignore_index: int = -100,
     reduction: str = "mean",
 ) -> Tensor:
-    """Return weight x T^2 x KL(teacher || student) + (1 - weight) x cross-entropy, a scalar in FP32
-    or more.
+    """Return weight x T^2 x KL(teacher || student) + (1 - weight) x cross-entropy.
 
-    student_logits, teacher_logits: (..., vocabulary), of one shape. targets: int64 (...).
-    temperature: both logits are divided by it before the KL's softmax. The KL's gradient falls as 1
-    / T^2, which
-        the factor T^2 makes up for (Hinton et al.). The cross-entropy is taken at temperature 1.
-    ignore_index: tokens with this target count for nothing, in the KL and in the mean neither.
-    reduction: "mean" over the tokens that count, or "sum".
+    Args:
+        student_logits: (..., vocabulary).
+        teacher_logits: Of the same shape. Call the teacher under `torch.no_grad()`.
+        targets: int64 (...).
+        temperature: T; both logits are divided by it before the KL's softmax. The KL's gradient
+            falls as 1 / T^2, which the factor T^2 makes up for (Hinton et al.). The cross-entropy
+            is taken at temperature 1.
+        weight: The teacher's share of the loss, from 0 to 1.
+        ignore_index: Tokens with this target count for nothing, in the KL and in the mean neither.
+        reduction: "mean" over the tokens that count, or "sum".
 
-    Raises ValueError for teacher's logits that carry a graph (call the teacher under
-    `torch.no_grad()`), another vocabulary, shape or option, TypeError for another dtype.
+    Returns:
+        A scalar in FP32 or more.
+
+    Raises:
+        ValueError: The teacher's logits carry a graph, or a vocabulary, shape or option is another.
+        TypeError: Logits are not floating point, or targets not int64.
     """
     _check(student_logits, targets, weight, reduction)
     _check_temperature(temperature)
@@ -100,8 +106,12 @@ def _mix(divergence, logits, targets, temperature, weight, ignore_index, reducti
 class TopK:
     """What a teacher says of some tokens, cut down to a few words for each.
 
-    log_probabilities: (tokens, k), of the teacher at `temperature`, normalised over the whole
-    vocabulary. indices: (tokens, k), the words, int32. vocabulary_size: of the teacher.
+    Attributes:
+        log_probabilities: (tokens, k), of the teacher at `temperature`, normalised over the whole
+            vocabulary.
+        indices: The words, int32 (tokens, k).
+        temperature: What the teacher's logits were divided by.
+        vocabulary_size: Of the teacher.
     """
 
     log_probabilities: Tensor
@@ -112,26 +122,34 @@ class TopK:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def rows(self, which) -> "TopK":
-        """The same for some tokens: a slice, or a tensor of their numbers."""
-        return replace(
-            self, log_probabilities=self.log_probabilities[which], indices=self.indices[which]
-        )
+    def rows(self, which: slice | Tensor) -> "TopK":
+        """Return the same for some tokens: a slice, or a tensor of their numbers."""
+        log_probabilities = self.log_probabilities[which]
+        return replace(self, log_probabilities=log_probabilities, indices=self.indices[which])
 
-    def to(self, device) -> "TopK":
-        """The same on another device."""
-        moved = self.log_probabilities.to(device)
-        return replace(self, log_probabilities=moved, indices=self.indices.to(device))
+    def to(self, device: torch.device | str) -> "TopK":
+        """Return the same on another device."""
+        log_probabilities = self.log_probabilities.to(device)
+        return replace(self, log_probabilities=log_probabilities, indices=self.indices.to(device))
 
 
 @torch.no_grad()
 def top_k_targets(teacher_logits: Tensor, k: int, *, temperature: float = 1.0) -> TopK:
-    """Keep the k likeliest words of each token: logits (..., vocabulary) to a `TopK` of (tokens,
-    k).
+    """Keep the k likeliest words of each token.
 
     The temperature is fixed from here on: from k probabilities at one temperature those at another
-    do not follow. Raises ValueError for a k that is not from 1 to the vocabulary's size, or a
-    temperature not above 0.
+    do not follow.
+
+    Args:
+        teacher_logits: (..., vocabulary).
+        k: Words to keep of each token.
+        temperature: What the logits are divided by.
+
+    Returns:
+        A `TopK` of (tokens, k).
+
+    Raises:
+        ValueError: k is not from 1 to the vocabulary's size, or the temperature not above 0.
     """
     rows = _rows(teacher_logits, k, temperature)
     if k > rows.shape[-1]:
@@ -154,12 +172,23 @@ def sampled_targets(
     temperature: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> TopK:
-    """Draw words of each token by their probability, with replacement: each draw counts as 1 /
-    draws.
+    """Draw words of each token by their probability, with replacement.
 
     The gradient of the loss from them, with `tail="renormalize"`, is that of the full KL on average
     over the draws, and noisy. The loss itself differs from the KL by a number that does not depend
-    on the student. Raises ValueError for less than one draw or a temperature not above 0.
+    on the student.
+
+    Args:
+        teacher_logits: (..., vocabulary).
+        draws: Words to draw of each token; each counts as 1 / draws.
+        temperature: What the logits are divided by.
+        generator: Where the random numbers are from; None takes PyTorch's own.
+
+    Returns:
+        A `TopK` of (tokens, draws).
+
+    Raises:
+        ValueError: There is less than one draw, or the temperature is not above 0.
     """
     rows = _rows(teacher_logits, draws, temperature)
     probabilities = _log_softmax(rows, temperature).exp_()
@@ -187,18 +216,26 @@ def top_k_distillation_loss(
     ignore_index: int = -100,
     reduction: str = "mean",
 ) -> Tensor:
-    """Return `distillation_loss`, as far as k words for each token can tell; the temperature is the
-    teacher's.
+    """Return `distillation_loss`, as far as k words for each token can tell.
 
-    student_logits: (..., vocabulary). teacher: as many tokens, in the same order. targets: int64
-    (...). tail: what becomes of the words that were cut off. "renormalize" takes the k
-    probabilities as if they were
-        all, which teaches the student that the others have none. "bucket" adds one more word, the
-        sum of all
-        others, on both sides: the student learns how much they have together, and not how it is
-            divided.
+    Args:
+        student_logits: (..., vocabulary).
+        teacher: As many tokens, in the same order. The temperature is the teacher's.
+        targets: int64 (...).
+        tail: What becomes of the words that were cut off. "renormalize" takes the k probabilities
+            as if they were all, which teaches the student that the others have none. "bucket" adds
+            one more word, the sum of all others, on both sides: the student learns how much they
+            have together, and not how it is divided.
+        weight: As for `distillation_loss`, and so are the others.
+        ignore_index: Tokens with this target count for nothing.
+        reduction: "mean" over the tokens that count, or "sum".
 
-    Raises as `distillation_loss`, and ValueError for another tail or another number of tokens.
+    Returns:
+        A scalar in FP32 or more.
+
+    Raises:
+        ValueError: As `distillation_loss`, or another tail or number of tokens.
+        TypeError: Logits are not floating point, or targets not int64.
     """
     _check(student_logits, targets, weight, reduction)
     _check_vocabulary(student_logits, teacher.vocabulary_size)
@@ -208,13 +245,13 @@ def top_k_distillation_loss(
         raise ValueError(
             f"The student has {targets.numel()} tokens, and the teacher says {len(teacher)}."
         )
-    temperature, indices = teacher.temperature, teacher.indices.long()
+    temperature = teacher.temperature
+    indices = teacher.indices.long()
     rows = student_logits.flatten(0, -2)
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     rows = rows if temperature == 1 else rows / temperature
-    log_q = rows.gather(-1, indices) - rows.logsumexp(
-        -1, keepdim=True
-    )  # only k words of it are needed
+    # Only k words of it are needed.
+    log_q = rows.gather(-1, indices) - rows.logsumexp(-1, keepdim=True)
     log_p = teacher.log_probabilities.to(log_q.dtype)
     if tail == "renormalize":
         log_p = log_p - log_p.logsumexp(-1, keepdim=True)
@@ -236,48 +273,64 @@ _HEADER = 128  # bytes: what the numbers are, as JSON, padded with blanks
 
 
 def write_top_k(path: str | os.PathLike, parts: Iterable[TopK]) -> int:
-    """Write what a teacher says, part by part, and return the bytes of the file: 6 x k for each
-    token.
+    """Write what a teacher says into a file, part by part.
 
-    A token's k log-probabilities (FP16) and its k words (INT32) lie side by side. The parts may
-    come from a generator that runs the teacher, so that no more than one is alive. Raises
-    ValueError for no part at all, and for parts of another k, temperature or vocabulary than the
-    first.
+    A token's k log-probabilities (FP16) and its k words (INT32) lie side by side: 6 x k bytes.
+
+    Args:
+        path: The file.
+        parts: What the teacher says of some tokens after the other. They may come from a generator
+            that runs the teacher, so that no more than one is alive.
+
+    Returns:
+        The bytes of the file.
+
+    Raises:
+        ValueError: There is no part, or one has another k, temperature or vocabulary than the
+            first.
     """
-    kind, tokens = None, 0
+    kind = None
+    tokens = 0
     with open(path, "wb") as file:
         file.write(b" " * _HEADER)
         for part in parts:
-            own = (part.indices.shape[1], part.temperature, part.vocabulary_size)
-            kind = kind or own
-            if own != kind:
+            kind_of_part = (part.indices.shape[1], part.temperature, part.vocabulary_size)
+            kind = kind or kind_of_part
+            if kind_of_part != kind:
                 raise ValueError(
-                    f"All parts must be of k, temperature, vocabulary {kind}, but one is {own}."
+                    f"All parts must be of k, temperature, vocabulary {kind}, but one is"
+                    f" {kind_of_part}."
                 )
-            halves = part.log_probabilities.half(), part.indices.int()
-            row = torch.cat([half.cpu().contiguous().view(torch.uint8) for half in halves], dim=1)
-            file.write(bytes(row.untyped_storage()))
+            columns = [part.log_probabilities.half(), part.indices.int()]
+            columns = [column.cpu().contiguous().view(torch.uint8) for column in columns]
+            file.write(bytes(torch.cat(columns, dim=1).untyped_storage()))
             tokens += len(part)
         if kind is None:
             raise ValueError("There is nothing to write: the teacher said nothing of any token.")
-        header = dict(
-            zip(("k", "temperature", "vocabulary_size"), kind, strict=True), tokens=tokens
-        )
+        names = ("k", "temperature", "vocabulary_size")
+        header = dict(zip(names, kind, strict=True), tokens=tokens)
         file.seek(0)
         file.write(json.dumps(header).encode().ljust(_HEADER))
     return _HEADER + tokens * 6 * kind[0]
 
 
 class TopKFile:
-    """A file of `write_top_k`, mapped into memory and not read: `file[rows]` is a `TopK` of these
-    tokens.
+    """A file of `write_top_k`, mapped into memory and not read.
 
-    `rows` is a slice or an int64 tensor of token numbers, and what comes back is a copy, on the
-    CPU. The attributes `k`, `temperature` and `vocabulary_size` say what is in it. A DataLoader's
-    workers share its pages.
+    `file[rows]` is a `TopK` of some tokens, a slice or an int64 tensor of their numbers: a copy, on
+    the CPU. A DataLoader's workers share its pages.
 
-    Raises FileNotFoundError if there is no such file, ValueError if it is another one or was cut
-    off.
+    Args:
+        path: The file.
+
+    Attributes:
+        k: Words of a token.
+        temperature: What the teacher's logits were divided by.
+        vocabulary_size: Of the teacher.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is another one, or was cut off.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -286,13 +339,16 @@ class TopKFile:
             head = file.read(_HEADER)
         try:
             header = json.loads(head)
-            self.k, self.temperature = header["k"], header["temperature"]
-            self.vocabulary_size, self._tokens = header["vocabulary_size"], header["tokens"]
+            self.k = header["k"]
+            self.temperature = header["temperature"]
+            self.vocabulary_size = header["vocabulary_size"]
+            self._tokens = header["tokens"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{path} was not written by write_top_k, or not to its end."
             ) from error
-        size, expected = os.path.getsize(self.path), _HEADER + self._tokens * 6 * self.k
+        size = os.path.getsize(self.path)
+        expected = _HEADER + self._tokens * 6 * self.k
         if size != expected:
             raise ValueError(
                 f"{path} must have {expected:,} bytes, but it has {size:,}: was it cut off?"
@@ -329,91 +385,80 @@ def chunked_distillation_loss(
     ignore_index: int = -100,
     chunk_tokens: int | None = None,
 ) -> Tensor:
-    """Return the mean distillation loss of `head(hidden)` without the logits of more than a chunk
-    of tokens.
-
-    hidden: (tokens, hidden), what goes into the student's output layer `head`. targets: int64
-    (tokens,). teacher: a `TopK` of as many tokens; or a function that returns the teacher's logits
-    (chunk, vocabulary) of the
-        tokens in a slice, called without grad, so that these too exist for a chunk only.
-    temperature: for a function; a `TopK` has its own. tail: for a `TopK`. chunk_tokens: None takes
-    as many as the hidden size: a chunk's logits are then as large as the head.
+    """Return the mean distillation loss without the logits of more than a chunk of tokens.
 
     Each chunk's gradient is taken at once, in forward. The gradients are those of the plain loss up
-    to the order of additions; backward gives them away, once. Raises as the plain losses, TypeError
-    for a head that is no plain nn.Linear, ValueError for other shapes, RuntimeError for a second
-    backward.
+    to the order of additions; backward gives them away, once: a second is a RuntimeError.
+
+    Args:
+        hidden: What goes into the student's output layer, (tokens, hidden).
+        head: That layer.
+        teacher: A `TopK` of as many tokens; or a function that returns the teacher's logits
+            (chunk, vocabulary) of the tokens in a slice, called without grad, so that these too
+            exist for a chunk only.
+        targets: int64 (tokens,).
+        temperature: For a function; a `TopK` has its own.
+        weight: As for `distillation_loss`.
+        tail: For a `TopK`, as for `top_k_distillation_loss`.
+        ignore_index: Tokens with this target count for nothing.
+        chunk_tokens: None takes as many as the hidden size: a chunk's logits are then as large as
+            the head.
+
+    Raises:
+        TypeError: The head is no plain nn.Linear, or as `distillation_loss`.
+        ValueError: Shapes do not fit, or as `distillation_loss`.
     """
-    if type(head) is not nn.Linear:
-        raise TypeError(f"head must be a plain nn.Linear, but it is {type(head).__name__}.")
-    if hidden.ndim != 2 or hidden.shape[1] != head.in_features or targets.shape != hidden.shape[:1]:
-        shapes = f"{tuple(hidden.shape)} and targets {tuple(targets.shape)}"
-        raise ValueError(
-            f"hidden must be (tokens, {head.in_features}) and targets (tokens,), not {shapes}."
-        )
-    if chunk_tokens is not None and (type(chunk_tokens) is not int or chunk_tokens < 1):
-        raise ValueError(
-            f"chunk_tokens must be a positive int or None, but it is {chunk_tokens!r}."
-        )
-    if isinstance(teacher, TopK) and len(teacher) != len(targets):
-        raise ValueError(
-            f"The student has {len(targets)} tokens, and the teacher says {len(teacher)}."
-        )
+    _check_chunks(hidden, head, teacher, targets, chunk_tokens)
     common = {"weight": weight, "ignore_index": ignore_index, "reduction": "sum"}
 
     def loss_of(logits: Tensor, rows: slice) -> Tensor:
         if isinstance(teacher, TopK):
-            return top_k_distillation_loss(
-                logits, teacher.rows(rows), targets[rows], tail=tail, **common
-            )
+            top_k = teacher.rows(rows)
+            return top_k_distillation_loss(logits, top_k, targets[rows], tail=tail, **common)
         with torch.no_grad():
             said = teacher(rows)
         return distillation_loss(logits, said, targets[rows], temperature=temperature, **common)
 
     count = (targets != ignore_index).sum()
-    return (
-        _Chunked.apply(hidden, head.weight, head.bias, loss_of, chunk_tokens or hidden.shape[1])
-        / count
-    )
+    size = chunk_tokens or hidden.shape[1]
+    return _Chunked.apply(hidden, head.weight, head.bias, loss_of, size) / count
 
 
 class _Chunked(torch.autograd.Function):
-    """The sum of a loss over chunks of tokens, and with it the gradients of hidden states, weight
-    and bias.
-    """
+    """The sum of a loss over chunks of tokens, and with it the gradients of what it is made of."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, loss_of, chunk_tokens):
-        exact = torch.promote_types(weight.dtype, torch.float32)
-        wanted = ctx.needs_input_grad[:3]
-        of_hidden = torch.empty_like(hidden) if wanted[0] else None
-        of_weight = torch.zeros_like(weight, dtype=exact) if wanted[1] else None
-        of_bias = torch.zeros_like(bias, dtype=exact) if wanted[2] else None
-        total = torch.zeros((), dtype=exact, device=hidden.device)
+        sum_dtype = torch.promote_types(weight.dtype, torch.float32)
+        needed = ctx.needs_input_grad[:3]
+        of_hidden = torch.empty_like(hidden) if needed[0] else None
+        of_weight = torch.zeros_like(weight, dtype=sum_dtype) if needed[1] else None
+        of_bias = torch.zeros_like(bias, dtype=sum_dtype) if needed[2] else None
+        total = torch.zeros((), dtype=sum_dtype, device=hidden.device)
         for start in range(0, len(hidden), chunk_tokens):
             rows = slice(start, start + chunk_tokens)
             logits = F.linear(hidden[rows], weight, bias).requires_grad_()
-            with (
-                torch.enable_grad()
-            ):  # a small graph, from the loss to the chunk's logits and no further
-                part = loss_of(logits, rows)
-            total += part.detach()
-            if not any(wanted):
+            # A small graph, from the loss to the chunk's logits and no further.
+            with torch.enable_grad():
+                loss = loss_of(logits, rows)
+            total += loss.detach()
+            if not any(needed):
                 continue
-            (gradient,) = torch.autograd.grad(part, logits)
-            del part, logits
+            (gradient,) = torch.autograd.grad(loss, logits)
+            del loss, logits
             if of_bias is not None:
                 of_bias += gradient.sum(0)
             if of_hidden is not None:
                 of_hidden[rows] = gradient @ weight.to(gradient.dtype)
             if of_weight is not None:
                 inputs = hidden[rows].to(gradient.dtype)
-                if gradient.dtype == exact:
+                if gradient.dtype == sum_dtype:
                     torch.addmm(of_weight, gradient.T, inputs, out=of_weight)
                 else:
                     of_weight += gradient.T @ inputs
             del gradient
-        ctx.gradients, ctx.dtypes = [of_hidden, of_weight, of_bias], (hidden.dtype, weight.dtype)
+        ctx.gradients = [of_hidden, of_weight, of_bias]
+        ctx.head_dtype = weight.dtype
         return total
 
     @staticmethod
@@ -422,10 +467,11 @@ class _Chunked(torch.autograd.Function):
             raise RuntimeError(
                 "chunked_distillation_loss gave its gradients away in the first backward pass."
             )
-        (of_hidden, *of_head), ctx.gradients = ctx.gradients, None
-        given = [None if of_hidden is None else of_hidden.mul_(gradient)]
-        given += [None if one is None else one.mul_(gradient).to(ctx.dtypes[1]) for one in of_head]
-        return *given, None, None
+        gradients = [g if g is None else g.mul_(gradient) for g in ctx.gradients]
+        ctx.gradients = None
+        of_hidden, *of_head = gradients
+        of_head = [g if g is None else g.to(ctx.head_dtype) for g in of_head]
+        return of_hidden, *of_head, None, None
 
 
 # --- What is refused ------------------------------------------------------------------------------
@@ -446,6 +492,24 @@ def _check(logits: Tensor, targets: Tensor, weight: float, reduction: str) -> No
         )
     if reduction not in ("mean", "sum"):
         raise ValueError(f'reduction must be "mean" or "sum", but it is {reduction!r}.')
+
+
+def _check_chunks(hidden, head, teacher, targets, chunk_tokens) -> None:
+    if type(head) is not nn.Linear:
+        raise TypeError(f"head must be a plain nn.Linear, but it is {type(head).__name__}.")
+    if hidden.ndim != 2 or hidden.shape[1] != head.in_features or targets.shape != hidden.shape[:1]:
+        shapes = f"{tuple(hidden.shape)} and targets {tuple(targets.shape)}"
+        raise ValueError(
+            f"hidden must be (tokens, {head.in_features}) and targets (tokens,), not {shapes}."
+        )
+    if chunk_tokens is not None and (type(chunk_tokens) is not int or chunk_tokens < 1):
+        raise ValueError(
+            f"chunk_tokens must be a positive int or None, but it is {chunk_tokens!r}."
+        )
+    if isinstance(teacher, TopK) and len(teacher) != len(targets):
+        raise ValueError(
+            f"The student has {len(targets)} tokens, and the teacher says {len(teacher)}."
+        )
 
 
 def _check_vocabulary(logits: Tensor, vocabulary: int) -> None:
