@@ -35,36 +35,41 @@ def linear_cross_entropy(
     reduction: str = "mean",
     chunk_tokens: int | None = None,
 ) -> Tensor:
-    """Return `cross_entropy(linear(hidden, weight, bias), targets)`, a scalar, without the logits
-    of all tokens.
-
-    hidden: (tokens, hidden). weight: (vocabulary, hidden). bias: (vocabulary,). targets: int64
-    (tokens,). ignore_index: tokens with this target count for nothing, in the mean neither.
-    reduction: "mean" over the tokens that count (NaN if none does, as in `cross_entropy`), or
-    "sum". chunk_tokens: so many tokens have logits at once; None takes as many as the hidden size,
-    so that a chunk's
-        logits are as large as the weight. Fewer need less memory and more passes over the weight.
+    """Return `cross_entropy(linear(hidden, weight, bias), targets)` without the logits of all
+    tokens.
 
     The softmax and the sum of the weight's gradient are FP32 at least; the matrix products run in
-    autocast's type, or that of the inputs. The loss is FP32 at least. What needs no gradient gets
-    none, and under `torch.no_grad()` nothing is kept. The first backward pass uses the gradients
-    up: a second one is a RuntimeError, and so is `create_graph=True`.
+    autocast's type, or that of the inputs. What needs no gradient gets none, and under
+    `torch.no_grad()` nothing is kept. The first backward pass uses the gradients up: a second one
+    is a RuntimeError, and so is `create_graph=True`.
 
-    Raises TypeError or ValueError for other types, shapes, devices or options. A target that is no
-    word is a ValueError on the CPU; on a GPU, where looking would stop the queue, CUDA's own
-    assertion.
+    Args:
+        hidden: The output layer's input, `(tokens, hidden)`.
+        weight: The output layer's weight, `(vocabulary, hidden)`.
+        targets: The words that are to be predicted, int64 `(tokens,)`.
+        bias: `(vocabulary,)`, or None.
+        ignore_index: Tokens with this target count for nothing, in the mean neither.
+        reduction: "mean" over the tokens that count (NaN if none does, as in `cross_entropy`), or
+            "sum".
+        chunk_tokens: So many tokens have logits at once; None takes as many as the hidden size, so
+            that a chunk's logits are as large as the weight. Fewer need less memory and more passes
+            over the weight.
+
+    Returns:
+        The loss, a scalar, FP32 at least.
+
+    Raises:
+        TypeError, ValueError: Other types, shapes, devices or options. A target that is no word is
+            a ValueError on the CPU; on a GPU, where looking would stop the queue, CUDA's own
+            assertion.
     """
     _check(hidden, weight, targets, bias, ignore_index, reduction, chunk_tokens)
-    kind, dtype = hidden.device.type, hidden.dtype
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-    options = (
-        ignore_index,
-        reduction,
-        chunk_tokens or hidden.shape[1],
-        dtype,
-        torch.is_grad_enabled(),
-    )
+    dtype = hidden.dtype
+    device_type = hidden.device.type
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+    chunk_tokens = chunk_tokens or hidden.shape[1]
+    options = (ignore_index, reduction, chunk_tokens, dtype, torch.is_grad_enabled())
     return _LinearCrossEntropy.apply(hidden, weight, bias, targets, *options)
 
 
@@ -73,57 +78,53 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx, hidden, weight, bias, targets, ignore_index, reduction, chunk_tokens, dtype, learns
     ):
-        exact = torch.promote_types(dtype, torch.float32)
-        wanted = [learns and needed for needed in ctx.needs_input_grad[:3]]
-        gradients = [
-            (
-                torch.zeros_like(tensor, dtype=hidden.dtype if tensor is hidden else exact)
-                if needed
-                else None
-            )
-            for tensor, needed in zip((hidden, weight, bias), wanted, strict=True)
-        ]
-        of_hidden, of_weight, of_bias = gradients
+        sum_dtype = torch.promote_types(dtype, torch.float32)
+        hidden_gradient = weight_gradient = bias_gradient = None
+        if learns and ctx.needs_input_grad[0]:
+            hidden_gradient = torch.zeros_like(hidden)
+        if learns and ctx.needs_input_grad[1]:
+            weight_gradient = torch.zeros_like(weight, dtype=sum_dtype)
+        if learns and ctx.needs_input_grad[2]:
+            bias_gradient = torch.zeros_like(bias, dtype=sum_dtype)
+        gradients = [hidden_gradient, weight_gradient, bias_gradient]
+        nothing_learns = all(gradient is None for gradient in gradients)
         count = (targets != ignore_index).sum() if reduction == "mean" else targets.new_ones(())
-        loss = torch.zeros((), dtype=exact, device=hidden.device)
-        with torch.autocast(hidden.device.type, enabled=False):  # the types are chosen here
+        loss = torch.zeros((), dtype=sum_dtype, device=hidden.device)
+        # The types are chosen here: no autocast.
+        with torch.autocast(hidden.device.type, enabled=False):
             matrix = weight.to(dtype)
             for start in range(0, len(hidden), chunk_tokens):
-                rows, logits = (
-                    slice(start, start + chunk_tokens),
-                    None,
-                )  # the last chunk's logits go first
-                inputs, ignored = (
-                    hidden[rows].to(dtype),
-                    (targets[rows] == ignore_index).unsqueeze(1),
-                )
+                logits = None  # those of the last chunk go first
+                rows = slice(start, start + chunk_tokens)
+                inputs = hidden[rows].to(dtype)
+                ignored = (targets[rows] == ignore_index).unsqueeze(1)
                 words = targets[rows].unsqueeze(1).masked_fill(ignored, 0)
-                logits = F.linear(inputs, matrix, None if bias is None else bias.to(dtype)).to(
-                    exact
-                )
+                logits = F.linear(inputs, matrix, None if bias is None else bias.to(dtype))
+                logits = logits.to(sum_dtype)
 
                 # The softmax, in the place of the logits: nothing else of their size is made.
                 logits.sub_(logits.amax(1, keepdim=True))
                 of_words = logits.gather(1, words)
                 totals = logits.exp_().sum(1, keepdim=True)
                 loss += (totals.log() - of_words).masked_fill_(ignored, 0).sum()
-                if not any(wanted):
+                if nothing_learns:
                     continue
 
                 # Their gradient, in the same place: the probabilities, less one at the target.
                 logits.div_(totals).scatter_add_(1, words, torch.full_like(of_words, -1))
                 logits.masked_fill_(ignored, 0)
-                if of_bias is not None:
-                    of_bias += logits.sum(0)
+                if bias_gradient is not None:
+                    bias_gradient += logits.sum(0)
                 logits = logits.to(dtype)
-                if of_hidden is not None:
-                    of_hidden[rows] = logits @ matrix
-                if of_weight is not None:
-                    _add_product(of_weight, logits.T, inputs)
+                if hidden_gradient is not None:
+                    hidden_gradient[rows] = logits @ matrix
+                if weight_gradient is not None:
+                    _add_product(weight_gradient, logits.T, inputs)
 
         # Divided by the count in backward, with the gradient that comes in there: FP16 could not
         # hold p / count.
-        ctx.gradients, ctx.scale = gradients, 1 / count.clamp(min=1).to(exact)
+        ctx.gradients = gradients
+        ctx.scale = 1 / count.clamp(min=1).to(sum_dtype)
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (hidden, weight, bias)]
         return loss / count
 
@@ -142,11 +143,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 " the loss again, or add up losses and call backward once."
             )
         factor = gradient * ctx.scale
-        pairs = zip(gradients, ctx.dtypes, strict=True)
-        return (
-            *(one if one is None else one.mul_(factor).to(dtype) for one, dtype in pairs),
-            *[None] * 6,
-        )
+        scaled = [
+            None if gradient is None else gradient.mul_(factor).to(dtype)
+            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
+        ]
+        return *scaled, *[None] * 6
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -154,38 +155,36 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     large as `a`.
     """
     if a.dtype == total.dtype:
-        torch.addmm(
-            total, a, b, out=total
-        )  # `addmm_` does the same, but no FlopCounterMode counts it
+        # `addmm_` does the same, but no FlopCounterMode counts it.
+        torch.addmm(total, a, b, out=total)
     else:
         size = max(1, a.numel() // b.shape[1])
-        for part, rows in zip(total.split(size), a.split(size), strict=True):
-            part += rows @ b
+        for total_rows, rows in zip(total.split(size), a.split(size), strict=True):
+            total_rows += rows @ b
 
 
 def _check(hidden, weight, targets, bias, ignore_index, reduction, chunk_tokens) -> None:
-    given = dict(hidden=hidden, weight=weight, targets=targets) | (
-        {} if bias is None else dict(bias=bias)
-    )
-    for name, tensor in given.items():
+    tensors = {"hidden": hidden, "weight": weight, "targets": targets}
+    if bias is not None:
+        tensors["bias"] = bias
+    for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, but it is {tensor!r:.60}.")
         if name != "targets" and not tensor.is_floating_point():
             raise TypeError(f"{name} must be floating point, but it is {tensor.dtype}.")
     if targets.dtype != torch.int64:
         raise TypeError(f"targets must be int64 indices, but they are {targets.dtype}.")
-    shapes = [tuple(tensor.shape) for tensor in given.values()]
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     tokens, vocabulary, width = targets.shape[:1], weight.shape[:1], weight.shape[1:2]
-    if (
-        shapes != [tokens + width, vocabulary + width, tokens, vocabulary][: len(shapes)]
-        or weight.ndim != 2
-    ):
+    fitting = [tokens + width, vocabulary + width, tokens, vocabulary]
+    if list(shapes.values()) != fitting[: len(shapes)] or weight.ndim != 2:
         raise ValueError(
             "The shapes must be hidden (tokens, hidden), weight (vocabulary, hidden), targets"
             " (tokens,), bias (vocabulary,), but they are"
-            f" {', '.join(f'{n} {s}' for n, s in zip(given, shapes, strict=True))}."
+            f" {', '.join(f'{name} {shape}' for name, shape in shapes.items())}."
         )
-    if len(devices := {str(tensor.device) for tensor in given.values()}) > 1:
+    devices = {str(tensor.device) for tensor in tensors.values()}
+    if len(devices) > 1:
         raise ValueError(
             f"All must be on one device, but they are on {' and '.join(sorted(devices))}."
         )
@@ -197,7 +196,8 @@ def _check(hidden, weight, targets, bias, ignore_index, reduction, chunk_tokens)
         raise ValueError(f'reduction must be "mean" or "sum", but it is {reduction!r}.')
     _check_chunk(chunk_tokens)
     if targets.device.type == "cpu":
-        wrong = targets[((targets < 0) | (targets >= len(weight))) & (targets != ignore_index)]
+        outside = (targets < 0) | (targets >= len(weight))
+        wrong = targets[outside & (targets != ignore_index)]
         if len(wrong):
             rule = f"0 to {len(weight) - 1}, or {ignore_index} to be ignored"
             raise ValueError(f"Targets must be {rule}, but one is {wrong[0].item()}.")
@@ -285,8 +285,8 @@ def _output_layer(model: nn.Module, head: nn.Linear | None) -> tuple[str, nn.Lin
 def _run_uncomputed(head, forward, loss, /, input: Tensor) -> "Tensor | UncomputedLogits":
     if not (head.training and torch.is_grad_enabled()):
         return forward(input)
-    kind = input.device.type
-    autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+    device = input.device.type
+    autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
     return UncomputedLogits(input, head.weight, head.bias, loss, autocast)
 
 
@@ -299,14 +299,19 @@ class UncomputedLogits:
     """
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, loss: Callable, autocast
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, loss: Callable, autocast: tuple
     ):
-        self.hidden, self.weight, self.bias, self.loss = hidden, weight, bias, loss
-        self.autocast = autocast  # as it was where the logits would have been computed
+        self.hidden = hidden
+        self.weight = weight
+        self.bias = bias
+        self.loss = loss
+        # As it was where the logits would have been computed.
+        self.autocast = autocast
 
     shape = property(lambda self: torch.Size((*self.hidden.shape[:-1], len(self.weight))))
     device = property(lambda self: self.hidden.device)
-    float = contiguous = lambda self: self  # the softmax is FP32 anyway
+    # The softmax is FP32 anyway.
+    float = contiguous = lambda self: self
 
     def size(self, axis: int | None = None):
         return self.shape if axis is None else self.shape[axis]
@@ -326,7 +331,7 @@ class UncomputedLogits:
 
     def __getitem__(self, index) -> "UncomputedLogits":
         index = index if isinstance(index, tuple) else (index,)
-        along_words = len(index) >= self.hidden.ndim or any(part is ... for part in index)
+        along_words = len(index) >= self.hidden.ndim or any(axis is ... for axis in index)
         if along_words and not (isinstance(index[-1], slice) and index[-1] == slice(None)):
             raise _refusal(f"the index {index}")
         return self._with(self.hidden[index])

@@ -36,15 +36,20 @@ class MemoryMappedTokens(Dataset):
     first used and drops it when memory is short, and all processes that map the file share its
     pages. The file must not change meanwhile.
 
-    path: a file of bare numbers in this machine's byte order, as NumPy's `array.tofile` writes it.
-    length: tokens in a window. dtype: torch.uint8, uint16, int32 or int64. The smallest type that
-    holds the vocabulary is right: 2 bytes
-        a token are enough for 65,536 words.
-    stride: tokens from the start of one window to the start of the next; by default `length`.
+    Args:
+        path: A file of bare numbers in this machine's byte order, as NumPy's `array.tofile` writes
+            it.
+        length: Tokens in a window.
+        dtype: torch.uint8, uint16, int32 or int64. The smallest type that holds the vocabulary is
+            right: 2 bytes a token are enough for 65,536 words.
+        stride: Tokens from the start of one window to the start of the next; by default `length`.
 
-    Raises FileNotFoundError if there is no such file, TypeError for another dtype or for a length
-    or stride that is no int, ValueError for one below 1 and for a file that is no whole number of
-    tokens or shorter than a window; `dataset[i]` raises IndexError when there is no window i.
+    Raises:
+        FileNotFoundError: There is no such file.
+        TypeError: Another dtype, or a length or stride that is no int.
+        ValueError: A length or stride below 1, or a file that is no whole number of tokens or
+            shorter than a window.
+        IndexError: From `dataset[i]`, when there is no window i.
     """
 
     def __init__(
@@ -57,17 +62,16 @@ class MemoryMappedTokens(Dataset):
                 f"dtype must be one of {', '.join(map(str, TOKEN_TYPES))}, but it is {dtype!r}."
             )
         # Absolute: a worker may have another working directory.
-        self.path, self.length, self.dtype, self.stride = (
-            os.path.abspath(path),
-            length,
-            dtype,
-            stride,
-        )
+        self.path = os.path.abspath(path)
+        self.length = length
+        self.dtype = dtype
+        self.stride = stride
         if not os.path.isfile(self.path):
             raise FileNotFoundError(
                 f"There is no file {self.path}: write the tokens with NumPy's tofile first."
             )
-        size, token = os.path.getsize(self.path), dtype.itemsize
+        size = os.path.getsize(self.path)
+        token = dtype.itemsize  # bytes
         if size % token or size < length * token:
             raise ValueError(
                 f"A file of {dtype} with windows of {length} tokens has a multiple of {token} bytes"
@@ -90,8 +94,7 @@ class MemoryMappedTokens(Dataset):
         return self.tokens[start : start + self.length].clone()
 
     def __reduce__(self):
-        # A process that is started anew, and not forked, maps the file itself: the tokens are not
-        # sent.
+        # A process that is started anew, and not forked, maps the file itself: no tokens are sent.
         return type(self), (self.path, self.length, self.dtype, self.stride)
 
 
@@ -105,8 +108,16 @@ class ResumableBatches:
     DataLoader as `batch_sampler`; the number of workers changes nothing. What is left of an epoch
     below one batch is left out of it.
 
-    Raises TypeError for a number that is no int, and ValueError for a length or batch size below 1,
-    a batch larger than the length, and a seed or start below 0.
+    Args:
+        length: Of the data set: indices are below it.
+        batch_size: Indices in a batch.
+        seed: From which the permutations are drawn.
+        start: The number of steps taken so far.
+
+    Raises:
+        TypeError: A number that is no int.
+        ValueError: A length or batch size below 1, a batch larger than the length, or a seed or
+            start below 0.
     """
 
     def __init__(self, length: int, batch_size: int, *, seed: int = 0, start: int = 0):
@@ -114,7 +125,10 @@ class ResumableBatches:
         _check_whole(0, seed=seed, start=start)
         if batch_size > length:
             raise ValueError(f"A batch of {batch_size} is more than there are indices, {length}.")
-        self.length, self.batch_size, self.seed, self.start = length, batch_size, seed, start
+        self.length = length
+        self.batch_size = batch_size
+        self.seed = seed
+        self.start = start
 
     @property
     def batches_per_epoch(self) -> int:
@@ -127,24 +141,20 @@ class ResumableBatches:
             # everywhere.
             mixed = random.Random(f"{self.seed} {epoch}").getrandbits(32)
             # Stays a tensor, of 4 bytes an index where they are enough: as a list of Python
-            # numbers, 40.
-            order = torch.randperm(
-                self.length,
-                dtype=torch.int32 if self.length < 2**31 else torch.int64,
-                generator=torch.Generator().manual_seed(mixed),
-                device="cpu",
-            )
+            # numbers it would be 40.
+            dtype = torch.int32 if self.length < 2**31 else torch.int64
+            generator = torch.Generator().manual_seed(mixed)
+            order = torch.randperm(self.length, dtype=dtype, generator=generator, device="cpu")
             for number in range(position, self.batches_per_epoch):
                 yield order[number * self.batch_size : (number + 1) * self.batch_size].tolist()
-            epoch, position = epoch + 1, 0
+            epoch += 1
+            position = 0
 
 
 def prefetch(batches: Iterable, device: torch.device | str, in_flight: int = 1) -> Iterator:
-    """Yield batches on a device, with `in_flight` more of them copied there before they are asked
-    for.
+    """Yield batches on a device, with some more of them copied there before they are asked for.
 
-    A batch is a tensor, or tuples, lists and dicts with tensors in them, of any shape; the rest is
-    passed on as it is. On the device are at most `in_flight` + 1 batches, beside those that you
+    On the device are at most `in_flight` + 1 batches, beside those that you
     still hold (a `for` loop holds the last one until it has the next). In their own dtype: send
     small numbers, and widen them on the device.
 
@@ -156,8 +166,19 @@ def prefetch(batches: Iterable, device: torch.device | str, in_flight: int = 1) 
     The loader's workers end with the iterator: exhaust it, close it, or let it go. An error of the
     loader comes through when it occurs, up to `in_flight` batches before its turn.
 
-    Raises TypeError for an `in_flight` that is no int and ValueError for one below 0, at once;
-    RuntimeError if the current CUDA stream has changed.
+    Args:
+        batches: A DataLoader or another iterable. A batch is a tensor, or tuples, lists and dicts
+            with tensors in them, of any shape; the rest is passed on as it is.
+        device: Where the batches go.
+        in_flight: How many are copied ahead.
+
+    Returns:
+        An iterator over the batches.
+
+    Raises:
+        TypeError: An `in_flight` that is no int, or batches that cannot be iterated.
+        ValueError: An `in_flight` below 0.
+        RuntimeError: The current CUDA stream has changed.
     """
     _check_whole(0, in_flight=in_flight)
     if not isinstance(batches, Iterable):

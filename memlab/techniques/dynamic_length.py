@@ -10,10 +10,11 @@ over the targets and divided by how many there are.
 Sources: Krell et al., "Efficient Sequence Packing without Cross-contamination" (2021),
 arXiv:2107.02027; Ott et al., "fairseq" (2019), arXiv:1904.01038, for batches by tokens; Kundu et
 al., "Enhancing Training Efficiency Using Packing with Flash Attention" (2024), arXiv:2407.09105,
-for positions that restart. In production:
-`DataCollatorWithFlattening` of transformers and FlashAttention's kernels for variable lengths.
+for positions that restart. In production: `DataCollatorWithFlattening` of transformers, and
+FlashAttention's kernels for variable lengths.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -28,14 +29,20 @@ IGNORED = -100  # a target that does not count, as in torch.nn.functional.cross_
 
 
 def batches_of(lengths: Sequence[int], size: int, *, by_length: bool = False) -> list[list[int]]:
-    """Group documents into batches of `size` documents, the last with the rest; return their
-    indices.
+    """Group documents into batches of `size` documents, the last with the rest.
 
-    lengths: the tokens of each document. by_length: sort first, so that a batch's documents are of
-    similar length, the longest batch first. This takes
-        padding away, and not the peak: the longest documents then meet in one batch.
+    Args:
+        lengths: The tokens of each document.
+        size: Documents in a batch.
+        by_length: Sort first, so that a batch's documents are of similar length, the longest batch
+            first. This takes padding away, and not the peak: the longest documents then meet in one
+            batch.
 
-    Raises ValueError for a size below 1 and for lengths that are not whole numbers of at least 1.
+    Returns:
+        The batches, each a list of documents' indices.
+
+    Raises:
+        ValueError: A size below 1, or lengths that are not whole numbers of at least 1.
     """
     lengths = _lengths(lengths)
     _count("size", size)
@@ -44,8 +51,7 @@ def batches_of(lengths: Sequence[int], size: int, *, by_length: bool = False) ->
 
 
 def batches_within(lengths: Sequence[int], tokens: int, *, packed: bool = False) -> list[list[int]]:
-    """Group documents into batches of at most `tokens` places; return their indices, the longest
-    first.
+    """Group documents into batches of at most `tokens` places, the longest documents first.
 
     A padded batch takes (documents x longest) places: documents of similar length go together, few
     long or many short ones. A packed batch takes the sum of the lengths: each document goes into
@@ -53,9 +59,16 @@ def batches_within(lengths: Sequence[int], tokens: int, *, packed: bool = False)
     documents x rows: plan a part of a large data set at a time). Shuffle the batches before
     training with one batch a step.
 
-    lengths: the tokens of each document.
+    Args:
+        lengths: The tokens of each document.
+        tokens: Places in a batch.
+        packed: Whether documents follow each other in one row, without padding.
 
-    Raises ValueError for a document longer than `tokens`, and as `batches_of` does.
+    Returns:
+        The batches, each a list of documents' indices.
+
+    Raises:
+        ValueError: A document longer than `tokens`, and as `batches_of` does.
     """
     lengths = _lengths(lengths)
     _count("tokens", tokens)
@@ -85,8 +98,15 @@ def batches_within(lengths: Sequence[int], tokens: int, *, packed: bool = False)
 
 
 def places(lengths: Sequence[int], batch: Sequence[int], *, packed: bool = False) -> int:
-    """Return how many places a batch, given by its documents' indices, takes: with padding, or
-    packed.
+    """Count the places that a batch takes, with padding or packed.
+
+    Args:
+        lengths: The tokens of each document.
+        batch: The indices of the batch's documents.
+        packed: Whether documents follow each other in one row, without padding.
+
+    Returns:
+        The number of places.
     """
     taken = [lengths[index] for index in batch]
     return sum(taken) if packed else len(taken) * max(taken, default=0)
@@ -98,19 +118,26 @@ def places(lengths: Sequence[int], batch: Sequence[int], *, packed: bool = False
 def pad(
     documents: Sequence[Tensor], length: int | None = None, *, fill: int = 0, device=None
 ) -> tuple[Tensor, Tensor]:
-    """Return tokens and targets, each int64 (documents, length), of documents, each int64 (tokens +
-    1,).
+    """Put documents under each other, padded to a rectangle, and pair tokens with targets.
 
     A document of n + 1 tokens gives n pairs of a token and its target, the token after it. Where it
     has ended, the token is `fill` and the target -100, which `torch.nn.functional.cross_entropy`
     leaves out. The padding is on the right: under causal attention no token sees it, so no mask is
     needed. Attention that looks both ways needs one.
 
-    length: None pads to the longest of these documents.
-    device: where the two go; None leaves them where the documents are.
+    Args:
+        documents: Each int64 `(tokens + 1,)`.
+        length: Of the rectangle; None pads to the longest of these documents.
+        fill: The token in the padding.
+        device: Where the two go; None leaves them where the documents are.
 
-    Raises TypeError for documents that are not int64, and ValueError for none, for one that is not
-    one row of at least two tokens, and for one that is longer than `length`.
+    Returns:
+        Tokens and targets, each int64 `(documents, length)`.
+
+    Raises:
+        TypeError: Documents that are not int64.
+        ValueError: No documents, one that is not one row of at least two tokens, or one that is
+            longer than `length`.
     """
     _check(documents)
     longest = max(len(document) for document in documents) - 1
@@ -140,12 +167,20 @@ class Row(NamedTuple):
 
 
 def pack(documents: Sequence[Tensor], device=None) -> Row:
-    """Put documents, each int64 (tokens + 1,), into one row without padding, and count positions
-    anew in each.
+    """Put documents into one row without padding, and count positions anew in each.
 
     Tokens and targets are paired within a document, so no document's last token has to predict the
-    next one's first. A model has to be kept from looking across: see `documents_apart`. Raises as
-    `pad` does.
+    next one's first. A model has to be kept from looking across: see `documents_apart`.
+
+    Args:
+        documents: Each int64 `(tokens + 1,)`.
+        device: Where the row goes; None leaves it where the documents are.
+
+    Returns:
+        The row, of as many places as the documents have pairs.
+
+    Raises:
+        TypeError, ValueError: As `pad` does.
     """
     _check(documents)
     lengths = tuple(len(document) - 1 for document in documents)
@@ -155,10 +190,16 @@ def pack(documents: Sequence[Tensor], device=None) -> Row:
 
 
 def block_diagonal_mask(lengths: Sequence[int], device=None) -> Tensor:
-    """Return the boolean mask (1, 1, tokens, tokens) of causal attention within documents: True
-    where seen.
+    """Make the mask of causal attention within documents.
 
     This is what `documents_apart` does without: its bytes grow with the square of the row.
+
+    Args:
+        lengths: The tokens of each document.
+        device: Where the mask is made.
+
+    Returns:
+        The mask, bool `(1, 1, tokens, tokens)`, True where a token is seen.
     """
     lengths = _lengths(lengths)
     blocks = [torch.ones(n, n, dtype=torch.bool, device=device).tril() for n in lengths]
@@ -174,8 +215,10 @@ class _Attention:
     """
 
     def __init__(self, lengths: tuple[int, ...]):
-        self.lengths, self.grad = lengths, torch.is_grad_enabled()
-        self.calls = self.without_grad = 0
+        self.lengths = lengths
+        self.grad = torch.is_grad_enabled()
+        self.calls = 0
+        self.without_grad = 0
         self.original = F.scaled_dot_product_attention
 
     def __call__(
@@ -198,33 +241,75 @@ class _Attention:
         options |= {"dropout_p": dropout_p, "is_causal": is_causal}
         parts = zip(*(tensor.split(self.lengths, 2) for tensor in (query, key, value)), strict=True)
         outputs = [self.original(*part, **options) for part in parts]
-        # Joined token by token, (1, tokens, heads, width), which is how a model reads it next: else
-        # it copies.
+        # Joined token by token, (1, tokens, heads, width), as a model reads it next. Else it
+        # copies.
         return torch.cat([output.transpose(1, 2) for output in outputs], 1).transpose(1, 2)
 
 
 @contextmanager
 def documents_apart(lengths: Sequence[int], *, positions: nn.Module | None) -> Iterator[None]:
-    """Within this context a model reads a row (1, tokens) as documents that know nothing of each
-    other.
+    """Within this context a model reads a row as documents that know nothing of each other.
 
     Attention runs document by document, so nothing of (tokens x tokens) is made; all else runs on
     the row. The model must attend through `torch.nn.functional.scaled_dot_product_attention`,
     causally or both ways, without a mask, not be compiled, and treat each token apart elsewhere.
     Run backward within the context too where the model is checkpointed, since it attends again
-    there.
+    there. Autograd saves the attention's output twice, as it comes from each document and as it is
+    joined.
 
-    lengths: `pack(documents).lengths`, the tokens of each document. positions: the module that is
-    given the positions, int64 (..., tokens): an `nn.Embedding` of learned ones, or
-        the module of rotary ones. It gets positions that restart with each document. None for a
-        model without.
+    Args:
+        lengths: `pack(documents).lengths`, the tokens of each document.
+        positions: The module that is given the positions, int64 `(..., tokens)`: an `nn.Embedding`
+            of learned ones, or the module of rotary ones. It gets positions that restart with each
+            document. None for a model without.
 
-    Autograd saves the attention's output twice, as it comes from each document and as it is joined.
-
-    Raises ValueError where the model does otherwise, TypeError for other `positions`, and
-    RuntimeError when a checkpoint's second pass did not happen within the context.
+    Raises:
+        ValueError: The model does otherwise.
+        TypeError: Other `positions`.
+        RuntimeError: A checkpoint's second pass did not happen within the context, or another such
+            context is running.
     """
     lengths = tuple(_lengths(lengths))
+    _check_positions(lengths, positions)
+    attention = _Attention(lengths)
+    if isinstance(attention.original, _Attention):
+        raise RuntimeError("documents_apart is running already: one row at a time, in one thread.")
+    restarted = []
+    hook = None
+    if positions is not None:
+        restart = functools.partial(_restart_positions, lengths, restarted)
+        hook = positions.register_forward_pre_hook(restart, with_kwargs=True)
+    # Replaced by name: a checkpoint attends again in backward, where no TorchFunctionMode is on.
+    F.scaled_dot_product_attention = attention
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = attention.original
+        if hook is not None:
+            hook.remove()
+    _check_what_ran(attention, positions is None or bool(restarted))
+
+
+def _restart_positions(lengths: tuple[int, ...], restarted: list, module, args, kwargs):
+    """Give a module positions that restart with each document, in the place of 0, 1, 2, ..."""
+    count = sum(lengths)
+
+    def restart(value):
+        if not isinstance(value, Tensor) or value.is_floating_point() or not value.ndim:
+            return value
+        ascending = torch.arange(count, device=value.device)
+        if value.shape[-1] != count or bool((value != ascending).any()):
+            raise ValueError(
+                f"positions must be the module that gets the positions 0 to {count - 1}, but it"
+                " got other numbers. Give the model the row alone, without position_ids."
+            )
+        restarted.append(True)
+        return _positions(lengths, value.device).to(value.dtype).expand(value.shape)
+
+    return tuple(map(restart, args)), {name: restart(value) for name, value in kwargs.items()}
+
+
+def _check_positions(lengths: tuple[int, ...], positions: nn.Module | None) -> None:
     if not lengths:
         raise ValueError("lengths must name at least one document, but it is empty.")
     if positions is not None and not isinstance(positions, nn.Module):
@@ -236,46 +321,14 @@ def documents_apart(lengths: Sequence[int], *, positions: nn.Module | None) -> I
         raise ValueError(
             f"A document has {max(lengths)} tokens, but the model knows {table} positions."
         )
-    count, changed = sum(lengths), []
 
-    def restart(module, args, kwargs):
-        def change(value):
-            if not isinstance(value, Tensor) or value.is_floating_point() or not value.ndim:
-                return value
-            if value.shape[-1] != count or bool(
-                (value != torch.arange(count, device=value.device)).any()
-            ):
-                raise ValueError(
-                    f"positions must be the module that gets the positions 0 to {count - 1}, but it"
-                    " got other numbers. Give the model the row alone, without position_ids."
-                )
-            changed.append(True)
-            return _positions(lengths, value.device).to(value.dtype).expand(value.shape)
 
-        return tuple(map(change, args)), {name: change(value) for name, value in kwargs.items()}
-
-    attention = _Attention(lengths)
-    if isinstance(attention.original, _Attention):
-        raise RuntimeError("documents_apart is running already: one row at a time, in one thread.")
-    handle = (
-        None
-        if positions is None
-        else positions.register_forward_pre_hook(restart, with_kwargs=True)
-    )
-    # Replaced by name, since a checkpoint attends again in backward, where no TorchFunctionMode is
-    # on.
-    F.scaled_dot_product_attention = attention
-    try:
-        yield
-    finally:
-        F.scaled_dot_product_attention = attention.original
-        if handle is not None:
-            handle.remove()
+def _check_what_ran(attention: _Attention, restarted: bool) -> None:
     if not attention.calls:
         raise ValueError(
             "scaled_dot_product_attention did not run: is attention written out, or compiled?"
         )
-    if positions is not None and not changed:
+    if not restarted:
         raise ValueError(
             "The model did not give its positions to the module that was named as positions."
         )

@@ -32,37 +32,34 @@ def apply_low_precision(
     Parameters stay the same objects, and shared ones stay shared. There is no way back: the bits
     are gone.
 
-    keep: parameters and buffers to leave as they are, by their full name or its last part. A rotary
-    embedding's `inv_freq`, for one: a position in the thousands times a frequency of 8 significant
-    bits is radians off.
+    Args:
+        model: The model to cast.
+        dtype: `torch.bfloat16` or `torch.float16`.
+        keep: Parameters and buffers to leave as they are, by their full name or its last part. A
+            rotary embedding's `inv_freq`, for one: a position in the thousands times a frequency of
+            8 significant bits is radians off.
 
-    Raises ValueError, before anything is changed, for another dtype, a model without floating-point
-    parameters or with complex ones, a name in `keep` that is nobody's, parameters that have
-    gradients, and numbers too large for the dtype; TypeError when `model` is no module.
+    Raises:
+        ValueError: Another dtype, a model without floating-point parameters or with complex ones, a
+            name in `keep` that is nobody's, parameters that have gradients, or numbers too large
+            for the dtype. Nothing is changed then.
+        TypeError: `model` is no module.
     """
     if dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(f"dtype must be torch.bfloat16 or torch.float16, but it is {dtype}.")
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, but it is {model!r:.80}.")
-    keep = {keep} if isinstance(keep, str) else set(keep)
-    name_of_model = type(model).__name__
     # With duplicates, so that a shared parameter can be kept by each of its names.
     tensors = [
         *model.named_parameters(remove_duplicate=False),
         *model.named_buffers(remove_duplicate=False),
     ]
-    names_of = {name: {name, name.rpartition(".")[2]} for name, _ in tensors}
-    kept = {id(tensor) for name, tensor in tensors if keep & names_of[name]}
-    if unknown := keep.difference(*names_of.values()):
-        raise ValueError(
-            f"keep names {', '.join(sorted(unknown))}, but {name_of_model} has no such parameter or"
-            " buffer."
-        )
+    kept = _kept(model, tensors, {keep} if isinstance(keep, str) else set(keep))
     if not any(parameter.is_floating_point() for parameter in model.parameters()):
         raise ValueError(
-            f"{name_of_model} has no floating-point parameters, so there is nothing to cast."
+            f"{type(model).__name__} has no floating-point parameters, so there is nothing to cast."
         )
-    chosen = []
+    cast = []
     for name, tensor in tensors:
         if id(tensor) in kept:
             continue
@@ -70,24 +67,37 @@ def apply_low_precision(
             raise ValueError(
                 f"{name} is complex, and there are no complex numbers in {dtype}: keep it."
             )
-        if not tensor.is_floating_point():
-            continue
-        if tensor.grad is not None:
-            raise ValueError(
-                f"{name} has a gradient: call zero_grad() first, then cast, then make the"
-                " optimizer."
-            )
-        # In slices: looking at all of an embedding at once would need more memory than the cast
-        # itself.
-        parts = () if tensor.is_meta else tensor.detach().reshape(-1).split(2**16)
-        if any((part.isfinite() & ~part.to(dtype).isfinite()).any() for part in parts):
+        if tensor.is_floating_point():
+            _check_tensor(name, tensor, dtype)
+            cast.append(tensor)
+    for tensor in cast:
+        tensor.data = tensor.data.to(dtype)
+
+
+def _kept(model: nn.Module, tensors: list[tuple[str, Tensor]], keep: set[str]) -> set[int]:
+    """Return the ids of the tensors that `keep` names."""
+    names_of = {name: {name, name.rpartition(".")[2]} for name, _ in tensors}
+    if unknown := keep.difference(*names_of.values()):
+        raise ValueError(
+            f"keep names {', '.join(sorted(unknown))}, but {type(model).__name__} has no such"
+            " parameter or buffer."
+        )
+    return {id(tensor) for name, tensor in tensors if keep & names_of[name]}
+
+
+def _check_tensor(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    if tensor.grad is not None:
+        raise ValueError(
+            f"{name} has a gradient: call zero_grad() first, then cast, then make the optimizer."
+        )
+    # In slices: looking at all of an embedding at once would need more memory than the cast itself.
+    slices = () if tensor.is_meta else tensor.detach().reshape(-1).split(2**16)
+    for numbers in slices:
+        if (numbers.isfinite() & ~numbers.to(dtype).isfinite()).any():
             largest = torch.finfo(dtype).max
             raise ValueError(
                 f"{name} holds a number above {largest:.4g}, the largest in {dtype}: use another."
             )
-        chosen.append(tensor)
-    for tensor in chosen:
-        tensor.data = tensor.data.to(dtype)
 
 
 @torch.no_grad()
@@ -96,13 +106,18 @@ def stochastic_round(x: Tensor, generator: torch.Generator | None = None) -> Ten
     itself.
 
     A number that stands a quarter of the way to its upper neighbour goes up in one of four cases.
-    Takes and returns any shape. BF16 numbers, infinities and NaNs stay what they are; beyond BF16's
-    largest number is infinity.
+    BF16 numbers, infinities and NaNs stay what they are; beyond BF16's largest number is infinity.
 
-    generator: where the random numbers are from, on the tensor's device; by default PyTorch's own.
+    Args:
+        x: FP32, of any shape.
+        generator: Where the random numbers are from, on the tensor's device; by default PyTorch's
+            own.
 
-    Raises TypeError for a tensor that is not FP32.
+    Returns:
+        BF16, of the same shape.
 
+    Raises:
+        TypeError: A tensor that is not FP32.
     """
     if not isinstance(x, Tensor) or x.dtype != torch.float32:
         raise TypeError(
@@ -117,8 +132,13 @@ def stochastic_round(x: Tensor, generator: torch.Generator | None = None) -> Ten
 
 
 def _add_param_group(self: torch.optim.Optimizer, param_group: dict) -> None:
-    """Add parameters with settings of their own, as in any optimizer; `__init__` comes
-    here, too.
+    """Add parameters with settings of their own, as in any optimizer; `__init__` comes here, too.
+
+    Args:
+        param_group: As for any optimizer.
+
+    Raises:
+        ValueError: Parameters that are not BF16 or FP32.
     """
     torch.optim.Optimizer.add_param_group(self, param_group)
     for parameter in self.param_groups[-1]["params"]:
@@ -139,12 +159,16 @@ class StochasticRoundingAdamW(torch.optim.Optimizer):
     number of a slice of `slice_size` numbers, and never of the whole model. FP32 parameters are
     stepped as by `torch.optim.AdamW`.
 
-    generator: where the random numbers are from; by default PyTorch's own. Replicas of one model
-    that have to stay equal (data parallelism) need generators of equal seeds. It is not part of
-    `state_dict()`.
+    Args:
+        params: Parameters or groups of them, as for any optimizer.
+        lr, betas, eps, weight_decay: As for `torch.optim.AdamW`.
+        generator: Where the random numbers are from; by default PyTorch's own. Replicas of one
+            model that have to stay equal (data parallelism) need generators of equal seeds. It is
+            not part of `state_dict()`.
+        slice_size: Numbers that a step takes at a time.
 
-    Raises ValueError for a setting out of range and for parameters that are not BF16 or FP32, and
-    RuntimeError at a step with a sparse gradient.
+    Raises:
+        ValueError: A setting out of range, or parameters that are not BF16 or FP32.
     """
 
     generator = None  # also for what copy and pickle make: they leave it out
@@ -166,7 +190,17 @@ class StochasticRoundingAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """Take one step, and return what `closure` returned, if there is one."""
+        """Take one step.
+
+        Args:
+            closure: Computes the loss again, as for any optimizer.
+
+        Returns:
+            What `closure` returned, or None.
+
+        Raises:
+            RuntimeError: A gradient is sparse.
+        """
         loss = _call(closure)
         for group, parameter, gradient in _with_gradients(self):
             state = self.state[parameter]
@@ -176,18 +210,15 @@ class StochasticRoundingAdamW(torch.optim.Optimizer):
                 state["exp_avg_sq"] = torch.zeros_like(parameter)
             state["step"] += 1
             stored = (parameter.detach(), state["exp_avg"], state["exp_avg_sq"])
-            for *low, part in _slices(group["slice_size"], *stored, gradient):
-                weight, first, second = (tensor.float() for tensor in low)
-                _adamw(weight, part.float(), first, second, group, state["step"])
+            for *rounded, gradients in _slices(group["slice_size"], *stored, gradient):
+                weight, first, second = (tensor.float() for tensor in rounded)
+                _adamw(weight, gradients.float(), first, second, group, state["step"])
                 if parameter.dtype == torch.bfloat16:
-                    low[0].copy_(stochastic_round(weight, self.generator))
-                    low[1].copy_(first)
-                    low[2].copy_(stochastic_round(second, self.generator))
-                del (
-                    weight,
-                    first,
-                    second,
-                )  # or they would still be there when the next slice is made
+                    rounded[0].copy_(stochastic_round(weight, self.generator))
+                    rounded[1].copy_(first)
+                    rounded[2].copy_(stochastic_round(second, self.generator))
+                # Or they would still be there when the next slice is made.
+                del weight, first, second
         return loss
 
 
@@ -202,8 +233,13 @@ class MasterWeightAdamW(torch.optim.Optimizer):
     slice of `slice_size` numbers. FP32 parameters need no copy and are stepped as by
     `torch.optim.AdamW`.
 
-    Raises ValueError for a setting out of range and for parameters that are not BF16 or FP32, and
-    RuntimeError at a step with a sparse gradient.
+    Args:
+        params: Parameters or groups of them, as for any optimizer.
+        lr, betas, eps, weight_decay: As for `torch.optim.AdamW`.
+        slice_size: Numbers that a step takes at a time.
+
+    Raises:
+        ValueError: A setting out of range, or parameters that are not BF16 or FP32.
     """
 
     add_param_group = _add_param_group
@@ -215,7 +251,17 @@ class MasterWeightAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """Take one step, and return what `closure` returned, if there is one."""
+        """Take one step.
+
+        Args:
+            closure: Computes the loss again, as for any optimizer.
+
+        Returns:
+            What `closure` returned, or None.
+
+        Raises:
+            RuntimeError: A gradient is sparse.
+        """
         loss = _call(closure)
         for group, parameter, gradient in _with_gradients(self):
             state = self.state[parameter]
@@ -228,21 +274,28 @@ class MasterWeightAdamW(torch.optim.Optimizer):
             state["step"] += 1
             weights = parameter.detach()
             stored = (weights, state.get("master", weights), state["exp_avg"], state["exp_avg_sq"])
-            for low, master, first, second, part in _slices(group["slice_size"], *stored, gradient):
-                _adamw(master, part.float(), first, second, group, state["step"])
-                if low.dtype == torch.bfloat16:
-                    low.copy_(master)
+            slices = _slices(group["slice_size"], *stored, gradient)
+            for weight, master, first, second, gradients in slices:
+                _adamw(master, gradients.float(), first, second, group, state["step"])
+                if weight.dtype == torch.bfloat16:
+                    weight.copy_(master)
         return loss
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Take over what `state_dict()` returned, in FP32: PyTorch's own would round it to BF16."""
+        """Take over what `state_dict()` returned, in FP32: PyTorch's own would round it to BF16.
+
+        Args:
+            state_dict: What `state_dict()` of such an optimizer returned.
+
+        Raises:
+            ValueError: The state of another optimizer, or of other groups.
+        """
         saved = [number for group in state_dict["param_groups"] for number in group["params"]]
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         states = state_dict["state"]
         for number, parameter in zip(saved, parameters, strict=False):
-            if parameter.dtype == torch.bfloat16 and "master" not in states.get(
-                number, {"master": None}
-            ):
+            state = states.get(number)
+            if parameter.dtype == torch.bfloat16 and state is not None and "master" not in state:
                 raise ValueError(
                     "The state has no FP32 copy of the weights: it is another optimizer's."
                 )
@@ -254,26 +307,30 @@ class MasterWeightAdamW(torch.optim.Optimizer):
 
 
 def to_float8(x: Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> tuple[Tensor, Tensor]:
-    """Store x (..., row) in one byte a number: returns (values, scale), with an FP32 scale (..., 1)
-    a row.
+    """Store numbers in one byte each, with a scale for each row.
 
     The scale, a power of two so that it rounds nothing, lifts a row's largest number to the upper
-    end of the type's range. `torch.float8_e4m3fn` keeps 4 significant bits over a range of 2^17,
-    `torch.float8_e5m2` 3 over 2^31; what is smaller becomes zero. A row with an infinity or a NaN
+    end of the type's range. What is too small for it becomes zero. A row with an infinity or a NaN
     comes back as NaNs.
 
-    Raises ValueError for another dtype, and TypeError for what is no FP32, BF16 or FP16 tensor with
-    rows.
+    Args:
+        x: FP32, BF16 or FP16, `(..., row)`.
+        dtype: `torch.float8_e4m3fn` keeps 4 significant bits over a range of 2^17,
+            `torch.float8_e5m2` 3 over 2^31.
 
+    Returns:
+        The values, FP8 `(..., row)`, and the scales, FP32 `(..., 1)`.
+
+    Raises:
+        ValueError: Another dtype.
+        TypeError: What is no FP32, BF16 or FP16 tensor with rows.
     """
     if dtype not in _FLOAT8:
         raise ValueError(f"dtype must be {' or '.join(map(str, _FLOAT8))}, but it is {dtype}.")
-    if (
-        getattr(x, "dtype", None) not in (torch.float32, torch.bfloat16, torch.float16)
-        or not x.ndim
-    ):
-        given = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"x must be FP32, BF16 or FP16 with an axis of rows, but it is {given}.")
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    if not isinstance(x, Tensor) or x.dtype not in dtypes or not x.ndim:
+        found = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"x must be FP32, BF16 or FP16 with an axis of rows, but it is {found}.")
     if not x.numel():
         return x.to(dtype), torch.ones(*x.shape[:-1], 1, device=x.device)
     rows = x.float() if x.dtype == torch.float16 else x  # FP16 has no room for small scales
@@ -285,11 +342,19 @@ def to_float8(x: Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> tuple[Tens
 
 
 def from_float8(values: Tensor, scale: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Return what `to_float8` stored, as numbers of a dtype to compute with.
+    """Turn what `to_float8` stored into numbers to compute with.
 
-    Raises TypeError for values that are not FP8, and ValueError for another dtype than FP32 or
-    BF16.
+    Args:
+        values: FP8 `(..., row)`.
+        scale: FP32 `(..., 1)`.
+        dtype: `torch.bfloat16` or `torch.float32`.
 
+    Returns:
+        The numbers, `(..., row)`.
+
+    Raises:
+        TypeError: Values that are not FP8.
+        ValueError: Another dtype than FP32 or BF16.
     """
     if values.dtype not in _FLOAT8:
         raise TypeError(f"values must be what to_float8 returned, but they are {values.dtype}.")

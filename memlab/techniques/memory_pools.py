@@ -13,6 +13,7 @@ Allocation: A Survey and Critical Review" (1995), for first fit and fragmentatio
 """
 
 import bisect
+import functools
 import math
 import threading
 import weakref
@@ -33,7 +34,8 @@ class Request(NamedTuple):
     """One tensor of a recorded step: its bytes, and its life from `born` up to, but without,
     `died`.
 
-    The two moments are numbers of any clock. A tensor that outlives the step gets `died=math.inf`.
+    The two moments are numbers of any clock. A tensor that outlives the step gets
+    `died=math.inf`.
     """
 
     bytes: int
@@ -42,17 +44,15 @@ class Request(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Where each request lies, and what that takes.
+    """Where each request lies, and what that takes."""
 
-    offsets: bytes from the start of the pool, one for each request, in the order in which they were
-    given. pool_bytes: the size of the pool. peak_bytes: the most bytes alive at once. No pool is
-    smaller. total_bytes: the bytes of all requests, which is what a buffer for each of them would
-    take.
-    """
-
+    #: Bytes from the start of the pool, one for each request, in the order of the requests.
     offsets: tuple[int, ...]
+    #: The size of the pool.
     pool_bytes: int
+    #: The most bytes alive at once: no pool is smaller.
     peak_bytes: int
+    #: The bytes of all requests, which is what a buffer for each of them would take.
     total_bytes: int
 
     @property
@@ -64,55 +64,78 @@ class Plan(NamedTuple):
 def plan(requests: Iterable[Request], alignment: int = 64, order: str = "size") -> Plan:
     """Give every request an offset, so that no two that are alive at the same time share a byte.
 
-    requests: `Request`s, or triples (bytes, born, died). alignment: each offset and each size is
-    rounded up to a multiple of this many bytes, a power of two. PyTorch
-        aligns to 64 bytes on a CPU and to 512 on CUDA.
-    order: "size" places the largest first, each into the smallest gap that takes it; the whole step
-        has to be known. "birth" places them as they come, each into the first gap: what an
-        allocator can do that does not know what follows.
+    The time is quadratic in the number of requests.
 
-    The time is quadratic in the number of requests. Raises ValueError for an unknown order, an
-    alignment that is no power of two, bytes below 1, and a request that dies before it is born or
-    at the same moment.
+    Args:
+        requests: `Request`s, or triples (bytes, born, died).
+        alignment: Each offset and each size is rounded up to a multiple of this many bytes, a power
+            of two. PyTorch aligns to 64 bytes on a CPU and to 512 on CUDA.
+        order: "size" places the largest first, each into the smallest gap that takes it; the whole
+            step has to be known. "birth" places them as they come, each into the first gap: what an
+            allocator can do that does not know what follows.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ValueError: An unknown order, an alignment that is no power of two, bytes below 1, or a
+            request that dies before it is born or at the same moment.
     """
     requests = [Request(*request) for request in requests]
     if order not in ORDERS:
         raise ValueError(f"order must be one of {', '.join(ORDERS)}, but it is {order!r}.")
     _check_alignment(alignment)
     for number, request in enumerate(requests):
-        _check_whole(request.bytes, f"The bytes of request {number}")
-        if not request.born < request.died:  # so written, NaN is refused as well
-            raise ValueError(
-                f"Request {number} must die after it is born, but it is born at {request.born} and "
-                f"dies at {request.died}. Leave out what has no life."
-            )
+        _check_request(number, request)
     largest_first = order == "size"
-    turn = sorted(
+    turns = sorted(
         range(len(requests)),
         key=lambda i: (-requests[i].bytes if largest_first else 0, requests[i].born),
     )
     offsets = [0] * len(requests)
     placed: list[tuple[int, int, float, float]] = []  # (start, end, born, died), by start
-    for index in turn:
-        bytes_, born, died = requests[index]
-        size = _round_up(bytes_, alignment)
-        gaps, end = [], 0  # gaps of those alive with it; a gap is (bytes, start)
-        for start, stop, other_born, other_died in placed:
-            if other_born < died and born < other_died:
-                if start - end >= size:
-                    gaps.append((start - end, end))
-                    if not largest_first:
-                        break
-                end = max(end, stop)
-        offset = min(gaps)[1] if gaps else end
+    for index in turns:
+        request = requests[index]
+        size = _round_up(request.bytes, alignment)
+        gaps, end = _gaps_beside(request, placed, size)
+        if not gaps:
+            offset = end
+        else:
+            offset = min(gaps)[1] if largest_first else gaps[0][1]
         offsets[index] = offset
-        bisect.insort(placed, (offset, offset + size, born, died))
+        bisect.insort(placed, (offset, offset + size, request.born, request.died))
     return Plan(
-        tuple(offsets),
-        max((end for _, end, _, _ in placed), default=0),
-        _most_alive(requests),
-        sum(request.bytes for request in requests),
+        offsets=tuple(offsets),
+        pool_bytes=max((end for _, end, _, _ in placed), default=0),
+        peak_bytes=_most_alive(requests),
+        total_bytes=sum(request.bytes for request in requests),
     )
+
+
+def _check_request(number: int, request: Request) -> None:
+    _check_whole(request.bytes, f"The bytes of request {number}")
+    # So written, NaN is refused as well.
+    if not request.born < request.died:
+        raise ValueError(
+            f"Request {number} must die after it is born, but it is born at {request.born} and "
+            f"dies at {request.died}. Leave out what has no life."
+        )
+
+
+def _gaps_beside(
+    request: Request, placed: list[tuple[int, int, float, float]], size: int
+) -> tuple[list[tuple[int, int]], int]:
+    """Return the gaps of at least `size` bytes, as (bytes, start), between those placed that are
+    alive with the request, and where the last of these ends.
+    """
+    gaps = []
+    end = 0
+    for start, stop, born, died in placed:
+        if born < request.died and request.born < died:
+            if start - end >= size:
+                gaps.append((start - end, end))
+            end = max(end, stop)
+    return gaps, end
 
 
 def _most_alive(requests: Sequence[Request]) -> int:
@@ -131,12 +154,17 @@ def _most_alive(requests: Sequence[Request]) -> int:
 class Pool:
     """One buffer, from which tensors are lent.
 
-    nbytes: the size of the buffer, which is all that is ever allocated. alignment: each tensor
-    begins at, and takes, a multiple of this many bytes, a power of two. Counted from the
-        start of the buffer, which the allocator aligns to 64 bytes on a CPU and to 512 on CUDA.
-
     Any thread may take and give back. A pool knows nothing of CUDA streams: keep one for each.
-    Raises ValueError for bytes below 1, or an alignment that is no power of two.
+
+    Args:
+        nbytes: The size of the buffer, which is all that is ever allocated.
+        device: Where it lies.
+        alignment: Each tensor begins at, and takes, a multiple of this many bytes, a power of two.
+            Counted from the start of the buffer, which the allocator aligns to 64 bytes on a CPU
+            and to 512 on CUDA.
+
+    Raises:
+        ValueError: Bytes below 1, or an alignment that is no power of two.
     """
 
     def __init__(self, nbytes: int, device: torch.device | str = "cpu", alignment: int = 64):
@@ -167,16 +195,22 @@ class Pool:
     def take(
         self, shape: Sequence[int], dtype: torch.dtype = torch.float32, at: int | None = None
     ) -> "Lease":
-        """Lend a tensor of this shape and dtype, with whatever was in its bytes before (as
-        `torch.empty`).
+        """Lend a tensor, with whatever was in its bytes before (as `torch.empty`).
 
-        at: the offset in bytes, from a `Plan`. Without it the first gap is taken that is large
-            enough.
+        Args:
+            shape: Its sizes.
+            dtype: Its type.
+            at: The offset in bytes, from a `Plan`. Without it the first gap is taken that is large
+                enough.
 
-        Raises torch.OutOfMemoryError when no gap is large enough, even if enough bytes are free in
-        all; RuntimeError when bytes at `at` are in use, so what runs is not what was planned;
-        ValueError for an empty shape or one with a size below 1, and an `at` outside of the pool or
-        not aligned.
+        Returns:
+            The lease of the tensor.
+
+        Raises:
+            torch.OutOfMemoryError: No gap is large enough, even if enough bytes are free in all.
+            RuntimeError: Bytes at `at` are in use, so what runs is not what was planned.
+            ValueError: An empty shape or one with a size below 1, or an `at` outside of the pool or
+                not aligned.
         """
         shape = tuple(shape)
         if any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in shape):
@@ -186,15 +220,7 @@ class Pool:
         with self._lock:
             gaps = self._gaps_now()
             if at is None:
-                start = next((start for start, stop in gaps if stop - start >= bytes_), None)
-                if start is None:
-                    free = sum(stop - start for start, stop in gaps)
-                    largest = max((stop - start for start, stop in gaps), default=0)
-                    raise torch.OutOfMemoryError(
-                        f"The pool has no gap of {bytes_:,} bytes: {free:,} of its {self.nbytes:,}"
-                        f" bytes are free, the largest gap is {largest:,}. Give tensors back, plan"
-                        " their places, or make a larger pool."
-                    )
+                start = self._first_gap(bytes_, gaps)
             else:
                 start = self._check_place(at, bytes_, gaps)
             place = (start, min(start + size, self.nbytes))
@@ -204,17 +230,24 @@ class Pool:
             # use.
             tensor = torch.from_dlpack(self._buffer[start : start + bytes_]).view(dtype).view(shape)
             # The storage outlives the lease where a view or autograd's graph holds it, and so does
-            # its place.
-            ended, watches = self._ended, self._watches
-
-            # It only takes a note, for the garbage collector may call it anywhere, also where the
-            # lock is held.
-            def note(_: object) -> None:
-                ended.append(place)
-
-            watches[place] = weakref.ref(tensor.untyped_storage(), note)
+            # its place. The garbage collector may call this anywhere, also where the lock is held:
+            # so it only takes a note.
+            note = functools.partial(_note, self._ended, place)
+            self._watches[place] = weakref.ref(tensor.untyped_storage(), note)
             bisect.insort(self._lent, place)
         return Lease(self, tensor)
+
+    def _first_gap(self, bytes_: int, gaps: list[tuple[int, int]]) -> int:
+        for start, stop in gaps:
+            if stop - start >= bytes_:
+                return start
+        free = sum(stop - start for start, stop in gaps)
+        largest = max((stop - start for start, stop in gaps), default=0)
+        raise torch.OutOfMemoryError(
+            f"The pool has no gap of {bytes_:,} bytes: {free:,} of its {self.nbytes:,}"
+            f" bytes are free, the largest gap is {largest:,}. Give tensors back, plan"
+            " their places, or make a larger pool."
+        )
 
     def _check_place(self, at: int, bytes_: int, gaps: list[tuple[int, int]]) -> int:
         if isinstance(at, bool) or not isinstance(at, int) or at < 0 or at % self.alignment:
@@ -248,6 +281,10 @@ class Pool:
         return [(end, start) for end, start in zip(ends, starts, strict=True) if start > end]
 
 
+def _note(ended: deque, place: tuple[int, int], _: object) -> None:
+    ended.append(place)
+
+
 class Lease:
     """A tensor that a `Pool` has lent: read it as `lease.tensor`, and end with `lease.give_back()`.
 
@@ -255,12 +292,16 @@ class Lease:
     """
 
     def __init__(self, pool: Pool, tensor: Tensor):
-        self._pool, self._tensor, self._lock = pool, tensor, threading.Lock()
+        self._pool = pool
+        self._tensor = tensor
+        self._lock = threading.Lock()
 
     @property
     def tensor(self) -> Tensor:
-        """The tensor. Raises RuntimeError after `give_back`, when its bytes may be
-        somebody else's.
+        """The tensor.
+
+        Raises:
+            RuntimeError: It was given back, and its bytes may be somebody else's.
         """
         tensor = self._tensor
         if tensor is None:
@@ -270,9 +311,10 @@ class Lease:
     def give_back(self) -> None:
         """Return the bytes to the pool.
 
-        Raises RuntimeError when it was given back before, and when another tensor (a name of yours,
-        a view, something that autograd saved) still looks at the bytes; then the lease stays as it
-        is.
+        Raises:
+            RuntimeError: It was given back before, or another tensor (a name of yours, a view,
+                something that autograd saved) still looks at the bytes; then the lease stays as it
+                is.
         """
         with self._lock:
             tensor, self._tensor = self.tensor, None
@@ -299,10 +341,6 @@ def _check_whole(value: int, what: str) -> None:
 
 
 def _check_alignment(alignment: int) -> None:
-    if (
-        isinstance(alignment, bool)
-        or not isinstance(alignment, int)
-        or alignment < 1
-        or alignment & (alignment - 1)
-    ):
+    whole = isinstance(alignment, int) and not isinstance(alignment, bool)
+    if not whole or alignment < 1 or alignment & (alignment - 1):
         raise ValueError(f"alignment must be a power of two, but it is {alignment!r}.")

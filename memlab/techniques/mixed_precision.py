@@ -19,145 +19,6 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-# --- pasted from _patch.py: begin -----------------------------------------------------------------
-
-
-class Handle:
-    """What a technique has changed in a model: `names` says where, `remove()` undoes it.
-
-    As a context manager it removes at the end of the block. It holds the model weakly, and a model
-    keeps what was applied to it when its handle is gone.
-    """
-
-    def __init__(self):
-        self.names: list[str] = []
-        self._replaced = []
-        self._undo = []
-
-    def wrap_forward(
-        self, name: str, module: nn.Module, function: Callable, *options, innermost: bool = False
-    ) -> None:
-        """Let `function(module, forward, *options, *args, **kwargs)` run as the module's forward.
-
-        Its `forward` is what ran before, or runs further inside. A copy or a pickle of the model
-        takes function and options along: a function that has a name, and plain options.
-
-        Args:
-            name: What the module is called in the model.
-            innermost: Put it below all that is applied already, for a function that computes what
-                the module's own forward does, and never calls it.
-        """
-        patched = vars(module).get("forward")
-        if type(patched).__name__ != "_PatchedForward":
-            patched = module.forward = _PatchedForward(module, patched)
-        patch = (function, options)
-        patched.patches.insert(0 if innermost else len(patched.patches), patch)
-        self.names.append(name)
-        self._undo.append(functools.partial(_unwrap, weakref.ref(patched), patch))
-
-    def replace(self, name: str, owner, attribute: str, value) -> None:
-        """Give an attribute or submodule of `owner` another value, until `remove()`."""
-        before = getattr(owner, attribute)
-        is_its_own = attribute in vars(owner) or isinstance(before, nn.Module)
-        setattr(owner, attribute, value)
-        self.names.append(name)
-        self._replaced.append((name, weakref.ref(owner), attribute, value))
-        restore = (setattr, before) if is_its_own else (delattr,)
-        self._undo.append(functools.partial(_restore, weakref.ref(owner), attribute, *restore))
-
-    def on_remove(self, undo: Callable) -> None:
-        """Let `remove()` call `undo()` too: the `remove` of a hook, for example."""
-        self._undo.append(undo)
-
-    def remove(self) -> None:
-        """Undo what was applied, the last change first, whatever was applied to the model since.
-
-        A second call does nothing.
-
-        Raises:
-            RuntimeError: Something else has replaced an attribute since. Nothing is undone then.
-        """
-        for name, owner, attribute, value in self._replaced:
-            if owner() is not None and getattr(owner(), attribute, None) is not value:
-                raise RuntimeError(
-                    f"Something has replaced {attribute!r} of {name or 'the model'} since this was"
-                    " applied: undo that first, then call remove() again."
-                )
-        self._replaced.clear()
-        while self._undo:
-            self._undo.pop()()
-
-    def __enter__(self) -> "Handle":
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self.remove()
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(names={self.names})"
-
-
-class _PatchedForward:
-    """The `forward` of a module that something is applied to: each patch around the one before.
-
-    It holds the module weakly: otherwise a deleted model would be a cycle, and stay in memory until
-    the garbage collector came. In a copy of the model it is the copy's.
-    """
-
-    # Slots, and so no `__dict__`: `functools.wraps` would copy that to a forward put over this one.
-    __slots__ = ("__weakref__", "before", "module", "patches")
-
-    def __init__(self, module: nn.Module, before: Callable | None, patches=()):
-        self.module = weakref.ref(module)
-        self.before = before  # a forward that the instance had, from somebody else
-        self.patches = list(patches)
-
-    def unpatched(self) -> Callable:
-        module = self.module()
-        if module is None:
-            raise ReferenceError("The model is gone that this forward belongs to: keep the model.")
-        return self.before or functools.partial(type(module).forward, module)
-
-    def __call__(self, *args, **kwargs):
-        forward = self.unpatched()
-        for function, options in self.patches:
-            forward = functools.partial(function, self.module(), forward, *options)
-        return forward(*args, **kwargs)
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self.unpatched())
-
-    def __reduce__(self):
-        return type(self), (self.module(), self.before, self.patches)
-
-
-def _is_applied(module: nn.Module, function: Callable) -> bool:
-    """Whether `function` is among the patches of a module's forward."""
-    patches = getattr(vars(module).get("forward"), "patches", ())
-    return any(patch[0] is function for patch in patches)
-
-
-def _unwrap(reference: weakref.ref, patch: tuple) -> None:
-    patched = reference()
-    if patched is None:
-        return
-    patched.patches[:] = [other for other in patched.patches if other is not patch]
-    module = patched.module()
-    if module is None or patched.patches or vars(module).get("forward") is not patched:
-        return  # a forward that somebody has put over it stays, and what is below lets all through
-    del module.forward
-    if patched.before is not None:
-        module.forward = patched.before
-
-
-def _restore(owner: weakref.ref, attribute: str, set_or_delete: Callable, *before) -> None:
-    if owner() is not None:
-        set_or_delete(owner(), attribute, *before)
-
-
-# --- pasted from _patch.py: end -------------------------------------------------------------------
-
 #: What `torch.cpu.get_capabilities` calls the instructions that compute in 16 bits, on x86 and on
 #: Arm.
 _CPU_INSTRUCTIONS = {
@@ -220,7 +81,7 @@ def bf16_support(device: torch.device | str | None = None) -> str:
 
 def apply_mixed_precision(
     model: nn.Module, dtype: torch.dtype = torch.bfloat16, *, cache_weights: bool = True
-) -> Handle:
+) -> "Handle":
     """Run the model's forward under autocast, from outside.
 
     Outputs stay as the model makes them, 16-bit ones too. Parameters, `state_dict` and classes do
@@ -293,3 +154,141 @@ def _computing_devices(parameters: list[nn.Parameter]) -> list[torch.device]:
     """
     devices = [p.device for p in parameters]
     return [device for device in devices if device.type not in ("cpu", "meta")] or devices
+
+
+# --- pasted from _patch.py: begin -----------------------------------------------------------------
+
+
+class Handle:
+    """What a technique has changed in a model: `names` says where, `remove()` undoes it.
+
+    As a context manager it removes at the end of the block. It holds the model weakly, and a model
+    keeps what was applied to it when its handle is gone.
+    """
+
+    def __init__(self):
+        self.names: list[str] = []
+        # By their owners: what was replaced lives no longer than the model that it was replaced in.
+        self._replaced = weakref.WeakKeyDictionary()
+        self._undo = []
+
+    def wrap_forward(
+        self, name: str, module: nn.Module, function: Callable, *options, innermost: bool = False
+    ) -> None:
+        """Let `function(module, forward, *options, *args, **kwargs)` run as the module's forward.
+
+        Its `forward` is what ran before, or runs further inside. A copy or a pickle of the model
+        takes function and options along: a function that has a name, and plain options.
+
+        Args:
+            name: What the module is called in the model.
+            innermost: Put it below all that is applied already, for a function that computes what
+                the module's own forward does, and never calls it.
+        """
+        patched = vars(module).get("forward")
+        if type(patched).__name__ != "_PatchedForward":
+            patched = module.forward = _PatchedForward(module, patched)
+        patch = (function, options)
+        patched.patches.insert(0 if innermost else len(patched.patches), patch)
+        self.names.append(name)
+        self._undo.append(functools.partial(_unwrap, weakref.ref(patched), patch))
+
+    def replace(self, name: str, owner: nn.Module, attribute: str, value) -> None:
+        """Give an attribute or a submodule of `owner` another value."""
+        before = getattr(owner, attribute)
+        setattr(owner, attribute, value)
+        self.names.append(name)
+        self._replaced.setdefault(owner, []).append((name, attribute, before, value))
+
+    def on_remove(self, undo: Callable) -> None:
+        """Let `remove()` call `undo()` too: the `remove` of a hook, for example."""
+        self._undo.append(undo)
+
+    def remove(self) -> None:
+        """Undo what was applied, the last change first, whatever was applied to the model since.
+
+        A second call does nothing.
+
+        Raises:
+            RuntimeError: Something else has replaced an attribute since. Nothing is undone then.
+        """
+        replaced = [
+            (owner, *entry) for owner, entries in self._replaced.items() for entry in entries
+        ]
+        for owner, name, attribute, _, value in replaced:
+            if getattr(owner, attribute, None) is not value:
+                raise RuntimeError(
+                    f"Something has replaced {attribute!r} of {name or 'the model'} since this was"
+                    " applied: undo that first, then call remove() again."
+                )
+        for owner, _, attribute, before, _ in replaced:
+            setattr(owner, attribute, before)
+        self._replaced.clear()
+        while self._undo:
+            self._undo.pop()()
+
+    def __enter__(self) -> "Handle":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(names={self.names})"
+
+
+class _PatchedForward:
+    """The `forward` of a module that something is applied to: each patch around the one before.
+
+    It holds the module weakly: otherwise a deleted model would be a cycle, and stay in memory until
+    the garbage collector came. In a copy of the model it is the copy's.
+    """
+
+    # Slots, and so no `__dict__`: `functools.wraps` would copy that to a forward put over this one.
+    __slots__ = ("__weakref__", "before", "module", "patches")
+
+    def __init__(self, module: nn.Module, before: Callable | None, patches=()):
+        self.module = weakref.ref(module)
+        self.before = before  # a forward that the instance had, from somebody else
+        self.patches = list(patches)
+
+    def unpatched(self) -> Callable:
+        module = self.module()
+        if module is None:
+            raise ReferenceError("The model is gone that this forward belongs to: keep the model.")
+        return self.before or functools.partial(type(module).forward, module)
+
+    def __call__(self, *args, **kwargs):
+        forward = self.unpatched()
+        for function, options in self.patches:
+            forward = functools.partial(function, self.module(), forward, *options)
+        return forward(*args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.unpatched())
+
+    def __reduce__(self):
+        return type(self), (self.module(), self.before, self.patches)
+
+
+def _is_applied(module: nn.Module, function: Callable) -> bool:
+    """Whether `function` is among the patches of a module's forward."""
+    patches = getattr(vars(module).get("forward"), "patches", ())
+    return any(patch[0] is function for patch in patches)
+
+
+def _unwrap(reference: weakref.ref, patch: tuple) -> None:
+    patched = reference()
+    if patched is None:
+        return
+    patched.patches[:] = [other for other in patched.patches if other is not patch]
+    module = patched.module()
+    if module is None or patched.patches or vars(module).get("forward") is not patched:
+        return  # a forward that somebody has put over it stays, and what is below lets all through
+    del module.forward
+    if patched.before is not None:
+        module.forward = patched.before
+
+
+# --- pasted from _patch.py: end -------------------------------------------------------------------

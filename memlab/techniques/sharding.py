@@ -19,6 +19,7 @@ messages.
 """
 
 import contextlib
+import math
 import os
 import re
 import signal
@@ -54,28 +55,32 @@ class _Piece:
     """
 
     def __init__(self, parameter: nn.Parameter, stage: int, group):
-        self.parameter, self.shape = weakref.ref(parameter), parameter.shape
-        self.stage, self.group = stage, group
-        self.ranks, self.rank = dist.get_world_size(group), dist.get_rank(group)
-        self.length = -(-parameter.numel() // self.ranks)  # of a slice; the last one may be padded
-        self.own = slice(self.rank * self.length, (self.rank + 1) * self.length)
+        self.parameter = weakref.ref(parameter)
+        self.shape = parameter.shape
+        self.stage = stage
+        self.group = group
+        self.ranks = dist.get_world_size(group)
+        rank = dist.get_rank(group)
+        # Of a slice; the last one may be padded.
+        self.length = math.ceil(parameter.numel() / self.ranks)
+        self.slice = slice(rank * self.length, (rank + 1) * self.length)
         if stage == 0:
             self.shard = parameter
             return
         self.whole = parameter.new_zeros(self.ranks * self.length)
         self.whole[: parameter.numel()] = parameter.detach().reshape(-1)
-        self.bytes, self.is_whole = self.whole.untyped_storage().nbytes(), True
+        self.bytes = self.whole.untyped_storage().nbytes()
+        self.is_whole = True
         parameter.data = self._view()
         if stage == 3:
-            self.shard = nn.Parameter(self.whole[self.own].clone())
+            self.shard = nn.Parameter(self.whole[self.slice].clone())
             # What a parameter is while its numbers are elsewhere: its shape, one number, and NaN to
             # all who look.
             self.absent = parameter.new_full((), float("nan")).expand(self.shape)
             self.free()
         else:
-            self.shard = nn.Parameter(
-                self.whole[self.own]
-            )  # a view: the step changes the whole parameter
+            # A view: the step changes the whole parameter.
+            self.shard = nn.Parameter(self.whole[self.slice])
         if stage >= 2:
             parameter.register_post_accumulate_grad_hook(self.reduce)
 
@@ -88,12 +93,14 @@ class _Piece:
         if not self.is_whole:
             self.whole.untyped_storage().resize_(self.bytes)
             getattr(dist, _ALL_GATHER)(self.whole, self.shard.detach(), group=self.group)
-            self.parameter().data, self.is_whole = self._view(), True
+            self.parameter().data = self._view()
+            self.is_whole = True
 
     def free(self) -> None:
         """Stage 3: give back the bytes of the whole parameter. The storage stays, empty."""
         if self.stage == 3 and self.is_whole:
-            self.parameter().data, self.is_whole = self.absent, False
+            self.parameter().data = self.absent
+            self.is_whole = False
             self.whole.untyped_storage().resize_(0)
 
     @torch.no_grad()
@@ -120,95 +127,131 @@ class _Piece:
 
 def apply_sharding(
     model: nn.Module, make_optimizer: Callable, stage: int = 3, *, blocks=None, group=None
-):
-    """Shard the training of a model over the ranks of a process group, and return the optimizer to
-    train with.
+) -> torch.optim.Optimizer:
+    """Shard the training of a model over the ranks of a process group.
 
     Call it on every rank, with the same model; rank 0's weights are taken. Then train as on one
     device, each rank on data of its own: `loss.backward()`, `optimizer.step()`,
     `optimizer.zero_grad()`. The gradients are the mean over the ranks. Every rank has to do the
     same calls on the same parameters, or they wait for each other for ever. A norm of the gradients
     has to be added up over the ranks, in a hook on the step, since `clip_grad_norm_` sees one
-    rank's slices. Read the weights of stage 3 in `whole_parameters`.
+    rank's slices. Read the weights of stage 3 in `whole_parameters`. Frozen parameters and buffers
+    stay whole on each rank, and buffers are not kept equal.
 
-    make_optimizer: called with this rank's part of each parameter, in the order of
-        `model.parameters()`: the parameter itself at stage 0, else a flat slice `(numbers /
-        ranks,)`. The optimizer has to treat each number by itself, as SGD, Adam and AdamW do.
-    stage: 0 to 3, as in the table above.
-    blocks: for stage 3, the modules that are made whole one at a time; None takes the longest list
-        (ModuleList, Sequential) of modules of one class. What is in no block stays whole from the
-        model's forward until backward is done with it.
-    group: the process group; None takes the default one.
+    Args:
+        model: The model, on this rank's device.
+        make_optimizer: Called with this rank's part of each parameter, in the order of
+            `model.parameters()`: the parameter itself at stage 0, else a flat slice
+            `(numbers / ranks,)`. The optimizer has to treat each number by itself, as SGD, Adam and
+            AdamW do.
+        stage: 0 to 3, as in the table above.
+        blocks: For stage 3, the modules that are made whole one at a time; None takes the longest
+            list (ModuleList, Sequential) of modules of one class. What is in no block stays whole
+            from the model's forward until backward is done with it.
+        group: The process group; None takes the default one.
 
-    Frozen parameters and buffers stay whole on each rank, and buffers are not kept equal. Raises
-    RuntimeError without a process group; ValueError for another stage, a model with nothing to
-    train, on the meta device or sharded already, for blocks that cannot be found and an optimizer
-    of other parameters than it was given; TypeError for an optimizer that needs whole matrices.
+    Returns:
+        The optimizer to train with.
+
+    Raises:
+        RuntimeError: There is no process group.
+        ValueError: Another stage, a model with nothing to train, on the meta device or sharded
+            already, blocks that cannot be found, or an optimizer of other parameters than it was
+            given.
+        TypeError: An optimizer that needs whole matrices.
     """
+    _check_sharding(model, stage)
+    blocks = _blocks(model, blocks) if stage == 3 else []
+    for tensor in (*model.parameters(), *model.buffers()):
+        dist.broadcast(tensor.detach(), group=group, group_src=0)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    pieces = [_Piece(parameter, stage, group) for parameter in parameters]
+    _pieces_of[model] = pieces
+    if stage == 3:
+        for module, members in _units(model, blocks, parameters, pieces).items():
+            _gather_around(module, members, root=module is model)
+
+    shards = [piece.shard for piece in pieces]
+    optimizer = make_optimizer(shards)
+    _check_optimizer(optimizer, shards)
+    _shard_the_step(model, optimizer, pieces)
+    return optimizer
+
+
+def _check_sharding(model: nn.Module, stage: int) -> None:
     if not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError(
             "There is no process group: start with torchrun, and call init_process_group."
         )
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
         raise ValueError(f"stage must be 0, 1, 2 or 3, but it is {stage!r}.")
-    name, parameters = type(model).__name__, [p for p in model.parameters() if p.requires_grad]
-    if not parameters or model in _pieces_of or any(p.is_meta for p in parameters):
-        what = (
-            "is sharded already"
-            if model in _pieces_of
-            else "has no weights to train on a real device"
+    name = type(model).__name__
+    if model in _pieces_of:
+        raise ValueError(f"This {name} is sharded already, so it cannot be sharded.")
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not parameters or any(parameter.is_meta for parameter in parameters):
+        raise ValueError(
+            f"This {name} has no weights to train on a real device, so it cannot be sharded."
         )
-        raise ValueError(f"This {name} {what}, so it cannot be sharded.")
-    blocks = _blocks(model, blocks) if stage == 3 else []
-    for tensor in (*model.parameters(), *model.buffers()):
-        dist.broadcast(tensor.detach(), group=group, group_src=0)
-    inside = [set(block.parameters()) for block in blocks]
-    pieces = _pieces_of[model] = [_Piece(parameter, stage, group) for parameter in parameters]
-    units = {module: [] for module in (model, *blocks)}
-    for parameter, piece in zip(parameters, pieces, strict=True):
-        within = [
-            block for block, members in zip(blocks, inside, strict=True) if parameter in members
-        ]
-        units[within[0] if len(within) == 1 else model].append(piece)
-    if stage == 3:
-        for module, members in units.items():
-            _gather_around(module, members, root=module is model)
 
-    shards = [piece.shard for piece in pieces]
-    optimizer = make_optimizer(shards)
+
+def _check_optimizer(optimizer: torch.optim.Optimizer, shards: list[nn.Parameter]) -> None:
     if type(optimizer).__name__ in _NOT_ELEMENTWISE:
         raise TypeError(
             f"{type(optimizer).__name__} needs whole matrices, but a rank has slices: use AdamW."
         )
-    given = [p for g in getattr(optimizer, "param_groups", []) for p in g["params"]]
-    if {id(p) for p in given} != {id(p) for p in shards}:
+    groups = getattr(optimizer, "param_groups", [])
+    stepped = {id(parameter) for group in groups for parameter in group["params"]}
+    if stepped != {id(shard) for shard in shards}:
         raise ValueError(
             "make_optimizer must return an optimizer of exactly the parameters it is given."
         )
 
+
+def _units(
+    model: nn.Module, blocks: list[nn.Module], parameters: list[nn.Parameter], pieces: list[_Piece]
+) -> dict[nn.Module, list[_Piece]]:
+    """Stage 3: which pieces are whole together. What is in no block, or in several, is the
+    model's.
+    """
+    members = {block: set(block.parameters()) for block in blocks}
+    units = {module: [] for module in (model, *blocks)}
+    for parameter, piece in zip(parameters, pieces, strict=True):
+        containing = [block for block in blocks if parameter in members[block]]
+        units[containing[0] if len(containing) == 1 else model].append(piece)
+    return units
+
+
+def _shard_the_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, pieces: list[_Piece]
+) -> None:
     def before_step(*_) -> None:
         for piece in pieces:
-            if (parameter := piece.parameter()) is not None and parameter.grad is not None:
+            parameter = piece.parameter()
+            if parameter is not None and parameter.grad is not None:
                 piece.reduce(parameter)
-            piece.free()  # stage 3: a parameter that got no gradient is whole still
+            # Stage 3: a parameter that got no gradient is whole still.
+            piece.free()
 
     def after_step(*_) -> None:
-        for piece in pieces if stage in (1, 2) else ():  # stage 3 gathers when it needs them
-            getattr(dist, _ALL_GATHER)(piece.whole, piece.whole[piece.own], group=group)
+        for piece in pieces:
+            # Stage 3 gathers when it needs them.
+            if piece.stage in (1, 2):
+                slice_of_this_rank = piece.whole[piece.slice]
+                getattr(dist, _ALL_GATHER)(piece.whole, slice_of_this_rank, group=piece.group)
 
     def zero_grad(set_to_none: bool = True) -> None:
         """Let the gradients go: the whole ones and this rank's slices."""
         for piece in pieces:
             piece.shard.grad = None
-            if (parameter := piece.parameter()) is not None:
+            parameter = piece.parameter()
+            if parameter is not None:
                 parameter.grad = None
 
     optimizer.register_step_pre_hook(before_step)
     optimizer.register_step_post_hook(after_step)
-    model.zero_grad = optimizer.zero_grad = (
-        zero_grad  # either alone would miss a part of the gradients
-    )
-    return optimizer
+    # Either alone would miss a part of the gradients.
+    model.zero_grad = optimizer.zero_grad = zero_grad
 
 
 def _blocks(model: nn.Module, blocks) -> list[nn.Module]:
@@ -255,7 +298,8 @@ def whole_parameters(model: nn.Module) -> Iterator[None]:
     """Inside, every parameter of a sharded model is whole on every rank: to save or read it, not to
     change it.
 
-    A model that is not sharded is whole as it is.
+    Args:
+        model: A model of `apply_sharding`. One that is not sharded is whole as it is.
     """
     absent = [
         piece for piece in _pieces_of.get(model, ()) if piece.stage == 3 and not piece.is_whole
@@ -276,19 +320,29 @@ class RankError(RuntimeError):
 
     def __init__(self, message: str, rank: int | None = None, exit_code: int | None = None):
         super().__init__(message)
-        self.rank, self.exit_code = rank, exit_code
+        self.rank = rank
+        self.exit_code = exit_code
 
 
 def run_ranks(
     script: str | os.PathLike, ranks: int, *arguments: object, seconds: float = 300
 ) -> list[str]:
-    """Run a Python file in `ranks` processes on this machine under torchrun, and return what each
-    one printed.
+    """Run a Python file in several processes on this machine, under torchrun.
 
-    What this process can import, the ranks can; each computes in one thread. After `seconds` they
-    are ended, wherever they hang. Raises RankError when a rank dies (the others are ended too) or
-    time is up, with the end of its log, and ValueError for a file that is not there or numbers that
-    are not positive.
+    What this process can import, the ranks can; each computes in one thread.
+
+    Args:
+        script: The Python file.
+        ranks: How many processes.
+        arguments: For the script.
+        seconds: After so many they are ended, wherever they hang.
+
+    Returns:
+        What each rank printed.
+
+    Raises:
+        RankError: A rank died (the others are ended too), or time is up. It has the end of the log.
+        ValueError: A file that is not there, or numbers that are not positive.
     """
     if not Path(script).is_file():
         raise ValueError(f"There is no file {str(script)!r} to run.")
@@ -296,25 +350,16 @@ def run_ranks(
         raise ValueError(
             f"ranks and seconds must be positive, but they are {ranks!r} and {seconds!r}."
         )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    for (
-        _,
-        name,
-    ) in socket.if_nameindex():  # else gloo asks what this machine is called, and may get no answer
-        if name in ("lo", "lo0"):
-            environment.setdefault("GLOO_SOCKET_IFNAME", name)
     with tempfile.TemporaryDirectory(prefix="ranks-") as logs:
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--local-addr=127.0.0.1",
-        ]
-        command += [f"--nproc-per-node={ranks}", f"--log-dir={logs}", "--redirects=3", str(script)]
-        command += map(str, arguments)
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-        process = subprocess.Popen(command, env=environment, **quiet)
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+        options = [f"--nproc-per-node={ranks}", f"--log-dir={logs}", "--redirects=3"]
+        process = subprocess.Popen(
+            [sys.executable, *launcher, *options, str(script), *map(str, arguments)],
+            env=_environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         try:
             _, said = process.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
@@ -327,20 +372,30 @@ def run_ranks(
             process.terminate()
             process.communicate()
         if process.returncode:
-            first = re.search(
-                r"Root Cause.*?rank\s*:\s*(\d+).*?exitcode\s*:\s*(-?\d+)", said, re.DOTALL
-            )
-            if first is None:
-                raise RankError(
-                    f"torchrun ended with exit code {process.returncode}: {said[-2000:]}"
-                )
-            rank, code = map(int, first.groups())
-            how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-            message = (
-                f"Rank {rank} of {ranks} died ({how}), so all were ended.\n{_tail(logs, rank)}"
-            )
-            raise RankError(message, rank, code)
+            raise _rank_error(process.returncode, said, ranks, logs)
         return [_log(logs, rank, "stdout") for rank in range(ranks)]
+
+
+def _environment() -> dict[str, str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    # Else gloo asks what this machine is called, and may get no answer.
+    for _, name in socket.if_nameindex():
+        if name in ("lo", "lo0"):
+            environment.setdefault("GLOO_SOCKET_IFNAME", name)
+    return environment
+
+
+def _rank_error(returncode: int, said: str, ranks: int, logs: str) -> RankError:
+    """Read in what torchrun said which rank died first, and how."""
+    root_cause = re.search(
+        r"Root Cause.*?rank\s*:\s*(\d+).*?exitcode\s*:\s*(-?\d+)", said, re.DOTALL
+    )
+    if root_cause is None:
+        return RankError(f"torchrun ended with exit code {returncode}: {said[-2000:]}")
+    rank, code = map(int, root_cause.groups())
+    how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    message = f"Rank {rank} of {ranks} died ({how}), so all were ended.\n{_tail(logs, rank)}"
+    return RankError(message, rank, code)
 
 
 def _log(logs: str, rank: int, stream: str) -> str:

@@ -2,8 +2,6 @@
 in a function and applied from outside to our GPT, our ViT and models of Hugging Face."""
 
 import functools
-import gc
-import inspect
 import weakref
 
 import pytest
@@ -122,49 +120,25 @@ def test_the_gradient_of_16_bit_weights_is_summed_in_fp32():
     assert torch.equal(weight.grad, small)
 
 
-def test_when_every_target_is_ignored_it_does_what_cross_entropy_does():
-    given = problem(ignored=TOKENS)
-    for reduction in ("mean", "sum"):
-        expected, wanted = loss_and_gradients(plain, *given, reduction=reduction)
-        loss, gradients = loss_and_gradients(linear_cross_entropy, *given, reduction=reduction)
-        torch.testing.assert_close(loss, expected, equal_nan=True)
-        assert loss.isnan() == (reduction == "mean")
-        assert all(torch.equal(one, other) for one, other in zip(gradients, wanted, strict=True))
-        assert not any(gradient.any() for gradient in gradients)
-
-
-def test_without_tokens_it_does_what_cross_entropy_does():
-    hidden, weight, targets, _ = problem()
-    none, nothing = hidden.detach()[:0].requires_grad_(), targets[:0]
-    for reduction in ("mean", "sum"):
-        expected, wanted = loss_and_gradients(plain, none, weight, nothing, reduction=reduction)
-        loss, gradients = loss_and_gradients(
-            linear_cross_entropy, none, weight, nothing, reduction=reduction
-        )
-        torch.testing.assert_close(loss, expected, equal_nan=True)
-        assert torch.equal(gradients[0], wanted[0])
-
-
-def test_logits_that_overflow_exp_are_no_problem():
-    hidden, weight, targets, bias = problem()
-    with torch.no_grad():
-        weight *= 1000
-    loss, gradients = loss_and_gradients(linear_cross_entropy, hidden, weight, targets, bias)
-    expected, wanted = loss_and_gradients(plain, hidden, weight, targets, bias)
-    assert loss.isfinite() and loss > 1000
-    torch.testing.assert_close(loss, expected)
-    assert largest_difference(gradients, wanted) < 1e-5
-
-
-def test_another_ignore_index():
-    hidden, weight, targets, bias = problem()
-    targets[3] = targets[8] = 7
-    expected, wanted = loss_and_gradients(plain, hidden, weight, targets, bias, ignore_index=7)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("case", ["all ignored", "no tokens", "large logits", "a word ignored"])
+def test_in_odd_cases_it_does_what_cross_entropy_does(case, reduction):
+    hidden, weight, targets, bias = problem(ignored=TOKENS if case == "all ignored" else 0)
+    options = {"reduction": reduction}
+    if case == "no tokens":
+        hidden, targets = hidden.detach()[:0].requires_grad_(), targets[:0]
+    if case == "large logits":  # they overflow exp
+        with torch.no_grad():
+            weight *= 1000
+    if case == "a word ignored":
+        targets[3] = targets[8] = options["ignore_index"] = 7
+    expected, wanted = loss_and_gradients(plain, hidden, weight, targets, bias, **options)
     loss, gradients = loss_and_gradients(
-        linear_cross_entropy, hidden, weight, targets, bias, ignore_index=7
+        linear_cross_entropy, hidden, weight, targets, bias, **options
     )
-    torch.testing.assert_close(loss, expected)
-    assert largest_difference(gradients, wanted) < 2e-6
+    torch.testing.assert_close(loss, expected, equal_nan=True)
+    assert loss.isnan() == (reduction == "mean" and case in ("all ignored", "no tokens"))
+    torch.testing.assert_close(gradients, wanted, rtol=1e-5, atol=1e-5 * max(1, loss.nan_to_num()))
 
 
 # --- What is not needed is not computed -----------------------------------------------------------
@@ -322,11 +296,7 @@ def test_a_second_derivative_is_refused():
         ({"weight": torch.randn(HIDDEN)}, ValueError, r"weight \(16,\)"),
         ({"targets": torch.zeros(TOKENS + 1, dtype=torch.int64)}, ValueError, r"targets \(38,\)"),
         ({"bias": torch.randn(3)}, ValueError, r"bias \(3,\)"),
-        (
-            {"targets": torch.rand(TOKENS, VOCABULARY)},
-            TypeError,
-            "int64 indices, but they are torch.float32",
-        ),
+        ({"targets": torch.rand(TOKENS, VOCABULARY)}, TypeError, "int64 indices, but they are"),
         ({"targets": torch.zeros(TOKENS, dtype=torch.int32)}, TypeError, "torch.int32"),
         (
             {"hidden": torch.zeros(TOKENS, HIDDEN, dtype=torch.int64)},
@@ -344,11 +314,7 @@ def test_a_second_derivative_is_refused():
         ({"reduction": "none"}, ValueError, '"mean" or "sum", but it is \'none\''),
         ({"chunk_tokens": 0}, ValueError, "chunk_tokens must be a positive int"),
         ({"chunk_tokens": 2.0}, ValueError, "chunk_tokens must be a positive int"),
-        (
-            {"targets": torch.full((TOKENS,), VOCABULARY)},
-            ValueError,
-            "0 to 100, or -100 to be ignored, but one is 101",
-        ),
+        ({"targets": torch.full((TOKENS,), VOCABULARY)}, ValueError, "0 to 100, or -100 to be"),
         ({"targets": torch.full((TOKENS,), -1)}, ValueError, "but one is -1"),
         (
             {"ignore_index": 5, "targets": torch.full((TOKENS,), -100)},
@@ -581,9 +547,7 @@ def test_with_the_loss_in_tiles_a_bias_is_refused_and_without_one_it_trains_the_
 @pytest.mark.parametrize("loss", [None, "tiled", torch.ones(())])
 def test_a_loss_that_is_no_function_is_refused(loss):
     model = small_gpt()
-    with pytest.raises(
-        TypeError, match="loss must be a function like linear_cross_entropy, but it is"
-    ):
+    with pytest.raises(TypeError, match="loss must be a function like linear_cross_entropy, but"):
         apply_fused_loss(model, loss=loss)
     assert "forward" not in vars(model.head)
 
@@ -591,33 +555,6 @@ def test_a_loss_that_is_no_function_is_refused(loss):
 def test_another_loss_takes_no_chunk_tokens():
     with pytest.raises(ValueError, match="chunk_tokens is linear_cross_entropy's"):
         apply_fused_loss(small_gpt(), loss=lambda *_, **__: None, chunk_tokens=8)
-
-
-def test_an_earlier_forward_comes_back():
-    model = small_gpt()
-    earlier = model.head.forward = lambda x: torch.zeros(*x.shape[:-1], 500)
-    handle = apply_fused_loss(model)
-    with torch.no_grad():
-        assert not model(torch.randint(500, (2, 24))).any()
-    handle.remove()
-    assert model.head.forward is earlier
-
-
-def test_the_model_is_not_held():
-    model = small_gpt()
-    handle = apply_fused_loss(model)
-    assert list(inspect.signature(model.head.forward).parameters) == ["input"]
-    assert model.state_dict().keys() == small_gpt().state_dict().keys()
-    run_gpt(model).backward()
-    gc.collect()
-    gc.disable()
-    try:
-        gone = weakref.ref(model)
-        del model
-        assert gone() is None  # without the garbage collector
-    finally:
-        gc.enable()
-    handle.remove()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -83,9 +83,7 @@ def test_the_number_of_windows(tmp_path, size, length, stride, windows):
     assert len(dataset) == windows
     assert len(dataset[windows - 1]) == length
     for index in (windows, -windows - 1):
-        with pytest.raises(
-            IndexError, match=f"There are {windows} windows, and {index} is none of them"
-        ):
+        with pytest.raises(IndexError, match=f"There are {windows} windows, and {index} is none"):
             dataset[index]
 
 

@@ -162,9 +162,7 @@ def test_in_16_bits_it_is_at_most_twice_as_far_from_the_exact_gradients_as_the_p
 
 
 def test_fp16_is_refused_since_its_sums_can_overflow():
-    with pytest.raises(
-        TypeError, match="In FP16 the sum over all tokens can pass the largest number"
-    ):
+    with pytest.raises(TypeError, match="In FP16 the sum over all tokens can pass the largest"):
         tiled_linear_cross_entropy(*problem(torch.float16))
     with torch.autocast("cpu", torch.float16), pytest.raises(TypeError, match="In FP16"):
         tiled_linear_cross_entropy(*problem(torch.float32))
@@ -184,48 +182,24 @@ def test_the_gradient_of_hidden_states_in_16_bits_is_summed_in_fp32():
     )  # 511 words of probability 1/512 and weight 512: 511, rounded to BF16
 
 
-def test_when_every_target_is_ignored_it_does_what_cross_entropy_does():
-    given = problem(ignored=TOKENS)
-    for reduction in ("mean", "sum"):
-        expected, wanted = both(plain, *given, reduction=reduction)
-        loss, gradients = both(
-            tiled_linear_cross_entropy, *given, reduction=reduction, tile_words=20
-        )
-        torch.testing.assert_close(loss, expected, equal_nan=True)
-        assert loss.isnan() == (reduction == "mean")
-        assert all(map(torch.equal, gradients, wanted)) and not any(one.any() for one in gradients)
-
-
-def test_without_tokens_it_does_what_cross_entropy_does():
-    hidden, weight, targets = problem(tokens=0)
-    for reduction in ("mean", "sum"):
-        expected, wanted = both(plain, hidden, weight, targets, reduction=reduction)
-        loss, gradients = both(
-            tiled_linear_cross_entropy, hidden, weight, targets, reduction=reduction
-        )
-        torch.testing.assert_close(loss, expected, equal_nan=True)
-        assert gradients[0].shape == (0, HIDDEN) and torch.equal(gradients[1], wanted[1])
-
-
-def test_logits_that_overflow_exp_are_no_problem():
-    hidden, weight, targets = problem(torch.float64)
-    with torch.no_grad():
-        weight *= 1000
-    expected, wanted = both(plain, hidden, weight, targets)
-    loss, gradients = both(tiled_linear_cross_entropy, hidden, weight, targets, tile_words=20)
-    assert loss.isfinite() and loss > 1000
-    assert largest_difference([loss, *gradients], [expected, *wanted]) < 1e-12
-
-
-def test_a_word_may_be_the_one_to_ignore():
-    hidden, weight, targets = problem(torch.float64)
-    targets[3] = targets[8] = 7
-    options = {"ignore_index": 7}
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("case", ["all ignored", "no tokens", "large logits", "a word ignored"])
+def test_in_odd_cases_it_does_what_cross_entropy_does(case, reduction):
+    ignored = TOKENS if case == "all ignored" else 0
+    hidden, weight, targets = problem(torch.float64, ignored, 0 if case == "no tokens" else TOKENS)
+    options = {"reduction": reduction}
+    if case == "large logits":  # they overflow exp
+        with torch.no_grad():
+            weight *= 1000
+    if case == "a word ignored":
+        targets[3] = targets[8] = options["ignore_index"] = 7
     expected, wanted = both(plain, hidden, weight, targets, **options)
     loss, gradients = both(
         tiled_linear_cross_entropy, hidden, weight, targets, tile_words=20, **options
     )
-    assert largest_difference([loss, *gradients], [expected, *wanted]) < 1e-12
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0, equal_nan=True)
+    assert loss.isnan() == (reduction == "mean" and case in ("all ignored", "no tokens"))
+    torch.testing.assert_close(gradients, wanted, rtol=1e-9, atol=1e-12 * max(1, loss.nan_to_num()))
 
 
 def test_a_weight_that_is_not_contiguous():
@@ -371,9 +345,7 @@ def test_a_second_backward_is_refused():
     loss = tiled_linear_cross_entropy(*given)
     loss.backward(retain_graph=True)
     first = given[1].grad.clone()
-    with pytest.raises(
-        RuntimeError, match="first backward pass used the gradients up: compute the loss again"
-    ):
+    with pytest.raises(RuntimeError, match="first backward pass used the gradients up: compute"):
         loss.backward()
     assert torch.equal(given[1].grad, first)
 
@@ -387,11 +359,7 @@ def test_a_second_derivative_is_refused():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (
-            {"hidden": torch.randn(2, 3, HIDDEN)},
-            ValueError,
-            r"must fit: hidden \(2, 3, 16\), weight \(101, 16\)",
-        ),
+        ({"hidden": torch.randn(2, 3, HIDDEN)}, ValueError, r"must fit: hidden \(2, 3, 16\),"),
         ({"weight": torch.randn(WORDS, HIDDEN + 1)}, ValueError, r"weight \(101, 17\)"),
         ({"weight": torch.randn(HIDDEN)}, ValueError, r"weight \(16,\)"),
         (
@@ -420,18 +388,10 @@ def test_a_second_derivative_is_refused():
         ),
         ({"bias": torch.randn(WORDS)}, TypeError, "with a bias is not known here: use one without"),
         ({"reduction": "none"}, ValueError, '"mean" or "sum", but they are 512 and \'none\''),
-        (
-            {"tile_words": 0},
-            ValueError,
-            "tile_words must be a positive int .* they are 0 and 'mean'",
-        ),
+        ({"tile_words": 0}, ValueError, "tile_words must be a positive int .* they are 0 and"),
         ({"tile_words": 2.0}, ValueError, "they are 2.0 and"),
         ({"tile_words": True}, ValueError, "they are True and"),
-        (
-            {"targets": torch.full((TOKENS,), WORDS)},
-            ValueError,
-            "Targets must be 0 to 100 or -100: one is 101",
-        ),
+        ({"targets": torch.full((TOKENS,), WORDS)}, ValueError, "Targets must be 0 to 100 or"),
         ({"targets": torch.full((TOKENS,), -1)}, ValueError, "one is -1"),
         (
             {"ignore_index": 5, "targets": torch.full((TOKENS,), -100)},
@@ -767,18 +727,6 @@ def test_a_frozen_weight_gets_no_gradient_and_the_others_theirs():
     assert model.head.weight.grad is None and all(map(torch.equal, gradients, wanted))
 
 
-def test_remove_undoes_it_and_it_can_be_applied_again():
-    model = small_gpt()
-    handle = apply_tied_embedding(model)
-    assert "TiedLookup" in model.token_embedding(torch.tensor([1])).grad_fn.name()
-    handle.remove()
-    assert "forward" not in vars(model.token_embedding)
-    assert not model.head._forward_hooks and not model.head._forward_pre_hooks
-    assert "TiedLookup" not in model.token_embedding(torch.tensor([1])).grad_fn.name()
-    handle.remove()  # a second time does nothing
-    apply_tied_embedding(model)
-
-
 def test_the_model_is_not_held():
     model = small_gpt()
     handle = apply_tied_embedding(model)
@@ -827,21 +775,9 @@ def strange_embedding(model):
             "they cannot be kept",
         ),
         (lambda m: setattr(m.token_embedding, "sparse", True), TypeError, "they cannot be kept"),
-        (
-            strange_embedding,
-            TypeError,
-            "nn.Embedding and an nn.Linear, but they are Other and Linear",
-        ),
-        (
-            lambda m: setattr(m, "head", nn.Conv1d(1, 1, 1)),
-            TypeError,
-            "they are Embedding and Conv1d",
-        ),
-        (
-            lambda m: setattr(m, "head", nn.Linear(8, 20)),
-            ValueError,
-            "output layer of this Tied share no weight",
-        ),
+        (strange_embedding, TypeError, "and an nn.Linear, but they are Other and Linear"),
+        (lambda m: setattr(m, "head", nn.Conv1d(1, 1, 1)), TypeError, "are Embedding and Conv1d"),
+        (lambda m: setattr(m, "head", nn.Linear(8, 20)), ValueError, "of this Tied share no"),
         (apply_tied_embedding, ValueError, r"forward is replaced already: remove\(\) that first"),
     ],
 )
@@ -855,10 +791,7 @@ def test_what_cannot_be_tied_is_refused(change, error, message):
 def test_layers_that_are_not_found_can_be_named():
     tied = Tied()
     model = nn.Sequential(tied.token_embedding, nn.Tanh(), tied.head)
-    with pytest.raises(
-        TypeError,
-        match="must be an nn.Embedding and an nn.Linear, but they are NoneType and NoneType",
-    ):
+    with pytest.raises(TypeError, match="must be an nn.Embedding and an nn.Linear, but they are"):
         apply_tied_embedding(model)
     with pytest.raises(ValueError, match="of this GPT share no weight"):
         apply_tied_embedding(small_gpt(tied_embeddings=False))

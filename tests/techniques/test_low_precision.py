@@ -144,11 +144,7 @@ def large_weight(model):
     ("change", "arguments", "message"),
     [
         (None, {"dtype": FP32}, "must be torch.bfloat16 or torch.float16, but it is torch.float32"),
-        (
-            None,
-            {"keep": "inv_freq"},
-            "keep names inv_freq, but GPT has no such parameter or buffer",
-        ),
+        (None, {"keep": "inv_freq"}, "keep names inv_freq, but GPT has no such parameter or"),
         (None, {"keep": ["blocks"]}, "keep names blocks"),
         (with_gradient, {}, "token_embedding.weight has a gradient: call zero_grad"),
         (complex_parameter, {}, "phase is complex"),
