@@ -4,8 +4,8 @@ At each rung some moment of a step holds the peak, and a line that shrinks anoth
 nothing yet. So the prediction is a list of moments, each a sum of what is there then.
 
 The letters are those of the capstone notebook. p: parameters; h: hidden size; V: vocabulary; L:
-layers; T: tokens of a step; w: bytes of a weight; W and S: bytes of weights and optimizer state that
-are near.
+layers; T: tokens of a step; w: bytes of a weight; W and S: bytes of weights and optimizer state on
+the device.
 """
 
 import dataclasses

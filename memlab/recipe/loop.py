@@ -30,7 +30,7 @@ from ..techniques.lean_optimizers import AdamW8bit
 from ..techniques.lean_start import materialize
 from ..techniques.low_precision import (
     StochasticRoundingAdamW,
-    apply_low_precision,
+    cast_to_low_precision,
     stochastic_round,
 )
 from ..techniques.mixed_precision import apply_mixed_precision
@@ -118,7 +118,7 @@ def start(on: Iterable[str], setting: Setting) -> gpt.GPT:
         torch.manual_seed(setting.seed)
         model = gpt.GPT(config).to(setting.device)
         if "BF16 weights" in on:
-            apply_low_precision(model)
+            cast_to_low_precision(model)
         if "embedding far" in on:
             weight = model.token_embedding.weight
             weight.data = far_like(weight).copy_(weight.detach())

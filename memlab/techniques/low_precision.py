@@ -1,7 +1,7 @@
 """Low precision: weights, gradients, optimizer state and activations in BF16, 2 bytes each instead
 of 4.
 
-`apply_low_precision` casts a model, and everything that training makes of it halves. The cost is
+`cast_to_low_precision` casts a model, and everything that training makes of it halves. The cost is
 precision: a BF16 number has 8 significant bits, so a weight does not move when its update is
 smaller than half the distance to its neighbour, which is 1/512 to 1/256 of the weight. Two
 optimizers cure that. `StochasticRoundingAdamW` rounds up or down at random, so that the mean is
@@ -23,7 +23,7 @@ _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 @torch.no_grad()
-def apply_low_precision(
+def cast_to_low_precision(
     model: nn.Module, dtype: torch.dtype = torch.bfloat16, *, keep: Iterable[str] = ()
 ) -> None:
     """Cast a model's floating-point parameters and buffers to 16 bits, in place, before the

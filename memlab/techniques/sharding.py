@@ -10,7 +10,7 @@ each of N ranks. Each stage divides one thing more by N, and changes no result:
     2      gradients too                     4 + 12/N                         1
     3      parameters too                    16/N, and one block whole        1.5
 
-Activations are divided by none of them. `apply_sharding` does it to a model from outside, parameter
+Activations are divided by none of them. `shard_training` does it to a model from outside, parameter
 by parameter: few bytes, many small messages. `run_ranks` starts the processes, and ends them.
 
 Source: Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models"
@@ -125,7 +125,7 @@ class _Piece:
         self.shard.grad = mean if self.shard.grad is None else self.shard.grad.add_(mean)
 
 
-def apply_sharding(
+def shard_training(
     model: nn.Module, make_optimizer: Callable, stage: int = 3, *, blocks=None, group=None
 ) -> torch.optim.Optimizer:
     """Shard the training of a model over the ranks of a process group.
@@ -299,7 +299,7 @@ def whole_parameters(model: nn.Module) -> Iterator[None]:
     change it.
 
     Args:
-        model: A model of `apply_sharding`. One that is not sharded is whole as it is.
+        model: A model of `shard_training`. One that is not sharded is whole as it is.
     """
     absent = [
         piece for piece in _pieces_of.get(model, ()) if piece.stage == 3 and not piece.is_whole

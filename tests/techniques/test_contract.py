@@ -127,9 +127,6 @@ CASES = {
 # It is applied to an optimizer, and has its tests in test_offloading.py.
 NOT_TO_A_MODEL = {"offload_optimizer_state"}
 
-# TODO: give these names of their own: nothing of them can be undone.
-WITHOUT_UNDO = {"apply_low_precision", "apply_sharding"}
-
 every_technique = pytest.mark.parametrize(
     "case", [pytest.param(CASES[name], id=name) for name in CASES]
 )
@@ -149,7 +146,7 @@ def test_every_technique_that_is_applied_has_a_case():
         for name, function in public_functions()
         if name.startswith("apply_") or inspect.signature(function).return_annotation == "Handle"
     }
-    assert applied == CASES.keys() | NOT_TO_A_MODEL | WITHOUT_UNDO
+    assert applied == CASES.keys() | NOT_TO_A_MODEL
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name.startswith("apply_")])

@@ -12,7 +12,7 @@ from memlab import measure, proof
 from memlab.techniques.low_precision import (
     MasterWeightAdamW,
     StochasticRoundingAdamW,
-    apply_low_precision,
+    cast_to_low_precision,
     from_float8,
     stochastic_round,
     to_float8,
@@ -74,7 +74,7 @@ def test_every_parameter_takes_two_bytes_and_is_the_same_object(make, dtype):
     model = make()
     before = dict(model.named_parameters())
     values = {name: parameter.detach().clone() for name, parameter in before.items()}
-    assert apply_low_precision(model, dtype) is None
+    assert cast_to_low_precision(model, dtype) is None
     after = dict(model.named_parameters())
     assert all(after[name] is parameter for name, parameter in before.items())
     assert sum(p.nbytes for p in after.values()) == 2 * sum(v.numel() for v in values.values())
@@ -88,7 +88,7 @@ def test_gradients_are_those_of_the_model_to_16_bits(make):
     loss_of(model).backward()
     exact = torch.cat([p.grad.flatten() for p in model.parameters()])
     model.zero_grad()
-    apply_low_precision(model)
+    cast_to_low_precision(model)
     loss_of(model).backward()
     assert {p.grad.dtype for p in model.parameters()} == {BF16}
     low = torch.cat([p.grad.float().flatten() for p in model.parameters()])
@@ -99,7 +99,7 @@ def test_shared_parameters_stay_shared_and_integers_stay():
     model = small_gpt()
     model.register_buffer("count", torch.tensor(3))
     model.register_buffer("mean", torch.ones(3))
-    apply_low_precision(model)
+    cast_to_low_precision(model)
     assert model.head.weight is model.token_embedding.weight
     assert model.count.dtype == torch.int64 and model.mean.dtype == BF16
 
@@ -107,15 +107,15 @@ def test_shared_parameters_stay_shared_and_integers_stay():
 @pytest.mark.parametrize("name", ["token_embedding.weight", "head.weight"])
 def test_a_shared_parameter_is_kept_by_any_of_its_names(name):
     model = small_gpt()
-    apply_low_precision(model, keep=[name])
+    cast_to_low_precision(model, keep=[name])
     assert model.head.weight.dtype == FP32 and model.blocks[0].mlp.expansion.weight.dtype == BF16
 
 
 def test_a_rotary_embedding_keeps_its_frequencies():
     model, cast = llama(), llama()
     exact = model.model.rotary_emb.inv_freq.clone()
-    apply_low_precision(model, keep="inv_freq")
-    apply_low_precision(cast)
+    cast_to_low_precision(model, keep="inv_freq")
+    cast_to_low_precision(cast)
     assert torch.equal(model.model.rotary_emb.inv_freq, exact)
     assert not torch.equal(cast.model.rotary_emb.inv_freq.float(), exact)
     assert loss_of(model).isfinite()
@@ -124,7 +124,7 @@ def test_a_rotary_embedding_keeps_its_frequencies():
 def test_a_model_without_memory_can_be_cast():
     with torch.device("meta"):
         model = small_gpt()
-    apply_low_precision(model)
+    cast_to_low_precision(model)
     assert {p.dtype for p in model.parameters()} == {BF16}
 
 
@@ -157,15 +157,15 @@ def test_what_cannot_be_cast_is_refused_and_nothing_is_changed(change, arguments
         change(model)
     dtypes = [p.dtype for p in model.parameters()]
     with pytest.raises(ValueError, match=message):
-        apply_low_precision(model, **arguments)
+        cast_to_low_precision(model, **arguments)
     assert [p.dtype for p in model.parameters()] == dtypes
 
 
 def test_what_is_no_model_is_refused():
     with pytest.raises(TypeError, match="must be a torch.nn.Module"):
-        apply_low_precision([nn.Linear(2, 2)])
+        cast_to_low_precision([nn.Linear(2, 2)])
     with pytest.raises(ValueError, match="Identity has no floating-point parameters"):
-        apply_low_precision(nn.Identity())
+        cast_to_low_precision(nn.Identity())
 
 
 def test_casting_needs_one_tensor_twice_and_looking_for_large_numbers_no_more_than_slices():
@@ -173,7 +173,7 @@ def test_casting_needs_one_tensor_twice_and_looking_for_large_numbers_no_more_th
 
     def build():
         model = nn.ParameterList([torch.ones(large), torch.ones(small)])
-        apply_low_precision(model)
+        cast_to_low_precision(model)
         return lambda: model[1].sum().item()
 
     run = measure(build, device="cpu", steps=1)
@@ -185,14 +185,14 @@ def test_a_number_that_is_too_large_is_found_in_the_last_slice_and_where_rows_ar
         model = nn.ParameterDict({"weight": weight})
         model["weight"].data[-1] = 1e5
         with pytest.raises(ValueError, match="weight holds a number above"):
-            apply_low_precision(model, FP16)
+            cast_to_low_precision(model, FP16)
         assert model["weight"].dtype == FP32
 
 
 def test_infinite_weights_are_not_mistaken_for_large_ones():
     layer = nn.Linear(2, 2)
     layer.weight.data[0, 0] = float("-inf")
-    apply_low_precision(layer, FP16)
+    cast_to_low_precision(layer, FP16)
     assert layer.weight[0, 0] == float("-inf")
 
 
@@ -339,7 +339,7 @@ def test_the_second_moment_follows_and_with_rounding_to_the_nearest_it_does_not(
 @pytest.mark.parametrize("model", [small_gpt, small_vit, llama])
 def test_state_takes_four_or_twelve_bytes_a_parameter(model, make, state):
     model = model()
-    apply_low_precision(model)
+    cast_to_low_precision(model)
     optimizer = make(model.parameters())
     loss_of(model).backward()
     optimizer.step()
@@ -419,7 +419,7 @@ def training(make, low):
         torch.manual_seed(0)
         model = small_gpt()
         if low:
-            apply_low_precision(model)
+            cast_to_low_precision(model)
         optimizer = make(model.parameters(), lr=3e-3)
 
         def step():

@@ -19,7 +19,7 @@ import torch.testing._internal.distributed.fake_pg  # registers the backend "fak
 from torch import nn
 
 from memlab import measure
-from memlab.techniques.sharding import RankError, apply_sharding, run_ranks, whole_parameters
+from memlab.techniques.sharding import RankError, run_ranks, shard_training, whole_parameters
 from memlab.workloads import gpt, vit
 
 STAGES = (0, 1, 2, 3)
@@ -85,7 +85,7 @@ def train(make, stage, *, rank=0, ranks=1, group=None, backwards=1, zero="optimi
     torch.manual_seed(rank)  # other weights on each rank: rank 0's count
     model, loss_of = make()
     optimizer = (
-        sgd(model.parameters()) if stage is None else apply_sharding(model, sgd, stage, group=group)
+        sgd(model.parameters()) if stage is None else shard_training(model, sgd, stage, group=group)
     )
     losses = []
     for _ in range(3):
@@ -195,7 +195,7 @@ WIDTH, LAYERS = 64, 8
 def build_layers(stage):
     def build():
         model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS)))
-        optimizer = apply_sharding(model, adamw, stage)
+        optimizer = shard_training(model, adamw, stage)
         rows = torch.ones(2, WIDTH)
 
         def step():
@@ -241,7 +241,7 @@ def test_no_rank_holds_more_than_another(fake):
     for rank in range(3):
         dist.init_process_group("fake", rank=rank, world_size=3)
         model, _ = make_odd()
-        optimizer = apply_sharding(model, sgd, 1)
+        optimizer = shard_training(model, sgd, 1)
         sizes.append([p.numel() for p in optimizer.param_groups[0]["params"]])
         dist.destroy_process_group()
     trained = [p.numel() for p in make_odd()[0].parameters() if p.requires_grad]
@@ -255,7 +255,7 @@ def test_an_absent_parameter_is_nan_and_whole_again_inside(fake):
     fake(1)
     model, loss_of = make_gpt()
     before = [parameter.detach().clone() for parameter in model.parameters()]
-    apply_sharding(model, sgd, 3)
+    shard_training(model, sgd, 3)
     shapes = [parameter.shape for parameter in model.parameters()]
     assert shapes == [weight.shape for weight in before]
     assert all(parameter.isnan().all() for parameter in model.parameters())
@@ -277,7 +277,7 @@ def test_parameters_of_a_plain_model_are_whole():
 def test_a_deleted_model_is_gone(fake, stage):
     fake(2)
     model, _ = make_gpt()
-    optimizer = apply_sharding(model, sgd, stage)
+    optimizer = shard_training(model, sgd, stage)
     gone = [weakref.ref(model), weakref.ref(optimizer), weakref.ref(next(model.parameters()))]
     del model, _, optimizer
     gc.collect()
@@ -289,37 +289,37 @@ def test_a_deleted_model_is_gone(fake, stage):
 
 def test_a_process_group_is_needed():
     with pytest.raises(RuntimeError, match="no process group: start with torchrun"):
-        apply_sharding(nn.Linear(2, 2), sgd, 1)
+        shard_training(nn.Linear(2, 2), sgd, 1)
 
 
 def test_bad_input_is_refused(fake):
     fake(2)
     for stage in (-1, 4, "3", True, None):
         with pytest.raises(ValueError, match="stage must be 0, 1, 2 or 3"):
-            apply_sharding(nn.Linear(2, 2), sgd, stage)
+            shard_training(nn.Linear(2, 2), sgd, stage)
     with pytest.raises(ValueError, match="no weights to train"):
-        apply_sharding(nn.Linear(2, 2).requires_grad_(False), sgd, 1)
+        shard_training(nn.Linear(2, 2).requires_grad_(False), sgd, 1)
     with pytest.raises(ValueError, match="no weights to train on a real device"):
-        apply_sharding(nn.Linear(2, 2, device="meta"), sgd, 1)
+        shard_training(nn.Linear(2, 2, device="meta"), sgd, 1)
     with pytest.raises(ValueError, match="No blocks found in Linear: pass blocks="):
-        apply_sharding(nn.Linear(2, 2), sgd, 3)
+        shard_training(nn.Linear(2, 2), sgd, 3)
     with pytest.raises(ValueError, match="No blocks found"):
-        apply_sharding(nn.Sequential(nn.Linear(2, 2)), sgd, 3, blocks=[nn.Linear(2, 2)])
+        shard_training(nn.Sequential(nn.Linear(2, 2)), sgd, 3, blocks=[nn.Linear(2, 2)])
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    apply_sharding(model, sgd, 3)
+    shard_training(model, sgd, 3)
     with pytest.raises(ValueError, match="sharded already"):
-        apply_sharding(model, sgd, 1)
+        shard_training(model, sgd, 1)
 
 
 def test_an_optimizer_that_would_compute_something_else_is_refused(fake):
     fake(2)
     with pytest.raises(TypeError, match="Adafactor needs whole matrices"):
-        apply_sharding(nn.Linear(2, 2), torch.optim.Adafactor, 1)
+        shard_training(nn.Linear(2, 2), torch.optim.Adafactor, 1)
     other = nn.Linear(2, 2)
     with pytest.raises(ValueError, match="exactly the parameters it is given"):
-        apply_sharding(nn.Linear(2, 2), lambda shards: sgd(other.parameters()), 1)
+        shard_training(nn.Linear(2, 2), lambda shards: sgd(other.parameters()), 1)
     with pytest.raises(ValueError, match="exactly the parameters it is given"):
-        apply_sharding(nn.Linear(2, 2), lambda shards: sgd(shards[:1]), 1)
+        shard_training(nn.Linear(2, 2), lambda shards: sgd(shards[:1]), 1)
 
 
 # --- The launcher ---------------------------------------------------------------------------------
@@ -373,9 +373,9 @@ def test_one_gpu_under_nccl(tmp_path):
     path = script(
         tmp_path,
         "import torch, torch.distributed as dist\nfrom memlab.techniques.sharding import"
-        " apply_sharding\ndist.init_process_group('nccl')\nfor stage in range(4):\n   "
+        " shard_training\ndist.init_process_group('nccl')\nfor stage in range(4):\n   "
         " torch.manual_seed(0)\n    model = torch.nn.Sequential(torch.nn.Linear(8, 8),"
-        " torch.nn.Linear(8, 8)).cuda()\n    optimizer = apply_sharding(model, torch.optim.AdamW,"
+        " torch.nn.Linear(8, 8)).cuda()\n    optimizer = shard_training(model, torch.optim.AdamW,"
         " stage)\n    for _ in range(2):\n        loss = model(torch.ones(2, 8,"
         " device='cuda')).square().mean()\n        loss.backward(); optimizer.step();"
         " optimizer.zero_grad()\n    print(f'{loss.item():.6f}')\ndist.destroy_process_group()\n",
