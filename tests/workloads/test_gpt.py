@@ -11,7 +11,7 @@ from memlab.measure import measure
 from memlab.techniques.mixed_precision import apply_mixed_precision
 from memlab.workloads import gpt
 from memlab.workloads.gpt import GPT, Block, CausalSelfAttention, GPTConfig
-from tests.helpers import count_parameters
+from tests.helpers import count_parameters, equal
 
 TINY = gpt.tiny(context_length=16, layers=2)
 
@@ -61,8 +61,7 @@ def test_geometries_take_changes():
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "naive"])
-def test_equals_hugging_face(attention):
-    transformers = pytest.importorskip("transformers")
+def test_equals_hugging_face(attention, transformers):
     config = GPTConfig(101, 32, layers=3, heads=4, hidden=48, attention=attention)
     theirs = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(vocab_size=101, n_positions=32, n_embd=48, n_layer=3, n_head=4)
@@ -231,9 +230,7 @@ def test_tied_weights_are_one_storage():
 
 def test_same_seed_same_model():
     first, again, other = build(TINY), build(TINY), build(TINY, seed=1)
-    assert all(
-        torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True)
-    )
+    assert equal(first.parameters(), again.parameters())
     assert not torch.equal(first.token_embedding.weight, other.token_embedding.weight)
 
 

@@ -88,9 +88,8 @@ def test_the_device_decides(memory_gib, native_bfloat16, name, pretend):
     assert chosen.memory_bytes == memory
 
 
-@pytest.mark.parametrize(
-    "name", ["cpu", "t4", "gpu", "large"], ids="scale-{}".format
-)  # "gpu" alone is a marker
+# ("gpu" alone would be a marker.)
+@pytest.mark.parametrize("name", ["cpu", "t4", "gpu", "large"], ids="scale-{}".format)
 def test_memlab_scale_overrides_the_device(name, pretend, monkeypatch):
     pretend(79.1, True)
     assert scale().name == "gpu"
@@ -164,36 +163,30 @@ def test_the_ladder_is_smaller_on_a_cpu_and_its_head_large_beside_the_rest(cpu_o
     """The capstone climbs many rungs, each measured: on a CPU half the layers and a quarter of the
     batch have to do.
     """
-    here = scale("cpu")
-    assert (here.ladder_gpt.layers, here.ladder_batch_size) == (
-        here.gpt.layers // 2,
-        here.batch_size // 4,
-    )
-    head = here.ladder_gpt.vocabulary_size * here.ladder_gpt.hidden
-    assert (
-        head > 0.4 * here.ladder_gpt.parameter_count
-    )  # else the lines about the head would be idle
+    chosen = scale("cpu")
+    assert chosen.ladder_gpt.layers == chosen.gpt.layers // 2
+    assert chosen.ladder_batch_size == chosen.batch_size // 4
+    head = chosen.ladder_gpt.vocabulary_size * chosen.ladder_gpt.hidden
+    # Else the lines about the head would be idle.
+    assert head > 0.4 * chosen.ladder_gpt.parameter_count
 
 
 @pytest.mark.parametrize("memory_gib", [14.56, 22, 139.7])
 def test_the_ladder_has_the_batch_of_the_other_notebooks_on_a_gpu(memory_gib, pretend):
     pretend(memory_gib, memory_gib > 20)
     for name in (None, "large"):
-        here = scale(name)
-        assert (here.ladder_gpt, here.ladder_batch_size) == (here.gpt, here.batch_size)
+        chosen = scale(name)
+        assert chosen.ladder_gpt == chosen.gpt
+        assert chosen.ladder_batch_size == chosen.batch_size
 
 
 def test_the_t4_scale_is_a_t4s_on_a_larger_device(pretend):
     pretend(14.56, False)
-    here = scale()
+    on_a_t4 = scale()
     pretend(139.7, True)
-    there = scale("t4")
-    assert (here.gpt, here.batch_size, here.vit, here.image_batch_size) == (
-        there.gpt,
-        there.batch_size,
-        there.vit,
-        there.image_batch_size,
-    )
+    as_a_t4 = scale("t4")
+    for size in ("gpt", "batch_size", "vit", "image_batch_size"):
+        assert getattr(on_a_t4, size) == getattr(as_a_t4, size), size
 
 
 @pytest.mark.parametrize(
@@ -336,10 +329,8 @@ def test_the_cpu_sizes_run(cpu_only):
     pytest.importorskip("sklearn")
     model = gpt.GPT(chosen.gpt)
     with torch.no_grad():
-        loss = model(
-            *text.batch(text.load().train, 1, chosen.sequence_length, seed=0, device=chosen.device)
-        )
-        assert loss.isfinite()
+        length, device = chosen.sequence_length, chosen.device
+        assert model(*text.batch(text.load().train, 1, length, seed=0, device=device)).isfinite()
         data = images.load(chosen.vit.image_size).train
         assert vit.ViT(chosen.vit)(*images.batch(data, 2, seed=0)).isfinite()
 

@@ -7,7 +7,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from memlab.workloads import vit
 from memlab.workloads.vit import Block, SelfAttention, ViT, ViTConfig
-from tests.helpers import count_parameters
+from tests.helpers import count_parameters, equal
 
 TINY = ViTConfig(16, 4, channels=2, classes=10, layers=2, heads=2, hidden=32)
 
@@ -40,8 +40,7 @@ def test_parameter_count_is_the_models(config):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "naive"])
-def test_equals_hugging_face(attention):
-    transformers = pytest.importorskip("transformers")
+def test_equals_hugging_face(attention, transformers):
     theirs = transformers.ViTForImageClassification(
         transformers.ViTConfig(
             image_size=16,
@@ -190,9 +189,7 @@ def test_loss_is_a_scalar():
 
 def test_same_seed_same_model():
     first, again, other = build(TINY), build(TINY), build(TINY, seed=1)
-    assert all(
-        torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True)
-    )
+    assert equal(first.parameters(), again.parameters())
     assert not torch.equal(first.class_token, other.class_token)
 
 
