@@ -127,9 +127,7 @@ CASES = {
 # It is applied to an optimizer, and has its tests in test_offloading.py.
 NOT_TO_A_MODEL = {"offload_optimizer_state"}
 
-every_technique = pytest.mark.parametrize(
-    "case", [pytest.param(CASES[name], id=name) for name in CASES]
-)
+every_technique = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
 def public_functions():
