@@ -27,6 +27,10 @@ from torch import nn
 RESERVED = ("steps", "repeats", "device", "gpu")
 
 
+class RunEnded(ValueError):
+    """A generator was asked for one more step, and has none."""
+
+
 class Run:
     """A run that has been started.
 
@@ -46,14 +50,14 @@ class Run:
             What the step returned, or yielded: the loss.
 
         Raises:
-            ValueError: a generator has no further step.
+            RunEnded: a generator has no further step.
         """
         if not self.builds_in_first_step:
             return self._made()
         try:
             result = next(self._made)
         except StopIteration:
-            raise ValueError(self._ended()) from None
+            raise RunEnded(self._ended()) from None
         self._steps += 1
         return result
 

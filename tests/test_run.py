@@ -82,6 +82,17 @@ def test_proof_takes_both_forms():
     assert losses(train, 1, layers=1) == losses(build, 1, layers=1)
 
 
+def test_what_building_computes_is_no_part_of_a_step():
+    def tried_first(rounds=2):
+        trial = nn.Linear(WIDTH, WIDTH)
+        trial(torch.ones(BATCH, WIDTH))
+        yield from train(rounds=rounds)
+
+    assert first_step(tried_first).flops == first_step(train).flops
+    # With one step only there is nothing to tell them apart by.
+    assert first_step(tried_first, rounds=1).flops > first_step(train, rounds=1).flops
+
+
 def test_a_run_without_a_model_is_measured():
     def add():
         total = torch.zeros(1000)
