@@ -14,14 +14,28 @@ def of(flops=0, **gradients):
 
 
 def test_the_difference_is_relative_to_each_parameters_largest_gradient():
-    reference = of(a=[1.0, -4.0], b=[1e-3, 0.0])
-    assert gradient_difference(reference, of(a=[1.0, -4.0], b=[1e-3, 0.0])) == 0.0
-    assert gradient_difference(reference, of(a=[2.0, -4.0], b=[1e-3, 0.0])) == 0.25
-    assert gradient_difference(reference, of(a=[1.0, -4.0], b=[1e-3, 1e-3])) == pytest.approx(1.0)
+    reference = of(a=[1.0, -4.0], b=[0.5, 0.0])
+    assert gradient_difference(reference, of(a=[1.0, -4.0], b=[0.5, 0.0])) == 0.0
+    assert gradient_difference(reference, of(a=[2.0, -4.0], b=[0.5, 0.0])) == 0.25
+    assert gradient_difference(reference, of(a=[1.0, -4.0], b=[0.5, 0.5])) == pytest.approx(1.0)
     # More parameters than the reference's are no difference; a gradient of zeros is compared as it
     # is.
     assert gradient_difference(of(a=[0.0]), of(a=[0.5], b=[7.0])) == 0.5
     assert gradient_difference(of(a=[1.0], b=[]), of(a=[1.0], b=[])) == 0.0
+
+
+def test_a_small_gradient_is_held_against_a_thousandth_of_the_largest():
+    def with_small(value):
+        return of(a=[-4.0], small=[value])
+
+    # Rounding of a zero: of another sign, and still no difference to speak of.
+    assert gradient_difference(with_small(1e-11), with_small(-1e-11)) == pytest.approx(5e-9)
+    # At the thousandth nothing changes; below it, twice too large is found all the same.
+    assert gradient_difference(with_small(4e-3), with_small(8e-3)) == pytest.approx(1.0)
+    assert gradient_difference(with_small(4e-5), with_small(8e-5)) == pytest.approx(0.01)
+    assert gradient_difference(with_small(4e-5), with_small(0.0)) == pytest.approx(0.01)
+    # One that should be zero and is not.
+    assert gradient_difference(with_small(0.0), with_small(0.04)) == pytest.approx(10.0)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
