@@ -1,4 +1,4 @@
-"""The commands: `python -m memlab measure | report | doctor`."""
+"""The commands: `python -m memlab run | diff | measure | report | doctor`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import memlab
-from memlab import results
+from memlab import receipt, results
 from memlab.course import doctor, documents, notebook, run, tables
 from memlab.workloads.scale import scale
 
@@ -23,6 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return run_measure(
                 asked.notebooks, asked.in_place, asked.output, asked.cells, asked.timeout
             )
+        if asked.command == "diff":
+            return run_diff(asked.old, asked.new, asked.at_most)
         if asked.command == "report":
             return run_report(asked.check)
         return doctor.run(memlab.__version__)
@@ -39,6 +41,18 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m memlab", description=__doc__, epilog=memlab.__doc__.split("\n")[0]
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+
+    diff = commands.add_parser(
+        "diff", help="compare two receipts; exit status 1 if the later run needs more"
+    )
+    diff.add_argument("old", type=Path, help="a receipt that `measurement.save(path)` wrote")
+    diff.add_argument("new", type=Path, help="that of a later run")
+    diff.add_argument(
+        "--at-most",
+        default="0",
+        metavar="SIZE",
+        help='by how much it may grow: "1%%", "64 KiB" or bytes (default: 0)',
+    )
 
     measure = commands.add_parser(
         "measure", help="run the notebooks on this machine's device and print what they measured"
@@ -81,6 +95,13 @@ def _parser() -> argparse.ArgumentParser:
         "doctor", help="show the device, its scale, and whether the meter measures right here"
     )
     return parser
+
+
+def run_diff(old: Path, new: Path, at_most: str) -> int:
+    """Compare two receipts. 1 if the later run needs more than is allowed, else 0."""
+    difference = receipt.diff(receipt.load(old), receipt.load(new), at_most)
+    print(difference)
+    return int(difference.grew)
 
 
 def run_measure(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from memlab.forms import Machine
 from memlab.ledger import (
     COLUMNS,
     Block,
@@ -20,6 +22,7 @@ from memlab.meters import refusals
 from memlab.meters.device import environment
 from memlab.meters.recording import Recorded, no_garbage_collection
 from memlab.meters.sightings import Use
+from memlab.receipt import Receipt, groups, name_largest
 from memlab.show import Table
 from memlab.timing import Seconds
 from memlab.units import format_bytes
@@ -101,6 +104,27 @@ class Measurement:
         made them.
         """
         return self.ledger.alive_at(self.ledger.peak_time)[:count]
+
+    def receipt(self) -> Receipt:
+        """What is worth keeping of this measurement: to compare a later one with."""
+        ledger = self.ledger
+        known = [block for block in ledger.alive_at(ledger.known_peak_time) if block.is_known]
+        named, others = name_largest(groups(known))
+        return Receipt(
+            environment=Machine(**self.environment),
+            peak_bytes=self.peak_bytes,
+            phase=self.phase,
+            columns=self.columns,
+            known_bytes=self.known_bytes,
+            known_columns=self.known_columns,
+            blocks=named,
+            other_blocks_bytes=others,
+            outside_bytes=self.outside_bytes,
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write the receipt to a file: `memlab.receipt` reads it and compares."""
+        self.receipt().save(path)
 
     def _table(self) -> Table:
         rows = []

@@ -52,6 +52,11 @@ class Block:
     name: str = ""
     scratch: bool = False
 
+    @property
+    def is_known(self) -> bool:
+        """Whether it counts in a comparison to the byte: it is no scratch, and was explained."""
+        return not self.scratch and self.column != "unattributed"
+
     def __str__(self) -> str:
         where = self.module or self.name
         size = f"{self.bytes / 2**20:>10,.2f} MiB"
@@ -106,7 +111,7 @@ class Ledger:
         self._total = np.cumsum(self._changes)
 
         # The same without what is in no tensor: an operator's scratch, and what nobody knows.
-        is_known = [not b.scratch and b.column != "unattributed" for b in self.blocks]
+        is_known = [block.is_known for block in self.blocks]
         of_known = np.array(is_known, dtype=bool)[self._owners]
         self._known_changes = np.where(of_known, self._changes, 0)
         self._known = np.cumsum(self._known_changes)
@@ -137,6 +142,11 @@ class Ledger:
         It may be reached at another moment than the peak.
         """
         return int(self._known.max()) if len(self._known) else 0
+
+    @property
+    def known_peak_time(self) -> int:
+        """The moment (nanoseconds) at which that was first reached."""
+        return int(self._times[self._known.argmax()]) if len(self._known) else self.start
 
     def known_columns(self) -> dict[str, int]:
         """Bytes by column at that moment, without the same; their sum is `known_peak_bytes`."""

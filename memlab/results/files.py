@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from memlab.forms import replace
 from memlab.results.models import Claim, Environment, Record, Results
 
 
@@ -80,12 +80,3 @@ def load_all(root: Path) -> list[Results]:
 def write(path: Path, data: Results) -> None:
     """Write a results file, whole or not at all."""
     replace(path, data.to_json())
-
-
-def replace(path: Path, content: str | bytes) -> None:
-    """Write a file whole or not at all, so that an interrupted run leaves the old one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(partial, path)

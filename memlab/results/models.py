@@ -4,48 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from typing import Annotated, Literal
+from typing import Annotated
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    StringConstraints,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, StringConstraints, ValidationError, field_validator, model_validator
 
 from memlab import units
+from memlab.forms import Count, Machine, Model, Text, in_words
 from memlab.ledger import COLUMNS, PHASES
 
 #: The version of the form of a results file. It grows when a reader of the old form would misread
 #: the new one.
 SCHEMA = 1
 
-Text = Annotated[str, StringConstraints(pattern=r"\S")]
-Count = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[float, Field(ge=0)]
 
 
-class Model(BaseModel):
-    """What all have in common: no field that is not named, nothing turned into another type, no
-    NaN, and no change once it is made.
-    """
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
-
-
-class Environment(Model):
+class Environment(Machine):
     """What a result depends on beside the code that was measured."""
 
-    device: Literal["cpu", "cuda"]
-    gpu: Text | None
-    gpu_bytes: Count | None
-    torch: Text
-    driver: Text | None
-    python: Text
-    threads: Count
     commit: Text | None
     date: Annotated[str, StringConstraints(pattern=r"^\d{4}-\d{2}-\d{2}$")]
 
@@ -217,19 +193,6 @@ class Results(Model):
             "claims": [in_file(claim) for claim in self.claims],
         }
         return json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def in_words(error: ValidationError) -> str:
-    """The first thing that a check found, in one line: where, what has to be, what was given."""
-    problem = error.errors()[0]
-    place = "".join(
-        f"[{step}]" if isinstance(step, int) else f".{step}" for step in problem["loc"]
-    ).lstrip(".")
-    said = problem["msg"].removeprefix("Value error, ")
-    given = (
-        "" if problem["type"] in ("missing", "value_error") else f", not {problem['input']!r:.60}"
-    )
-    return f"{place}: {said}{given}" if place else f"{said}{given}"
 
 
 def listed(names: Iterable[object]) -> str:

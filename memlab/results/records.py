@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 from pydantic import TypeAdapter, ValidationError
 
+from memlab.forms import in_words
 from memlab.meters.device import environment as measured_environment
 from memlab.results.environments import of_measurement
-from memlab.results.models import Claim, Record, in_words, listed
+from memlab.results.models import Claim, Record, listed
 from memlab.workloads.scale import scale as scale_of_this_device
 
 if TYPE_CHECKING:

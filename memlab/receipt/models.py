@@ -1,0 +1,138 @@
+"""The form of a receipt, and the file that keeps it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from pydantic import ValidationError, field_validator
+
+from memlab.forms import Bytes, Count, Machine, Model, Text, in_words, replace
+from memlab.ledger import COLUMNS, Block
+from memlab.units import format_bytes
+
+#: The version of the form of a receipt. It grows when a reader of the old form would misread the
+#: new one.
+SCHEMA = 1
+
+#: How many groups of blocks a receipt names; what the others hold is one number.
+MOST_GROUPS = 50
+
+
+class Group(Model):
+    """Blocks that are for the same thing and of one size: what `count` of `bytes` each hold."""
+
+    count: Count
+    bytes: Bytes
+    column: str
+    operator: str
+    module: str
+    name: str
+
+    @property
+    def total(self) -> int:
+        """The bytes of all of them."""
+        return self.count * self.bytes
+
+    @property
+    def place(self) -> str:
+        """Who made them and where, for people."""
+        return " in ".join(part for part in (self.operator, self.module or self.name) if part)
+
+    def __str__(self) -> str:
+        return f"{self.count} x {format_bytes(self.bytes)}"
+
+
+class Receipt(Model):
+    """What a run needed.
+
+    Attributes:
+        environment: device, GPU, torch, driver, Python, threads.
+        peak_bytes: the most bytes alive at once.
+        phase: the phase of the peak.
+        columns: bytes by column at the peak.
+        known_bytes: the most bytes without what operators took for themselves: what is compared.
+        known_columns: bytes by column at that moment.
+        blocks: the blocks alive at that moment, equal ones as one group, the largest group first.
+        other_blocks_bytes: what the groups hold that are too small to be named.
+        outside_bytes: the most bytes of tensors that the allocator did not hand out.
+    """
+
+    environment: Machine
+    peak_bytes: Bytes
+    phase: str
+    columns: dict[str, Bytes]
+    known_bytes: Bytes
+    known_columns: dict[str, Bytes]
+    blocks: list[Group]
+    other_blocks_bytes: Bytes
+    outside_bytes: Bytes
+
+    @field_validator("columns", "known_columns")
+    @classmethod
+    def _all_of_the_ledgers(cls, columns: dict[str, int]) -> dict[str, int]:
+        if set(columns) != set(COLUMNS):
+            raise ValueError(f"the columns have to be {', '.join(COLUMNS)}")
+        return {column: columns[column] for column in COLUMNS}
+
+    def save(self, path: str | Path) -> None:
+        """Write the receipt as JSON, whole or not at all."""
+        text = json.dumps({"schema": SCHEMA, **self.model_dump()}, indent=1, ensure_ascii=False)
+        replace(path, text + "\n")
+
+
+def load(path: str | Path) -> Receipt:
+    """Read a receipt that `Measurement.save` wrote.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The receipt.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a receipt of this version; the message says what is wrong, and where.
+    """
+    text = Path(path).read_text(encoding="utf-8")
+    try:
+        data = json.loads(text)
+        if not isinstance(data, dict):
+            raise ValueError(f"a receipt is a JSON object, not {type(data).__name__}")
+        if (version := data.pop("schema", None)) != SCHEMA:
+            raise ValueError(f"its schema is version {version!r}; this memlab reads {SCHEMA}")
+        return Receipt.model_validate(data)
+    except ValidationError as error:
+        raise ValueError(f"{path} is not a receipt: {in_words(error)}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not a receipt: {error}") from error
+
+
+def groups(blocks: Iterable[Block]) -> list[Group]:
+    """Sum equal blocks: those of one size that the same operator made in the same module.
+
+    Args:
+        blocks: from a ledger.
+
+    Returns:
+        The groups, that with the most bytes first.
+    """
+    counts: dict[tuple, int] = {}
+    for block in blocks:
+        # A module that has a name says enough: the names of its parameters would part equal blocks.
+        name = "" if block.module else block.name
+        alike = (block.bytes, block.column, block.operator, block.module, name)
+        counts[alike] = counts.get(alike, 0) + 1
+    made = [
+        Group(count=count, bytes=size, column=column, operator=operator, module=module, name=name)
+        for (size, column, operator, module, name), count in counts.items()
+    ]
+    # By name where the bytes are equal: the same run writes the same file.
+    return sorted(made, key=lambda group: (-group.total, group.column, group.place, group.bytes))
+
+
+def name_largest(all_groups: Sequence[Group]) -> tuple[list[Group], int]:
+    """The groups that a receipt names, and the bytes of the others."""
+    named = list(all_groups[:MOST_GROUPS])
+    return named, sum(group.total for group in all_groups[MOST_GROUPS:])
