@@ -11,7 +11,7 @@ Plain data. A meter (`memlab.meters`) hands over three lists, and this room join
 Nothing here imports torch, so every rule can be tested with a handful of made-up events.
 """
 
-from memlab.ledger.blocks import COLUMNS, Block, Event, Ledger, Timeline, lives
+from memlab.ledger.blocks import COLUMNS, Block, Event, Ledger, Timeline, format_type, lives
 from memlab.ledger.labels import PRIORITY, Observation, build_ledger
 from memlab.ledger.phases import PHASES
 from memlab.ledger.spans import Span, Spans
@@ -28,5 +28,6 @@ __all__ = [
     "Spans",
     "Timeline",
     "build_ledger",
+    "format_type",
     "lives",
 ]

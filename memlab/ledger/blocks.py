@@ -22,6 +22,23 @@ COLUMNS = (
 )
 
 
+#: Data types as the field writes them; the others go by PyTorch's name.
+_TYPES = {"float64": "FP64", "float32": "FP32", "bfloat16": "BF16", "float16": "FP16"}
+
+
+def format_type(dtype: str | None, shape: tuple[int, ...] | None = None) -> str:
+    """Write a tensor's data type and shape for people: `FP32 (64, 8000)`. None was not seen.
+
+    Args:
+        dtype: PyTorch's name of it without `torch.`: `"float32"`.
+        shape: the tensor's.
+    """
+    if dtype is None:
+        return "type not seen"
+    name = _TYPES.get(dtype, dtype)
+    return name if shape is None else f"{name} {tuple(shape)}"
+
+
 class Event(NamedTuple):
     """The allocator handed out `bytes` at `address` (positive), or took them back (negative). Time
     in nanoseconds.
@@ -39,6 +56,8 @@ class Block:
 
     `scratch`: an operator took it for itself and gave it back before it was done. How much that is
     depends on the processor and on the number of threads.
+    `operator`: the outermost one, `aten::conv2d` and not the `aten::empty` that it calls.
+    `dtype`, `shape`: of a tensor that was seen to fill the block (None: no such tensor was seen).
     """
 
     bytes: int
@@ -51,6 +70,8 @@ class Block:
     operator: str = ""
     name: str = ""
     scratch: bool = False
+    dtype: str | None = None
+    shape: tuple[int, ...] | None = None
 
     @property
     def is_known(self) -> bool:
@@ -58,9 +79,10 @@ class Block:
         return not self.scratch and self.column != "unattributed"
 
     def __str__(self) -> str:
+        kind = format_type(self.dtype, self.shape)
         where = self.module or self.name
         size = f"{self.bytes / 2**20:>10,.2f} MiB"
-        return f"{size}  {self.column:<16}{self.operator:<34}{where}".rstrip()
+        return f"{size}  {self.column:<16}{kind:<22}  {self.operator:<30}  {where}".rstrip()
 
 
 @dataclass

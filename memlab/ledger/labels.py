@@ -83,10 +83,16 @@ def build_ledger(
 
 
 def _place(blocks: list[Block], spans: Spans, phases: Spans) -> None:
-    """Note for every block the phase, the operator and the module in which it was born."""
+    """Note for every block the phase, the operator and the module in which it was born.
+
+    The operator is the outermost one: who calls `aten::conv2d` does not know the `aten::empty` that
+    it calls.
+    """
     modules = spans.of("module")
     nodes = spans.of("backward")
     operators = spans.of("operator", "backward")
+    functions = Spans(span for span in operators if not _is_operator(span.name))
+    outermost = Spans(span for span in operators if _is_operator(span.name)).outermost()
 
     # A backward node carries the sequence number of the forward operator that made it: so it knows
     # its module.
@@ -98,7 +104,10 @@ def _place(blocks: list[Block], spans: Spans, phases: Spans) -> None:
 
     for block in blocks:
         phase = phases.at(block.born)
-        operator = operators.at(block.born)
+        operator = outermost.at(block.born)
+        if operator is None or operator.name in _ALLOCATORS:
+            # Memory that a function written in Python, or a compiled one, asked for by itself.
+            operator = functions.at(block.born) or operator
         module = modules.at(block.born)
         node = nodes.at(block.born)
         block.phase = phase.kind if phase else "other"
@@ -124,9 +133,13 @@ def _tell_scratch(blocks: list[Block], spans: Spans) -> None:
         block.scratch = asked is not None and block.died is not None and block.died <= asked.end
 
 
+def _is_operator(name: str) -> bool:
+    """Whether it is an operator of the dispatcher: not a node of autograd, nor a function."""
+    return "::" in name and not name.startswith("torch::autograd::")
+
+
 def _computes(name: str) -> bool:
-    is_operator = "::" in name and not name.startswith("torch::autograd::")
-    return is_operator and name not in _ALLOCATORS
+    return _is_operator(name) and name not in _ALLOCATORS
 
 
 def _label(blocks: list[Block], observations: Iterable[Observation]) -> list[Observation]:

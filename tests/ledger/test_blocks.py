@@ -5,7 +5,17 @@ import pickle
 import numpy as np
 import pytest
 
-from memlab.ledger import COLUMNS, Block, Event, Ledger, Observation, Span, build_ledger, lives
+from memlab.ledger import (
+    COLUMNS,
+    Block,
+    Event,
+    Ledger,
+    Observation,
+    Span,
+    build_ledger,
+    format_type,
+    lives,
+)
 
 
 def test_every_hand_out_is_paired_with_its_return():
@@ -150,7 +160,18 @@ def test_every_column_is_there_even_when_empty(column):
 
 def test_a_block_reads_as_a_line():
     block = Block(2**20, 7, 0, None, "activations", "forward", "blocks.0", "aten::gelu")
-    assert str(block).split() == ["1.00", "MiB", "activations", "aten::gelu", "blocks.0"]
+    words = ["1.00", "MiB", "activations", "type", "not", "seen", "aten::gelu", "blocks.0"]
+    assert str(block).split() == words
+    block.dtype = "float32"
+    block.shape = (512, 512)
+    assert "  activations     FP32 (512, 512)  " in str(block)
+
+
+def test_a_type_reads_as_the_field_writes_it():
+    assert format_type("bfloat16", (64, 8000)) == "BF16 (64, 8000)"
+    assert format_type("int64", ()) == "int64 ()"
+    assert format_type("float16") == "FP16"
+    assert format_type(None, (3,)) == "type not seen"
 
 
 def test_a_ledger_pickles():

@@ -161,7 +161,11 @@ def test_a_block_knows_its_module_operator_and_phase():
         *TWO_STEPS,
         Span(125, 140, "operator", "aten::linear", sequence=3),
         Span(126, 139, "operator", "aten::addmm", sequence=3),
+        Span(302, 335, "operator", "AddmmBackward0"),
         Span(305, 330, "operator", "aten::mm"),
+        Span(346, 390, "operator", "MineBackward"),
+        Span(350, 380, "operator", "aten::zeros"),
+        Span(355, 370, "operator", "aten::empty"),
         Span(210, 220, "operator", "aten::mean", sequence=4),
     ]
     spans[3] = spans[3]._replace(sequence=3)  # the backward node of the linear layer
@@ -172,16 +176,18 @@ def test_a_block_knows_its_module_operator_and_phase():
                 *alive(310, 2, 8, 999),
                 *alive(215, 3, 8, 999),
                 *alive(420, 4, 8, 999),
+                *alive(360, 5, 8, 999),
             ]
         ),
         spans=spans,
     )
     found = {a: (b.phase, b.module, b.operator) for a, b in by_address(ledger).items()}
     assert found == {
-        1: ("forward", "model.inner", "aten::addmm"),
+        1: ("forward", "model.inner", "aten::linear"),
         2: ("backward", "model.inner", "aten::mm"),
         3: ("forward", "", "aten::mean"),
         4: ("other", "", ""),
+        5: ("backward", "", "MineBackward"),  # a function of one's own that asked for memory
     }
 
 
