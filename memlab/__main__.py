@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import memlab
-from memlab import receipt, results
+from memlab import receipt, results, script
 from memlab.course import doctor, documents, notebook, run, tables
 from memlab.workloads.scale import scale
 
@@ -17,8 +17,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command. Returns the exit status: 0 all is well, 1 something failed, 2 it was called
     wrongly.
     """
-    asked = _parser().parse_args(arguments)
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    asked, of_script = _read(arguments)
     try:
+        if asked.command == "run":
+            return script.run_script(
+                asked.script,
+                of_script,
+                as_module=asked.module,
+                size=asked.budget,
+                report=asked.report,
+                save=asked.save,
+            )
         if asked.command == "measure":
             return run_measure(
                 asked.notebooks, asked.in_place, asked.output, asked.cells, asked.timeout
@@ -36,11 +46,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
+def _read(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The command with its options, and what comes after `--`: the arguments of the script."""
+    parser = _parser()
+    if arguments[:1] != ["run"]:
+        return parser.parse_args(arguments), []
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    asked, unknown = parser.parse_known_args(arguments[:end])
+    if unknown:
+        parser.error(
+            f"memlab run does not know {unknown[0]!r}. What the script is to be given comes after"
+            f" --: python -m memlab run {asked.script} -- {' '.join(unknown)}"
+        )
+    return asked, arguments[end + 1 :]
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m memlab", description=__doc__, epilog=memlab.__doc__.split("\n")[0]
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+
+    run_parser = commands.add_parser(
+        "run",
+        help="run a script, watch all of it, and print its receipt",
+        usage="python -m memlab run [options] train.py -- --its --own arguments",
+    )
+    run_parser.add_argument("script", help="a file or, with -m, a module")
+    run_parser.add_argument(
+        "-m", dest="module", action="store_true", help="run a module or package, as python -m does"
+    )
+    run_parser.add_argument(
+        "--budget", metavar="SIZE", help='allow at most "8 GiB", and say what would help'
+    )
+    run_parser.add_argument(
+        "--report", type=Path, metavar="FILE", help="write the receipt as one HTML page"
+    )
+    run_parser.add_argument(
+        "--save", type=Path, metavar="FILE", help="keep the receipt, for python -m memlab diff"
+    )
 
     diff = commands.add_parser(
         "diff", help="compare two receipts; exit status 1 if the later run needs more"

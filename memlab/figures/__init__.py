@@ -10,7 +10,16 @@ Every figure carries an alternative text and its title says what happened.
 
 from memlab.figures.bars import bars
 from memlab.figures.compound import comparison, curves, ladder, ledgers, trade
-from memlab.figures.style import PALETTE, Drawing, drawing, headline, legend, style, unit_for
+from memlab.figures.style import (
+    PALETTE,
+    Drawing,
+    darken,
+    drawing,
+    headline,
+    legend,
+    style,
+    unit_for,
+)
 from memlab.figures.timeline import stack, timeline
 
 __all__ = [
@@ -19,6 +28,7 @@ __all__ = [
     "bars",
     "comparison",
     "curves",
+    "darken",
     "drawing",
     "headline",
     "ladder",

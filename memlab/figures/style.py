@@ -9,10 +9,13 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import Collection
+from matplotlib.colors import to_rgb, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.text import Text
 
 from memlab.ledger import COLUMNS
 from memlab.units import GiB, KiB, MiB, format_bytes
@@ -53,13 +56,14 @@ class Drawing(Figure):
     def __init__(self, *args: object, **kwargs: object):
         super().__init__(*args, **kwargs)
         FigureCanvasAgg(self)
+        self.set_facecolor("white")
         self.alt = ""
 
     def png(self, dpi: int = 120) -> bytes:
         """The figure as the bytes of a PNG file, `dpi` pixels an inch of its size."""
         buffer = io.BytesIO()
         # Not bbox_inches="tight": the pictures of one slider have to be of one size.
-        self.savefig(buffer, format="png", dpi=dpi, facecolor="white", metadata={"Software": None})
+        self.savefig(buffer, format="png", dpi=dpi, facecolor="auto", metadata={"Software": None})
         return buffer.getvalue()
 
     def _repr_mimebundle_(self, **_: object) -> tuple[dict, dict]:
@@ -92,6 +96,32 @@ def style(axes: Axes) -> Axes:
     axes.grid(True, axis="both", color="#DDDDDD", linewidth=0.6)
     axes.set_axisbelow(True)
     return axes
+
+
+def darken(figure: Drawing) -> None:
+    """Recolour a figure for a dark page: its greys change places, the columns keep their colours.
+
+    Args:
+        figure: a finished figure; it is changed.
+    """
+    figure.canvas.draw()  # makes the ticks and their labels, which come last
+    for artist in [*figure.findobj(Line2D), *figure.findobj(Text)]:
+        artist.set_color(_in_the_dark(artist.get_color()))
+    for patch in figure.findobj(Patch):
+        patch.set_facecolor(_in_the_dark(patch.get_facecolor()))
+        patch.set_edgecolor(_in_the_dark(patch.get_edgecolor()))
+    for collection in figure.findobj(Collection):
+        collection.set_facecolor([_in_the_dark(colour) for colour in collection.get_facecolor()])
+        collection.set_edgecolor([_in_the_dark(colour) for colour in collection.get_edgecolor()])
+
+
+def _in_the_dark(colour: object) -> tuple[float, float, float, float]:
+    """A grey turned around, black to nearly white; columns and other colours stay as they are."""
+    red, green, blue, alpha = to_rgba(colour)
+    if not red == green == blue or (red, green, blue) == to_rgb(PALETTE["temporaries"]):
+        return red, green, blue, alpha
+    grey = 0.86 - 0.77 * red  # white to 0.09, the page's
+    return grey, grey, grey, alpha
 
 
 def legend(figure: Figure, ledgers: Sequence[Mapping[str, int]], predicted: bool = False) -> None:

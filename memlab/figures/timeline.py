@@ -91,9 +91,11 @@ def stack(
     ledger = measurement.ledger
     line = measurement.timeline.thin(900)
     time = _time_axis(ledger, line)
+    # To the end of the axis: what is alive after the last event stays alive.
+    moments = [*time.place(line.seconds), (time.length + time.margin) * time.scale]
     axes.stackplot(
-        time.place(line.seconds),
-        *[line.bytes[column] / unit for column in COLUMNS],
+        moments,
+        *[[*line.bytes[column] / unit, line.bytes[column][-1] / unit] for column in COLUMNS],
         step="post",
         colors=[PALETTE[column] for column in COLUMNS],
         linewidth=0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -110,7 +111,8 @@ def load(path: str | Path) -> Receipt:
 
 
 def groups(blocks: Iterable[Block]) -> list[Group]:
-    """Sum equal blocks: those of one size that the same operator made in the same module.
+    """Sum equal blocks: those of one size that the same operator made in the same module, or in
+    the same module of each layer (`h.*.mlp`).
 
     Args:
         blocks: from a ledger.
@@ -121,8 +123,9 @@ def groups(blocks: Iterable[Block]) -> list[Group]:
     counts: dict[tuple, int] = {}
     for block in blocks:
         # A module that has a name says enough: the names of its parameters would part equal blocks.
-        name = "" if block.module else block.name
-        alike = (block.bytes, block.column, block.operator, block.module, name)
+        module = _in_each_layer(block.module)
+        name = "" if module else _in_each_layer(block.name)
+        alike = (block.bytes, block.column, block.operator, module, name)
         counts[alike] = counts.get(alike, 0) + 1
     made = [
         Group(count=count, bytes=size, column=column, operator=operator, module=module, name=name)
@@ -130,6 +133,11 @@ def groups(blocks: Iterable[Block]) -> list[Group]:
     ]
     # By name where the bytes are equal: the same run writes the same file.
     return sorted(made, key=lambda group: (-group.total, group.column, group.place, group.bytes))
+
+
+def _in_each_layer(name: str) -> str:
+    """`h.3.mlp.c_fc` as `h.*.mlp.c_fc`: the same part of every layer."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
 
 
 def name_largest(all_groups: Sequence[Group]) -> tuple[list[Group], int]:

@@ -1,0 +1,175 @@
+"""`python -m memlab run train.py`: an unchanged script, watched from its first line to its last.
+
+The receipt goes to standard error, so what the script prints stays as it is. It is printed also
+after an exception or Control-C, which end the command as they would have ended the script.
+"""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import CodeType, ModuleType
+
+import torch
+
+from memlab import page
+from memlab.budget import budget
+from memlab.measurement import Measurement
+from memlab.receipt import groups
+from memlab.remedies import out_of_memory
+from memlab.units import format_bytes, parse_bytes
+from memlab.watch import watch
+
+#: How many groups of blocks are printed.
+LARGEST = 5
+
+
+def run_script(
+    script: str,
+    arguments: Sequence[str] = (),
+    *,
+    as_module: bool = False,
+    size: str | None = None,
+    report: Path | None = None,
+    save: Path | None = None,
+) -> int:
+    """Run a script as Python would, watch all of it, and print its receipt.
+
+    Args:
+        script: the path of a file or, with `as_module`, the name of a module or package.
+        arguments: what the script finds in `sys.argv[1:]`.
+        as_module: whether it is run as by `python -m`.
+        size: a budget, such as "8 GiB" (`memlab.budget`).
+        report: where to write the receipt as one HTML page.
+        save: where to keep the receipt (`memlab.receipt`).
+
+    Returns:
+        The exit status that the script would have had: 1 after an exception, 130 after Control-C.
+        Over the budget it is 1, too.
+
+    Raises:
+        FileNotFoundError: there is no such script.
+        ValueError: there is no such module, or the budget is not a size.
+    """
+    main, code = _load(script, as_module)
+    limit = None if size is None else parse_bytes(size)
+    error: BaseException | None = None
+    with _as_main(main, script, arguments), watch() as watched:
+        # What the script made has to be alive when the watch ends: that is how it sees who holds
+        # what. So its module and, after an error, its frames are still held here.
+        try:
+            with contextlib.nullcontext() if limit is None else budget(limit):
+                exec(code, main.__dict__)
+        except BaseException as raised:
+            error = raised
+    status = _say_error(error)
+    try:
+        measurement = watched.measurement
+    except (RuntimeError, ValueError) as refusal:
+        _say(f"memlab has no receipt of {script}: {refusal}")
+        return status
+    over = limit is not None and measurement.peak_bytes > limit
+    why = out_of_memory(measurement, error) if over or _ran_out(error) else []
+    _say("\n".join(_receipt(measurement, f"{script}{_rank()}", limit if over else None, why)))
+    if save is not None:
+        measurement.save(_of_this_rank(save))
+        _say(f"kept in {_of_this_rank(save)}")
+    if report is not None:
+        page.write(_of_this_rank(report), measurement, f"{script}{_rank()}", why)
+        _say(f"written: {_of_this_rank(report)}")
+    return status or int(over)
+
+
+def _load(script: str, as_module: bool) -> tuple[ModuleType, CodeType]:
+    """The module `__main__` of a script, still empty, and the script's code."""
+    main = ModuleType("__main__")
+    main.__builtins__ = builtins
+    if not as_module:
+        path = Path(script)
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no script {script}")
+        main.__file__ = script
+        main.__spec__ = None
+        return main, compile(path.read_bytes(), script, "exec", dont_inherit=True)
+    spec = importlib.util.find_spec(script)
+    if spec is not None and spec.submodule_search_locations is not None:  # a package
+        spec = importlib.util.find_spec(f"{script}.__main__")
+    code = None if spec is None or spec.loader is None else spec.loader.get_code(spec.name)
+    if code is None:
+        raise ValueError(f"there is no module {script!r} that could be run")
+    main.__file__ = spec.origin
+    main.__spec__ = spec
+    main.__package__ = spec.parent
+    main.__loader__ = spec.loader
+    return main, code
+
+
+@contextlib.contextmanager
+def _as_main(main: ModuleType, script: str, arguments: Sequence[str]) -> Iterator[None]:
+    """Make a module the one that runs: `__main__`, its arguments, and where it imports from."""
+    before = sys.argv, sys.path[:], sys.modules["__main__"]
+    sys.argv = [main.__file__, *arguments]
+    if main.__spec__ is None:
+        # A script imports from its own folder; `python -m` from the folder in which one is.
+        sys.path[0] = str(Path(script).resolve().parent)
+    sys.modules["__main__"] = main
+    try:
+        yield
+    finally:
+        sys.argv, sys.path[:], sys.modules["__main__"] = before
+
+
+def _say_error(error: BaseException | None) -> int:
+    """Say an error as Python would. The exit status."""
+    if error is None:
+        return 0
+    if isinstance(error, SystemExit):
+        if error.code is None or isinstance(error.code, int):
+            return error.code or 0
+        _say(str(error.code))
+        return 1
+    # Without the frame of memlab, which comes first.
+    error.__traceback__ = error.__traceback__.tb_next
+    sys.excepthook(type(error), error, error.__traceback__)
+    return 130 if isinstance(error, KeyboardInterrupt) else 1
+
+
+def _receipt(
+    measurement: Measurement, title: str, passed: int | None, why: Sequence[str]
+) -> list[str]:
+    """The receipt in lines; `passed` is the budget, if it was passed."""
+    lines = [f"memlab: the receipt of {title}", str(measurement)]
+    largest = groups(measurement.ledger.alive_at(measurement.ledger.peak_time))[:LARGEST]
+    lines += ["Largest at the peak:"] if largest else []
+    for group in largest:
+        column = group.column.replace("_", " ")
+        lines.append(f"  {group}, {column}, {group.place or 'by no operator'}")
+    if passed is not None:
+        lines.append(f"Over the budget of {format_bytes(passed)}.")
+    return [*lines, *why]
+
+
+def _ran_out(error: BaseException | None) -> bool:
+    """Whether an error says that memory did not suffice; on the CPU PyTorch has no class for it."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _rank() -> str:
+    """Which of several processes this is (torchrun says it), for people; nothing for only one."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return ""
+    return f", rank {os.environ['RANK']}"
+
+
+def _of_this_rank(path: Path) -> Path:
+    """The file of this rank: report.rank1.html. One process alone has the file as it was named."""
+    return path.with_stem(f"{path.stem}.rank{os.environ['RANK']}") if _rank() else path
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

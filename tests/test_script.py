@@ -1,0 +1,169 @@
+"""A script that is run and watched: as Python would run it, to the byte, whatever ends it."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from memlab import __main__ as commands
+from memlab import receipt
+from memlab.script import run_script
+
+PACKAGE = Path(__file__).resolve().parents[1]
+
+#: Parameters, gradients, and AdamW's two moments and two step counters, in bytes.
+WEIGHTS = 4 * (16 * 32 + 32)
+STATE = 2 * WEIGHTS + 2 * 4
+
+TRAIN = """
+import sys
+
+import torch
+
+model = torch.nn.Linear(16, 32)
+optimizer = torch.optim.AdamW(model.parameters())
+for step in range(3):
+    loss = model(torch.randn(8, 16)).square().mean()
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The folder in which one is, and from which `python -m` imports."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path
+
+
+def write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def test_a_whole_script_is_watched(folder, capsys):
+    write(folder / "train.py", TRAIN)
+    assert run_script("train.py", save=folder / "receipt.json") == 0
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.startswith("memlab: the receipt of train.py\nPeak ")
+    assert re.search(r"Largest at the peak:\n  2 x 2\.00 KiB, optimizer state", said.err)
+    kept = receipt.load(folder / "receipt.json")
+    assert kept.known_columns["parameters"] == WEIGHTS
+    assert kept.known_columns["optimizer_state"] == STATE
+
+
+def test_a_script_finds_all_as_python_gives_it(folder, capsys):
+    write(folder / "scripts/helper.py", "NAME = 'the one beside it'\n")
+    write(
+        folder / "scripts/show.py",
+        "import json, sys, helper\n"
+        "class Here: ...\n"
+        "main = sys.modules['__main__']\n"
+        "print(json.dumps([helper.NAME, sys.argv, __name__, __file__, main.Here is Here]))\n",
+    )
+    before = sys.argv, sys.path[:], sys.modules["__main__"]
+    assert run_script("scripts/show.py", ["--lr", "0.1"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    file = "scripts/show.py"
+    assert shown == ["the one beside it", [file, "--lr", "0.1"], "__main__", file, True]
+    assert (sys.argv, sys.path, sys.modules["__main__"]) == before
+
+
+def test_a_module_and_a_package_are_run_as_by_python_m(folder, capsys):
+    show = (
+        "import sys\nfrom . import VALUE\nprint(VALUE, __package__, __spec__.name, sys.argv[1:])\n"
+    )
+    write(folder / "of_script_test/__init__.py", "VALUE = 3\n")
+    write(folder / "of_script_test/train.py", show)
+    write(folder / "of_script_test/__main__.py", show)
+    assert run_script("of_script_test.train", ["x"], as_module=True) == 0
+    assert run_script("of_script_test", as_module=True) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "3 of_script_test of_script_test.train ['x']",
+        "3 of_script_test of_script_test.__main__ []",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("last", "status", "said"),
+    [
+        ("raise ValueError('broken')", 1, "ValueError: broken"),
+        ("raise KeyboardInterrupt", 130, "KeyboardInterrupt"),
+        ("sys.exit(7)", 7, ""),
+        ("sys.exit()", 0, ""),
+        ("sys.exit('no data')", 1, "no data\n"),
+    ],
+)
+def test_the_receipt_is_printed_whatever_ends_the_script(folder, capsys, last, status, said):
+    write(folder / "train.py", TRAIN + last)
+    assert run_script("train.py") == status
+    err = capsys.readouterr().err
+    assert said in err and "memlab: the receipt of train.py\nPeak " in err
+    assert "memlab/script.py" not in err  # the script's own frames, as Python would print them
+
+
+def test_over_a_budget_the_receipt_says_where_and_what_would_help(folder, capsys):
+    loop = "layers = torch.nn.Sequential(*[torch.nn.Linear(256, 256) for _ in range(4)])\n"
+    loop += "x = torch.randn(1024, 256)\nwhile True:\n    layers(x).mean().backward()\n"
+    write(folder / "train.py", "import torch\n" + loop)
+    assert run_script("train.py", size="4 MiB", report=folder / "report.html") == 1
+    err = capsys.readouterr().err
+    assert "OverBudget: out of memory: the budget is 4.00 MiB" in err
+    assert "The largest column at the peak is activations" in err
+    assert "It ran out at train.py:5: layers(x).mean().backward()" in err
+    assert re.search(r"up to 1\.\d\d MiB of activations: two micro-batches", err)
+    assert "What would take bytes away" in (folder / "report.html").read_text()
+
+
+def test_what_cannot_be_run_is_said(folder):
+    with pytest.raises(FileNotFoundError, match="there is no script none.py"):
+        run_script("none.py")
+    with pytest.raises(ValueError, match="there is no module 'no_such_module'"):
+        run_script("no_such_module", as_module=True)
+    write(folder / "train.py", TRAIN)
+    with pytest.raises(ValueError, match="not a size"):
+        run_script("train.py", size="a lot")
+
+
+def test_the_arguments_of_the_script_come_after_two_dashes(folder, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(commands.script, "run_script", lambda *a, **k: asked.append((a, k)) or 0)
+    assert commands.main(["run", "train.py", "--budget", "8 GiB", "--", "--lr", "--", "1"]) == 0
+    [((name, arguments), options)] = asked
+    assert (name, arguments) == ("train.py", ["--lr", "--", "1"])
+    assert options == {"as_module": False, "size": "8 GiB", "report": None, "save": None}
+    with pytest.raises(SystemExit) as end:
+        commands.main(["run", "train.py", "--lr", "1"])
+    assert end.value.code == 2
+    assert "python -m memlab run train.py -- --lr 1" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_each_rank_has_its_own_receipt(folder):
+    write(
+        folder / "train.py",
+        "import torch\nimport torch.distributed as dist\ndist.init_process_group('gloo')\n"
+        "model = torch.nn.Linear(8, 8)\nx = torch.randn(4 + 4 * dist.get_rank(), 8)\n"
+        "torch.nn.parallel.DistributedDataParallel(model)(x).sum().backward()\n"
+        "dist.destroy_process_group()\n",
+    )
+    command = "-m torch.distributed.run --standalone --nproc-per-node 2 -m memlab run train.py"
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE), "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(
+        [sys.executable, *command.split(), "--save", "kept.json"],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 0, ended.stderr
+    for rank in (0, 1):
+        assert f"memlab: the receipt of train.py, rank {rank}\n" in ended.stderr
+        kept = receipt.load(folder / f"kept.rank{rank}.json")
+        assert kept.known_columns["parameters"] == 4 * (8 * 8 + 8)
