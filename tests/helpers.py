@@ -2,7 +2,9 @@
 apart.
 """
 
+import pytest
 import torch
+from torch import nn
 from torch.nn.modules import module as modules
 from torch.optim import optimizer as optimizers
 
@@ -93,3 +95,106 @@ def run_hugging_face(model):
     labels = tokens.clone()
     labels[:, :4] = -100
     return model(input_ids=tokens, labels=labels, use_cache=False).loss
+
+
+class ResidualBlock(nn.Module):
+    """What U-Nets are made of: two convolutions and a sum, without batch norm."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.norm = nn.GroupNorm(2, channels)
+        self.first = nn.Conv2d(channels, channels, 3, padding=1)
+        self.last = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        return x + self.last(nn.functional.silu(self.first(self.norm(x))))
+
+
+class UNet(nn.Module):
+    """A small one: three stages of blocks, of which the middle has a single block."""
+
+    def __init__(self, channels=4):
+        super().__init__()
+        self.enter = nn.Conv2d(3, channels, 3, padding=1)
+        self.down = nn.Sequential(*(ResidualBlock(channels) for _ in range(2)))
+        self.narrow = nn.Conv2d(channels, 2 * channels, 2, stride=2)
+        self.middle = nn.ModuleList([ResidualBlock(2 * channels)])
+        self.widen = nn.ConvTranspose2d(2 * channels, channels, 2, stride=2)
+        self.up = nn.ModuleList(ResidualBlock(channels) for _ in range(3))
+        self.leave = nn.Conv2d(channels, 3, 3, padding=1)
+
+    def forward(self, x):
+        skipped = self.down(self.enter(x))
+        x = self.narrow(skipped)
+        for block in self.middle:
+            x = block(x)
+        x = self.widen(x) + skipped
+        for block in self.up:
+            x = block(x)
+        return self.leave(x)
+
+
+def a_t5(**changes):
+    """A seeded encoder-decoder of Hugging Face with three layers each, and its loss on a batch of
+    four.
+    """
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=50, d_model=32, d_kv=8, d_ff=64, num_layers=3, num_heads=4)
+    config = transformers.T5Config(
+        **sizes | {"dropout_rate": 0.0, "decoder_start_token_id": 0} | changes
+    )
+    model = transformers.T5ForConditionalGeneration(config)
+    tokens = torch.randint(1, 50, (4, 6))
+    labels = torch.randint(1, 50, (4, 5))
+    return model, lambda: model(input_ids=tokens, labels=labels, use_cache=False).loss
+
+
+def a_whisper():
+    """A seeded Whisper with two layers that hear and three that write, and its loss on a batch of
+    four.
+    """
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.WhisperConfig(
+        vocab_size=60,
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=3,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+        num_mel_bins=8,
+        max_source_positions=10,
+        max_target_positions=12,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=1,
+        dropout=0.0,
+    )
+    model = transformers.WhisperForConditionalGeneration(config)
+    sound = torch.randn(4, 8, 20)
+    labels = torch.randint(3, 60, (4, 6))
+    return model, lambda: model(input_features=sound, labels=labels, use_cache=False).loss
+
+
+def a_resnet():
+    """A seeded ResNet of Hugging Face with four stages, and its loss on a batch of four."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16, 16, 16], depths=[2] * 4, layer_type="basic"
+    )
+    model = transformers.ResNetForImageClassification(config)
+    images = torch.randn(4, 3, 32, 32)
+    return model, lambda: model(pixel_values=images, labels=torch.tensor([0, 1, 1, 0])).loss
+
+
+def a_unet():
+    """A seeded U-Net, and its loss on a batch of four."""
+    torch.manual_seed(0)
+    model = UNet()
+    images = torch.randn(4, 3, 8, 8)
+    return model, lambda: model(images).float().square().mean()

@@ -13,9 +13,11 @@ production: `torch.compile`, which finds the same by itself, or `torch.utils.che
 activation and the last layer.
 """
 
+import contextlib
 import functools
 import inspect
 import itertools
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -248,8 +250,9 @@ def apply_gated_recomputation(model: nn.Module) -> "Handle":
             f" a module, no dropout, weights other than zero, and one of {', '.join(_ACTIVATIONS)}."
         )
     handle = Handle()
-    for mlp, (name, layout) in found.items():
-        handle.wrap_forward(name, mlp, _run_recomputing, layout)
+    with handle.all_or_nothing():
+        for mlp, (name, layout) in found.items():
+            handle.wrap_forward(name, mlp, _run_recomputing, layout, for_backward=True)
     return handle
 
 
@@ -290,9 +293,10 @@ def apply_gated_mlp(
         )
     places = [(name, m) for name, m in model.named_modules(remove_duplicate=False) if m in new]
     handle = Handle()
-    for name, mlp in places:
-        parent, _, attribute = name.rpartition(".")
-        handle.replace(name, model.get_submodule(parent), attribute, new[mlp])
+    with handle.all_or_nothing():
+        for name, mlp in places:
+            parent, _, attribute = name.rpartition(".")
+            handle.replace(name, model.get_submodule(parent), attribute, new[mlp])
     return handle
 
 
@@ -379,16 +383,41 @@ class Handle:
 
     As a context manager it removes at the end of the block. It holds the model weakly, and a model
     keeps what was applied to it when its handle is gone.
+
+    `never_used` are the names of what has not run since. A trainer that goes round a model's output
+    layer, for example, never calls what was put there. `remove()` warns of it.
     """
 
     def __init__(self):
         self.names: list[str] = []
+        # For each forward that was wrapped, its name, and what the forward itself notes in.
+        self._uses: list[tuple[str, dict]] = []
         # By their owners: what was replaced lives no longer than the model that it was replaced in.
         self._replaced = weakref.WeakKeyDictionary()
         self._undo = []
 
+    @property
+    def never_used(self) -> list[str]:
+        """The names of the modules whose changed forward has not run since."""
+        return [name for name, use in self._uses if not use["used"]]
+
+    @contextlib.contextmanager
+    def all_or_nothing(self) -> Iterator[None]:
+        """Undo all that was applied if an error ends this block."""
+        try:
+            yield
+        except BaseException:
+            self._restore()
+            raise
+
     def wrap_forward(
-        self, name: str, module: nn.Module, function: Callable, *options, innermost: bool = False
+        self,
+        name: str,
+        module: nn.Module,
+        function: Callable,
+        *options,
+        innermost: bool = False,
+        for_backward: bool = False,
     ) -> None:
         """Let `function(module, forward, *options, *args, **kwargs)` run as the module's forward.
 
@@ -399,13 +428,17 @@ class Handle:
             name: What the module is called in the model.
             innermost: Put it below all that is applied already, for a function that computes what
                 the module's own forward does, and never calls it.
+            for_backward: It changes only what backward does: a call without gradients is no use of
+                it.
         """
         patched = vars(module).get("forward")
         if type(patched).__name__ != "_PatchedForward":
             patched = module.forward = _PatchedForward(module, patched)
-        patch = (function, options)
+        use = {"used": False, "for_backward": for_backward}
+        patch = (function, options, use)
         patched.patches.insert(0 if innermost else len(patched.patches), patch)
         self.names.append(name)
+        self._uses.append((name, use))
         self._undo.append(functools.partial(_unwrap, weakref.ref(patched), patch))
 
     def replace(self, name: str, owner: nn.Module, attribute: str, value) -> None:
@@ -426,7 +459,26 @@ class Handle:
 
         Raises:
             RuntimeError: Something else has replaced an attribute since. Nothing is undone then.
+
+        Warns:
+            UserWarning: Some of it was never used.
         """
+        was_applied = bool(self._undo)
+        self._restore()
+        if was_applied:
+            self._warn_of_unused()
+
+    def _warn_of_unused(self) -> None:
+        names = [name or "the model" for name in self.never_used]
+        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+        if names:
+            warnings.warn(
+                f"Never used: {', '.join(names[:4])}{more}. It was applied there, and nothing has"
+                " called it since. If the model ran, its caller went round it.",
+                stacklevel=3,
+            )
+
+    def _restore(self) -> None:
         replaced = [
             (owner, *entry) for owner, entries in self._replaced.items() for entry in entries
         ]
@@ -445,11 +497,15 @@ class Handle:
     def __enter__(self) -> "Handle":
         return self
 
-    def __exit__(self, *exception) -> None:
-        self.remove()
+    def __exit__(self, kind, *_) -> None:
+        was_applied = bool(self._undo)
+        self._restore()
+        if was_applied and kind is None:  # beside an error it would be one line too many
+            self._warn_of_unused()
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(names={self.names})"
+        unused = f", never_used={self.never_used}" if self.never_used else ""
+        return f"{type(self).__name__}(names={self.names}{unused})"
 
 
 class _PatchedForward:
@@ -475,8 +531,10 @@ class _PatchedForward:
 
     def __call__(self, *args, **kwargs):
         forward = self.unpatched()
-        for function, options in self.patches:
+        for function, options, use in self.patches:
             forward = functools.partial(function, self.module(), forward, *options)
+            if torch.is_grad_enabled() or not use["for_backward"]:
+                use["used"] = True
         return forward(*args, **kwargs)
 
     @property

@@ -14,11 +14,13 @@ and Lv et al., "Full Parameter Fine-tuning for Large Language Models with Limite
 arXiv:2306.09782.
 """
 
+import contextlib
 import functools
 import inspect
 import itertools
+import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -27,23 +29,38 @@ from torch.utils.checkpoint import checkpoint
 # --- Micro-batches, and the gradients of the large batch ------------------------------------------
 
 
-def split_batch(batch: Iterable[Tensor], micro_batch_size: int) -> list[tuple[Tensor, ...]]:
+def split_batch(
+    batch: Iterable[Tensor] | Mapping[str, Tensor], micro_batch_size: int
+) -> list[tuple[Tensor, ...]] | list[dict[str, Tensor]]:
     """Cut a batch into micro-batches, as views; the last one has the rest.
 
     Args:
-        batch: Tensors, each (batch, ...).
+        batch: Tensors, each (batch, ...), or a dict of them, as a tokenizer of Hugging Face returns
+            it with `return_tensors="pt"`.
         micro_batch_size: Rows of a micro-batch.
 
+    Returns:
+        The micro-batches: tuples of tensors, or dicts if the batch is one.
+
     Raises:
+        TypeError: Something in the batch is no tensor.
         ValueError: The tensors are not equally long, there are none, or the size is below 1.
     """
-    tensors = tuple(batch)
+    named = isinstance(batch, Mapping)
+    tensors = tuple(batch.values() if named else batch)
     _check_size(micro_batch_size)
+    for name, tensor in zip(batch if named else range(len(tensors)), tensors, strict=True):
+        if not isinstance(tensor, Tensor) or not tensor.ndim:
+            raise TypeError(
+                f"A batch must hold tensors (batch, ...), but {name!r} is {tensor!r:.60}. (A"
+                ' tokenizer returns tensors with return_tensors="pt".)'
+            )
     if not tensors or len({len(tensor) for tensor in tensors}) > 1:
         raise ValueError(
             f"The tensors must be equally long, but they have {[len(t) for t in tensors]} rows."
         )
-    return list(zip(*(tensor.split(micro_batch_size) for tensor in tensors), strict=True))
+    slices = zip(*(tensor.split(micro_batch_size) for tensor in tensors), strict=True)
+    return [dict(zip(batch, items, strict=True)) for items in slices] if named else list(slices)
 
 
 def groups_of(batches: Iterable, size: int) -> Iterator[list]:
@@ -147,7 +164,7 @@ _EXCLUDES_ACCUMULATION = (
 
 
 def _call(function: Callable, micro_batch):
-    if isinstance(micro_batch, dict):
+    if isinstance(micro_batch, Mapping):
         return function(**micro_batch)
     return function(*(micro_batch if isinstance(micro_batch, tuple | list) else [micro_batch]))
 
@@ -330,15 +347,16 @@ def in_micro_batches(function: Callable, micro_batch_size: int, /, *args, **kwar
     """Return `function(*args, **kwargs)`, computed slice of the batch by slice.
 
     Each slice is a checkpoint: only the arguments are kept for backward, which runs a slice again
-    and passes through it before the next.
+    and passes through it before the next. Dropout draws a mask for each slice, so with the same
+    seed the masks are others than without slices.
 
     Args:
         function: It returns a tensor (batch, ...), or a tuple of them. Of a loss, return one number
-            a row.
+            a row. A result (1, ...) that is the same for all slices is handed on as it is.
         micro_batch_size: Rows of a slice.
-        args: The first is a tensor, (batch, ...). Further tensors (also in tuples and lists) are
-            cut if their first axis is the batch, and given whole to each slice if it is 1. So are
-            numbers and None.
+        args: The first is a tensor, (batch, ...). It may be given by its name. Further tensors
+            (also in tuples and lists) are cut if their first axis is the batch, and given whole to
+            each slice if it is 1. So are numbers and None.
         kwargs: As the further arguments.
 
     Raises:
@@ -346,6 +364,9 @@ def in_micro_batches(function: Callable, micro_batch_size: int, /, *args, **kwar
         TypeError: Something cannot be cut, such as a cache, or put together.
     """
     _check_size(micro_batch_size)
+    if not args:
+        first_name = _first_parameter(function)
+        args = [kwargs.pop(name) for name in [first_name] if name in kwargs]
     if not args or not isinstance(args[0], Tensor) or args[0].ndim == 0 or len(args[0]) == 0:
         raise ValueError("The first argument must be a tensor (batch, ...) with at least one row.")
     rows = len(args[0])
@@ -362,6 +383,14 @@ def in_micro_batches(function: Callable, micro_batch_size: int, /, *args, **kwar
         call = functools.partial(function, **named)
         outputs.append(checkpoint(call, *values[: len(args)], use_reentrant=False))
     return _join(outputs, [len(first) for first in firsts])
+
+
+def _first_parameter(function: Callable) -> str | None:
+    """The name of a function's first parameter, if it has one."""
+    try:
+        return next(iter(inspect.signature(function).parameters), None)
+    except ValueError:  # some functions of C have no signature
+        return None
 
 
 def _cut(value, rows: int, size: int, ambiguous: bool) -> list:
@@ -394,6 +423,9 @@ def _join(outputs: list, sizes: list[int]):
     lengths = [len(output) if output.ndim else 0 for output in outputs if torch.is_tensor(output)]
     if lengths == sizes:
         return torch.cat(outputs) if len(outputs) > 1 else first
+    # What is the same for all rows, as the bias of positions that a layer of T5 hands on.
+    if set(lengths) == {1} and all(torch.equal(first, output) for output in outputs):
+        return first
     what = tuple(first.shape) if isinstance(first, Tensor) else type(first).__name__
     raise TypeError(
         f"The result must be a tensor (batch, ...), here ({sizes[0]}, ...), but it is {what}."
@@ -407,17 +439,21 @@ def apply_layer_major_micro_batches(
 
     Call the model and `backward` once, with the whole batch. What is outside the blocks stays
     whole: where the vocabulary is large, call `in_micro_batches` for the output layer and its loss.
+    Dropout draws its masks slice by slice and block by block: they are others than those of a plain
+    step with the same seed, and the gradients are those of these masks.
 
     Args:
         model: The model whose blocks are changed.
         micro_batch_size: Rows of a micro-batch.
-        blocks: The modules; None takes the longest list (ModuleList, Sequential) of modules of one
-            class, leaving out lists inside such modules.
+        blocks: The modules, or their class; None takes all lists (ModuleList, ModuleDict,
+            Sequential) of modules of one class, leaving out lists inside such modules: those of
+            encoder and decoder, or of all stages.
 
     Returns:
         A handle: `names` of the blocks, and `remove()`, which undoes it.
 
     Raises:
+        TypeError: `model` is no module.
         ValueError: There are no blocks, they are no modules of the model or run in micro-batches
             already, one holds a batch norm, or `micro_batch_size` is below 1.
     """
@@ -431,8 +467,9 @@ def apply_layer_major_micro_batches(
                 f"{name} has batch norm, which depends on the whole batch: use another norm."
             )
     handle = Handle()
-    for name, block in found.items():
-        handle.wrap_forward(name, block, _run_in_micro_batches, micro_batch_size)
+    with handle.all_or_nothing():
+        for name, block in found.items():
+            handle.wrap_forward(name, block, _run_in_micro_batches, micro_batch_size)
     return handle
 
 
@@ -440,30 +477,77 @@ _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
 
 
 def _run_in_micro_batches(module, forward, micro_batch_size, /, *args, **kwargs):
+    name = _first_parameter(module.forward)
+    if not args and name in kwargs:
+        args = (kwargs.pop(name),)
     return in_micro_batches(forward, micro_batch_size, *args, **kwargs)
 
 
-def _find_blocks(model: nn.Module, blocks: Iterable[nn.Module] | None) -> dict[str, nn.Module]:
-    """The blocks by their names in the model: those that are given, or the longest list of one
-    class."""
+# --- pasted from _blocks.py: begin ----------------------------------------------------------------
+
+
+def _find_blocks(model: nn.Module, blocks=None) -> dict[str, nn.Module]:
+    """Return the repeated blocks of a model by their names.
+
+    None takes all lists of blocks. Those of an encoder and a decoder are two, those of a ResNet or
+    a U-Net one for each stage.
+
+    Args:
+        model: The model.
+        blocks: Modules of the model, or their class. None takes all lists (ModuleList, ModuleDict,
+            Sequential) of modules of one class that are not inside such a module. A list of one
+            module counts if another list has more of its class.
+
+    Raises:
+        TypeError: `model` is no module.
+        ValueError: There are no such blocks.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, but it is {model!r:.80}.")
     names = {module: name for name, module in model.named_modules()}
     if blocks is None:
-        lists = [
-            module
-            for module in names
-            if isinstance(module, nn.ModuleList | nn.Sequential)
-            and len({type(block) for block in module}) == 1
-        ]
-        inside = {module for blocks in lists for block in blocks for module in block.modules()}
-        blocks = max((module for module in lists if module not in inside), key=len, default=())
-    blocks = list(blocks)
+        blocks = _repeated(list(names))
+    elif isinstance(blocks, type):
+        blocks = [module for module in names if isinstance(module, blocks)]
+    elif not hasattr(blocks, "__iter__"):
+        blocks = []
+    blocks = list(dict.fromkeys(blocks))
     if not blocks or any(block not in names for block in blocks):
         raise ValueError(
-            f"No blocks found in this {type(model).__name__}: pass blocks=, a list of its modules."
+            f"No blocks found in {type(model).__name__}: pass blocks=, a list of its modules or"
+            " their class."
         )
     return {names[block]: block for block in blocks}
+
+
+def _repeated(modules: list[nn.Module]) -> list[nn.Module]:
+    containers = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+    lists = {
+        module: list(module.children()) for module in modules if isinstance(module, containers)
+    }
+    lists = {
+        container: blocks
+        for container, blocks in lists.items()
+        if len({type(block) for block in blocks}) == 1
+    }
+    # What is inside of a block, as its experts, is a part of it.
+    inside = {inner for blocks in lists.values() for block in blocks for inner in block.modules()}
+    outer = [blocks for container, blocks in lists.items() if container not in inside]
+
+    # A list of PyTorch's own layers, as of output layers, counts only where there is no other.
+    of_blocks = [blocks for blocks in outer if not _is_layer(blocks[0])]
+    outer = of_blocks or sorted(outer, key=len)[-1:]
+
+    repeated = {type(blocks[0]) for blocks in outer if len(blocks) > 1}
+    repeated = repeated or {type(blocks[0]) for blocks in outer}
+    return [block for blocks in outer if type(blocks[0]) in repeated for block in blocks]
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.") and not any(module.children())
+
+
+# --- pasted from _blocks.py: end ------------------------------------------------------------------
 
 
 # --- pasted from _patch.py: begin -----------------------------------------------------------------
@@ -474,16 +558,41 @@ class Handle:
 
     As a context manager it removes at the end of the block. It holds the model weakly, and a model
     keeps what was applied to it when its handle is gone.
+
+    `never_used` are the names of what has not run since. A trainer that goes round a model's output
+    layer, for example, never calls what was put there. `remove()` warns of it.
     """
 
     def __init__(self):
         self.names: list[str] = []
+        # For each forward that was wrapped, its name, and what the forward itself notes in.
+        self._uses: list[tuple[str, dict]] = []
         # By their owners: what was replaced lives no longer than the model that it was replaced in.
         self._replaced = weakref.WeakKeyDictionary()
         self._undo = []
 
+    @property
+    def never_used(self) -> list[str]:
+        """The names of the modules whose changed forward has not run since."""
+        return [name for name, use in self._uses if not use["used"]]
+
+    @contextlib.contextmanager
+    def all_or_nothing(self) -> Iterator[None]:
+        """Undo all that was applied if an error ends this block."""
+        try:
+            yield
+        except BaseException:
+            self._restore()
+            raise
+
     def wrap_forward(
-        self, name: str, module: nn.Module, function: Callable, *options, innermost: bool = False
+        self,
+        name: str,
+        module: nn.Module,
+        function: Callable,
+        *options,
+        innermost: bool = False,
+        for_backward: bool = False,
     ) -> None:
         """Let `function(module, forward, *options, *args, **kwargs)` run as the module's forward.
 
@@ -494,13 +603,17 @@ class Handle:
             name: What the module is called in the model.
             innermost: Put it below all that is applied already, for a function that computes what
                 the module's own forward does, and never calls it.
+            for_backward: It changes only what backward does: a call without gradients is no use of
+                it.
         """
         patched = vars(module).get("forward")
         if type(patched).__name__ != "_PatchedForward":
             patched = module.forward = _PatchedForward(module, patched)
-        patch = (function, options)
+        use = {"used": False, "for_backward": for_backward}
+        patch = (function, options, use)
         patched.patches.insert(0 if innermost else len(patched.patches), patch)
         self.names.append(name)
+        self._uses.append((name, use))
         self._undo.append(functools.partial(_unwrap, weakref.ref(patched), patch))
 
     def replace(self, name: str, owner: nn.Module, attribute: str, value) -> None:
@@ -521,7 +634,26 @@ class Handle:
 
         Raises:
             RuntimeError: Something else has replaced an attribute since. Nothing is undone then.
+
+        Warns:
+            UserWarning: Some of it was never used.
         """
+        was_applied = bool(self._undo)
+        self._restore()
+        if was_applied:
+            self._warn_of_unused()
+
+    def _warn_of_unused(self) -> None:
+        names = [name or "the model" for name in self.never_used]
+        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+        if names:
+            warnings.warn(
+                f"Never used: {', '.join(names[:4])}{more}. It was applied there, and nothing has"
+                " called it since. If the model ran, its caller went round it.",
+                stacklevel=3,
+            )
+
+    def _restore(self) -> None:
         replaced = [
             (owner, *entry) for owner, entries in self._replaced.items() for entry in entries
         ]
@@ -540,11 +672,15 @@ class Handle:
     def __enter__(self) -> "Handle":
         return self
 
-    def __exit__(self, *exception) -> None:
-        self.remove()
+    def __exit__(self, kind, *_) -> None:
+        was_applied = bool(self._undo)
+        self._restore()
+        if was_applied and kind is None:  # beside an error it would be one line too many
+            self._warn_of_unused()
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(names={self.names})"
+        unused = f", never_used={self.never_used}" if self.never_used else ""
+        return f"{type(self).__name__}(names={self.names}{unused})"
 
 
 class _PatchedForward:
@@ -570,8 +706,10 @@ class _PatchedForward:
 
     def __call__(self, *args, **kwargs):
         forward = self.unpatched()
-        for function, options in self.patches:
+        for function, options, use in self.patches:
             forward = functools.partial(function, self.module(), forward, *options)
+            if torch.is_grad_enabled() or not use["for_backward"]:
+                use["used"] = True
         return forward(*args, **kwargs)
 
     @property

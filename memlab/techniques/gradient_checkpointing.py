@@ -10,10 +10,12 @@ work is done by PyTorch, https://docs.pytorch.org/docs/stable/checkpoint.html, i
 reentrant autograd; `apply_gradient_checkpointing` puts it around a model's blocks from outside.
 """
 
+import contextlib
 import functools
 import inspect
+import warnings
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import nn
@@ -61,8 +63,9 @@ def apply_gradient_checkpointing(
 
     Args:
         model: A model with repeated blocks. The first argument of a block is `(batch, ...)`.
-        blocks: The modules to checkpoint, or their class. None takes the longest list (ModuleList,
-            Sequential) of modules of one class, leaving out lists inside such modules.
+        blocks: The modules to checkpoint, or their class. None takes all lists (ModuleList,
+            ModuleDict, Sequential) of modules of one class, leaving out lists inside such modules:
+            those of encoder and decoder, or of all stages.
         every: Checkpoint the first block and one in so many after it; the others stay as they are.
         save: Operators whose outputs are kept too, such as `MATRIX_PRODUCTS` or
             `[torch.ops.aten.mm.default]`. Attention that has dropout is computed again all the
@@ -71,21 +74,29 @@ def apply_gradient_checkpointing(
             the CPU. The gradients are then wrong if a block draws random numbers, as dropout does.
 
     Returns:
-        A handle: `names` are the checkpointed blocks, `remove()` undoes it.
+        A handle: `names` are the checkpointed blocks, `left` the other modules that have
+        parameters, which keep what they kept, `remove()` undoes it.
 
     Raises:
         ValueError: No such blocks, blocks that are checkpointed already, `every` out of range, or
             an operator in `save` that draws random numbers.
-        TypeError: `save` has something that is no operator.
+        TypeError: `model` is no module, or `save` has something that is no operator.
     """
-    names = {module: name for name, module in model.named_modules()}
     blocks = _find_blocks(model, blocks)
+    if any(_is_applied(block, _checkpointed) for block in blocks.values()):
+        raise ValueError(
+            "Gradient checkpointing is applied to these blocks already: remove() it first."
+        )
     if type(every) is not int or not 1 <= every <= len(blocks):
         raise ValueError(f"every must be an int from 1 to {len(blocks)}, but it is {every!r}.")
     saved_names = None if save is None else _operator_names(save)
+    checkpointed = dict(list(blocks.items())[::every])
     handle = Handle()
-    for block in blocks[::every]:
-        handle.wrap_forward(names[block], block, _checkpointed, saved_names, preserve_rng_state)
+    handle.left = _left(model, list(checkpointed.values()))
+    options = (saved_names, preserve_rng_state)
+    with handle.all_or_nothing():
+        for name, block in checkpointed.items():
+            handle.wrap_forward(name, block, _checkpointed, *options, for_backward=True)
     return handle
 
 
@@ -147,26 +158,84 @@ def _operator_names(save: Iterable) -> frozenset[str]:
     return frozenset(operator.name() for operator in operators)
 
 
-def _find_blocks(model: nn.Module, blocks) -> list[nn.Module]:
-    modules = list(model.modules())
-    if blocks is None:
-        lists = [module for module in modules if isinstance(module, nn.ModuleList | nn.Sequential)]
-        lists = [each for each in lists if len({type(block) for block in each}) == 1]
-        inner = {module for each in lists for block in each for module in block.modules()}
-        blocks = max((each for each in lists if each not in inner), key=len, default=[])
-    elif isinstance(blocks, type):
-        blocks = [module for module in modules if isinstance(module, blocks)]
-    blocks = list(dict.fromkeys(blocks))
-    if not blocks or not set(modules).issuperset(blocks):
-        raise ValueError(
-            f"No blocks found in {type(model).__name__}: pass blocks=, a list or a class."
-        )
-    if any(_is_applied(block, _checkpointed) for block in blocks):
-        raise ValueError(
-            "Gradient checkpointing is applied to these blocks already: remove() it first."
-        )
-    return blocks
+def _left(model: nn.Module, checkpointed: list[nn.Module], prefix: str = "") -> list[str]:
+    """The outermost modules that have parameters, and hold and are in no checkpointed block."""
+    left = []
+    for name, child in model.named_children():
+        if child in checkpointed:
+            continue
+        if not set(checkpointed).isdisjoint(child.modules()):
+            left += _left(child, checkpointed, f"{prefix}{name}.")
+        elif any(True for _ in child.parameters()):
+            left.append(prefix + name)
+    return left
 
+
+# --- pasted from _blocks.py: begin ----------------------------------------------------------------
+
+
+def _find_blocks(model: nn.Module, blocks=None) -> dict[str, nn.Module]:
+    """Return the repeated blocks of a model by their names.
+
+    None takes all lists of blocks. Those of an encoder and a decoder are two, those of a ResNet or
+    a U-Net one for each stage.
+
+    Args:
+        model: The model.
+        blocks: Modules of the model, or their class. None takes all lists (ModuleList, ModuleDict,
+            Sequential) of modules of one class that are not inside such a module. A list of one
+            module counts if another list has more of its class.
+
+    Raises:
+        TypeError: `model` is no module.
+        ValueError: There are no such blocks.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, but it is {model!r:.80}.")
+    names = {module: name for name, module in model.named_modules()}
+    if blocks is None:
+        blocks = _repeated(list(names))
+    elif isinstance(blocks, type):
+        blocks = [module for module in names if isinstance(module, blocks)]
+    elif not hasattr(blocks, "__iter__"):
+        blocks = []
+    blocks = list(dict.fromkeys(blocks))
+    if not blocks or any(block not in names for block in blocks):
+        raise ValueError(
+            f"No blocks found in {type(model).__name__}: pass blocks=, a list of its modules or"
+            " their class."
+        )
+    return {names[block]: block for block in blocks}
+
+
+def _repeated(modules: list[nn.Module]) -> list[nn.Module]:
+    containers = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+    lists = {
+        module: list(module.children()) for module in modules if isinstance(module, containers)
+    }
+    lists = {
+        container: blocks
+        for container, blocks in lists.items()
+        if len({type(block) for block in blocks}) == 1
+    }
+    # What is inside of a block, as its experts, is a part of it.
+    inside = {inner for blocks in lists.values() for block in blocks for inner in block.modules()}
+    outer = [blocks for container, blocks in lists.items() if container not in inside]
+
+    # A list of PyTorch's own layers, as of output layers, counts only where there is no other.
+    of_blocks = [blocks for blocks in outer if not _is_layer(blocks[0])]
+    outer = of_blocks or sorted(outer, key=len)[-1:]
+
+    repeated = {type(blocks[0]) for blocks in outer if len(blocks) > 1}
+    repeated = repeated or {type(blocks[0]) for blocks in outer}
+    return [block for blocks in outer if type(blocks[0]) in repeated for block in blocks]
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.") and not any(module.children())
+
+
+# --- pasted from _blocks.py: end ------------------------------------------------------------------
 
 # --- pasted from _patch.py: begin -----------------------------------------------------------------
 
@@ -176,16 +245,41 @@ class Handle:
 
     As a context manager it removes at the end of the block. It holds the model weakly, and a model
     keeps what was applied to it when its handle is gone.
+
+    `never_used` are the names of what has not run since. A trainer that goes round a model's output
+    layer, for example, never calls what was put there. `remove()` warns of it.
     """
 
     def __init__(self):
         self.names: list[str] = []
+        # For each forward that was wrapped, its name, and what the forward itself notes in.
+        self._uses: list[tuple[str, dict]] = []
         # By their owners: what was replaced lives no longer than the model that it was replaced in.
         self._replaced = weakref.WeakKeyDictionary()
         self._undo = []
 
+    @property
+    def never_used(self) -> list[str]:
+        """The names of the modules whose changed forward has not run since."""
+        return [name for name, use in self._uses if not use["used"]]
+
+    @contextlib.contextmanager
+    def all_or_nothing(self) -> Iterator[None]:
+        """Undo all that was applied if an error ends this block."""
+        try:
+            yield
+        except BaseException:
+            self._restore()
+            raise
+
     def wrap_forward(
-        self, name: str, module: nn.Module, function: Callable, *options, innermost: bool = False
+        self,
+        name: str,
+        module: nn.Module,
+        function: Callable,
+        *options,
+        innermost: bool = False,
+        for_backward: bool = False,
     ) -> None:
         """Let `function(module, forward, *options, *args, **kwargs)` run as the module's forward.
 
@@ -196,13 +290,17 @@ class Handle:
             name: What the module is called in the model.
             innermost: Put it below all that is applied already, for a function that computes what
                 the module's own forward does, and never calls it.
+            for_backward: It changes only what backward does: a call without gradients is no use of
+                it.
         """
         patched = vars(module).get("forward")
         if type(patched).__name__ != "_PatchedForward":
             patched = module.forward = _PatchedForward(module, patched)
-        patch = (function, options)
+        use = {"used": False, "for_backward": for_backward}
+        patch = (function, options, use)
         patched.patches.insert(0 if innermost else len(patched.patches), patch)
         self.names.append(name)
+        self._uses.append((name, use))
         self._undo.append(functools.partial(_unwrap, weakref.ref(patched), patch))
 
     def replace(self, name: str, owner: nn.Module, attribute: str, value) -> None:
@@ -223,7 +321,26 @@ class Handle:
 
         Raises:
             RuntimeError: Something else has replaced an attribute since. Nothing is undone then.
+
+        Warns:
+            UserWarning: Some of it was never used.
         """
+        was_applied = bool(self._undo)
+        self._restore()
+        if was_applied:
+            self._warn_of_unused()
+
+    def _warn_of_unused(self) -> None:
+        names = [name or "the model" for name in self.never_used]
+        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+        if names:
+            warnings.warn(
+                f"Never used: {', '.join(names[:4])}{more}. It was applied there, and nothing has"
+                " called it since. If the model ran, its caller went round it.",
+                stacklevel=3,
+            )
+
+    def _restore(self) -> None:
         replaced = [
             (owner, *entry) for owner, entries in self._replaced.items() for entry in entries
         ]
@@ -242,11 +359,15 @@ class Handle:
     def __enter__(self) -> "Handle":
         return self
 
-    def __exit__(self, *exception) -> None:
-        self.remove()
+    def __exit__(self, kind, *_) -> None:
+        was_applied = bool(self._undo)
+        self._restore()
+        if was_applied and kind is None:  # beside an error it would be one line too many
+            self._warn_of_unused()
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(names={self.names})"
+        unused = f", never_used={self.never_used}" if self.never_used else ""
+        return f"{type(self).__name__}(names={self.names}{unused})"
 
 
 class _PatchedForward:
@@ -272,8 +393,10 @@ class _PatchedForward:
 
     def __call__(self, *args, **kwargs):
         forward = self.unpatched()
-        for function, options in self.patches:
+        for function, options, use in self.patches:
             forward = functools.partial(function, self.module(), forward, *options)
+            if torch.is_grad_enabled() or not use["for_backward"]:
+                use["used"] = True
         return forward(*args, **kwargs)
 
     @property

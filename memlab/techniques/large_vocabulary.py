@@ -15,10 +15,12 @@ Language Models" (2024), arXiv:2411.09009; the shared weight is that of Press an
 Output Embedding to Improve Language Models" (2016), arXiv:1608.05859.
 """
 
+import contextlib
 import functools
 import inspect
+import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -285,23 +287,25 @@ def apply_tied_embedding(
         A handle: `names` of the two layers, and `remove()`, which undoes it.
 
     Raises:
-        TypeError: Other layers than `nn.Embedding` and `nn.Linear`, or an embedding with options
-            that change its weight or gradient.
+        TypeError: `model` is no module, its layers are others than `nn.Embedding` and `nn.Linear`,
+            or the embedding has options that change its weight or gradient.
         ValueError: Layers that share no weight, or an embedding whose forward is replaced already.
     """
     embedding, head = _tied_layers(model, embedding, head)
     names = {module: name for name, module in model.named_modules()}
     handed_on = _HandedOn()
+    name = names.get(embedding, "embedding")
     handle = Handle()
-    handle.wrap_forward(names.get(embedding, "embedding"), embedding, _run_lookup, handed_on)
+    with handle.all_or_nothing():
+        handle.wrap_forward(name, embedding, _run_lookup, handed_on, for_backward=True)
 
-    # Hooks, for they are called around whatever forward the output layer has or gets.
-    take = functools.partial(_take, handed_on)
-    handle.names.append(names.get(head, "head"))
-    handle.on_remove(head.register_forward_pre_hook(take).remove)
-    handle.on_remove(head.register_forward_hook(_leave, always_call=True).remove)
-    # What a KeyboardInterrupt has left there, for which PyTorch calls no hook.
-    handle.on_remove(functools.partial(_tidy_up, weakref.ref(head)))
+        # Hooks, for they are called around whatever forward the output layer has or gets.
+        take = functools.partial(_take, handed_on)
+        handle.names.append(names.get(head, "head"))
+        handle.on_remove(head.register_forward_pre_hook(take).remove)
+        handle.on_remove(head.register_forward_hook(_leave, always_call=True).remove)
+        # What a KeyboardInterrupt has left there, for which PyTorch calls no hook.
+        handle.on_remove(functools.partial(_tidy_up, weakref.ref(head)))
     return handle
 
 
@@ -342,6 +346,8 @@ def _tied_layers(
     model: nn.Module, embedding: nn.Embedding | None, head: nn.Linear | None
 ) -> tuple[nn.Embedding, nn.Linear]:
     """Return the two layers, found where they were not given, and checked."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, but it is {model!r:.80}.")
     if embedding is None:
         find = getattr(model, "get_input_embeddings", None)
         embedding = find() if find else getattr(model, "token_embedding", None)
@@ -427,16 +433,41 @@ class Handle:
 
     As a context manager it removes at the end of the block. It holds the model weakly, and a model
     keeps what was applied to it when its handle is gone.
+
+    `never_used` are the names of what has not run since. A trainer that goes round a model's output
+    layer, for example, never calls what was put there. `remove()` warns of it.
     """
 
     def __init__(self):
         self.names: list[str] = []
+        # For each forward that was wrapped, its name, and what the forward itself notes in.
+        self._uses: list[tuple[str, dict]] = []
         # By their owners: what was replaced lives no longer than the model that it was replaced in.
         self._replaced = weakref.WeakKeyDictionary()
         self._undo = []
 
+    @property
+    def never_used(self) -> list[str]:
+        """The names of the modules whose changed forward has not run since."""
+        return [name for name, use in self._uses if not use["used"]]
+
+    @contextlib.contextmanager
+    def all_or_nothing(self) -> Iterator[None]:
+        """Undo all that was applied if an error ends this block."""
+        try:
+            yield
+        except BaseException:
+            self._restore()
+            raise
+
     def wrap_forward(
-        self, name: str, module: nn.Module, function: Callable, *options, innermost: bool = False
+        self,
+        name: str,
+        module: nn.Module,
+        function: Callable,
+        *options,
+        innermost: bool = False,
+        for_backward: bool = False,
     ) -> None:
         """Let `function(module, forward, *options, *args, **kwargs)` run as the module's forward.
 
@@ -447,13 +478,17 @@ class Handle:
             name: What the module is called in the model.
             innermost: Put it below all that is applied already, for a function that computes what
                 the module's own forward does, and never calls it.
+            for_backward: It changes only what backward does: a call without gradients is no use of
+                it.
         """
         patched = vars(module).get("forward")
         if type(patched).__name__ != "_PatchedForward":
             patched = module.forward = _PatchedForward(module, patched)
-        patch = (function, options)
+        use = {"used": False, "for_backward": for_backward}
+        patch = (function, options, use)
         patched.patches.insert(0 if innermost else len(patched.patches), patch)
         self.names.append(name)
+        self._uses.append((name, use))
         self._undo.append(functools.partial(_unwrap, weakref.ref(patched), patch))
 
     def replace(self, name: str, owner: nn.Module, attribute: str, value) -> None:
@@ -474,7 +509,26 @@ class Handle:
 
         Raises:
             RuntimeError: Something else has replaced an attribute since. Nothing is undone then.
+
+        Warns:
+            UserWarning: Some of it was never used.
         """
+        was_applied = bool(self._undo)
+        self._restore()
+        if was_applied:
+            self._warn_of_unused()
+
+    def _warn_of_unused(self) -> None:
+        names = [name or "the model" for name in self.never_used]
+        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+        if names:
+            warnings.warn(
+                f"Never used: {', '.join(names[:4])}{more}. It was applied there, and nothing has"
+                " called it since. If the model ran, its caller went round it.",
+                stacklevel=3,
+            )
+
+    def _restore(self) -> None:
         replaced = [
             (owner, *entry) for owner, entries in self._replaced.items() for entry in entries
         ]
@@ -493,11 +547,15 @@ class Handle:
     def __enter__(self) -> "Handle":
         return self
 
-    def __exit__(self, *exception) -> None:
-        self.remove()
+    def __exit__(self, kind, *_) -> None:
+        was_applied = bool(self._undo)
+        self._restore()
+        if was_applied and kind is None:  # beside an error it would be one line too many
+            self._warn_of_unused()
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(names={self.names})"
+        unused = f", never_used={self.never_used}" if self.never_used else ""
+        return f"{type(self).__name__}(names={self.names}{unused})"
 
 
 class _PatchedForward:
@@ -523,8 +581,10 @@ class _PatchedForward:
 
     def __call__(self, *args, **kwargs):
         forward = self.unpatched()
-        for function, options in self.patches:
+        for function, options, use in self.patches:
             forward = functools.partial(function, self.module(), forward, *options)
+            if torch.is_grad_enabled() or not use["for_backward"]:
+                use["used"] = True
         return forward(*args, **kwargs)
 
     @property

@@ -14,13 +14,15 @@ Sources: Rhu et al., "vDNN" (2016), arXiv:1602.08124; Ren et al., "ZeRO-Offload"
 arXiv:2101.06840.
 """
 
+import contextlib
 import functools
 import inspect
 import os
 import tempfile
+import warnings
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from types import MethodType
 
 import torch
@@ -432,7 +434,8 @@ def stream_parameters(
     """Keep the parameters of blocks and their gradients far; the block that runs has copies near.
 
     They stay the objects they were, and an optimizer steps them where they are: in the file, or
-    beside a GPU on the host, unless it brings them near itself. Autograd saves the near copies, so
+    beside a GPU on the host, unless it brings them near itself. Frozen ones, such as the base of a
+    LoRA, may be among them. Autograd saves the near copies, so
     this saves memory in training only inside `offload_activations`, or if gradient checkpointing is
     applied to the blocks after it. A model with streamed parameters cannot be copied or pickled
     (TypeError): use its `state_dict`.
@@ -450,16 +453,21 @@ def stream_parameters(
         `state_dict` into it again.
 
     Raises:
+        TypeError: `blocks` are no modules.
         ValueError: A block has nothing to stream, has gradients, or its `forward` is replaced
             already.
+        OSError: There is no room on the far side. All parameters are near again then.
     """
-    blocks = list(blocks)
+    blocks = list(blocks) if isinstance(blocks, Iterable) else [None]
+    if not all(isinstance(block, nn.Module) for block in blocks):
+        raise TypeError("blocks must be a list of torch.nn.Module, such as model.blocks.")
     far = [_Far(block, min_bytes, device, directory) for block in blocks]  # looks, changes nothing
     handle = Handle()
-    for number, (block, parameters) in enumerate(zip(blocks, far, strict=True)):
-        parameters.leave()
-        handle.on_remove(parameters.come_back)
-        handle.wrap_forward(str(number), block, _run_with_near_copies, parameters)
+    with handle.all_or_nothing():
+        for number, (block, parameters) in enumerate(zip(blocks, far, strict=True)):
+            handle.on_remove(parameters.come_back)
+            parameters.leave()
+            handle.wrap_forward(str(number), block, _run_with_near_copies, parameters)
     return handle
 
 
@@ -490,7 +498,8 @@ class _Far:
                 far = far_like(parameter, self.directory)
                 parameter.data = far.copy_(parameter.detach())
                 self.came.append(reference)
-            if self.device.type == "cpu":  # for a GPU `_Near` does it
+            # For a GPU `_Near` does it, and what is frozen gets no gradient.
+            if self.device.type == "cpu" and parameter.requires_grad:
                 hook = functools.partial(_to_far, directory=self.directory)
                 self.hooks.append(parameter.register_hook(hook))
 
@@ -562,16 +571,41 @@ class Handle:
 
     As a context manager it removes at the end of the block. It holds the model weakly, and a model
     keeps what was applied to it when its handle is gone.
+
+    `never_used` are the names of what has not run since. A trainer that goes round a model's output
+    layer, for example, never calls what was put there. `remove()` warns of it.
     """
 
     def __init__(self):
         self.names: list[str] = []
+        # For each forward that was wrapped, its name, and what the forward itself notes in.
+        self._uses: list[tuple[str, dict]] = []
         # By their owners: what was replaced lives no longer than the model that it was replaced in.
         self._replaced = weakref.WeakKeyDictionary()
         self._undo = []
 
+    @property
+    def never_used(self) -> list[str]:
+        """The names of the modules whose changed forward has not run since."""
+        return [name for name, use in self._uses if not use["used"]]
+
+    @contextlib.contextmanager
+    def all_or_nothing(self) -> Iterator[None]:
+        """Undo all that was applied if an error ends this block."""
+        try:
+            yield
+        except BaseException:
+            self._restore()
+            raise
+
     def wrap_forward(
-        self, name: str, module: nn.Module, function: Callable, *options, innermost: bool = False
+        self,
+        name: str,
+        module: nn.Module,
+        function: Callable,
+        *options,
+        innermost: bool = False,
+        for_backward: bool = False,
     ) -> None:
         """Let `function(module, forward, *options, *args, **kwargs)` run as the module's forward.
 
@@ -582,13 +616,17 @@ class Handle:
             name: What the module is called in the model.
             innermost: Put it below all that is applied already, for a function that computes what
                 the module's own forward does, and never calls it.
+            for_backward: It changes only what backward does: a call without gradients is no use of
+                it.
         """
         patched = vars(module).get("forward")
         if type(patched).__name__ != "_PatchedForward":
             patched = module.forward = _PatchedForward(module, patched)
-        patch = (function, options)
+        use = {"used": False, "for_backward": for_backward}
+        patch = (function, options, use)
         patched.patches.insert(0 if innermost else len(patched.patches), patch)
         self.names.append(name)
+        self._uses.append((name, use))
         self._undo.append(functools.partial(_unwrap, weakref.ref(patched), patch))
 
     def replace(self, name: str, owner: nn.Module, attribute: str, value) -> None:
@@ -609,7 +647,26 @@ class Handle:
 
         Raises:
             RuntimeError: Something else has replaced an attribute since. Nothing is undone then.
+
+        Warns:
+            UserWarning: Some of it was never used.
         """
+        was_applied = bool(self._undo)
+        self._restore()
+        if was_applied:
+            self._warn_of_unused()
+
+    def _warn_of_unused(self) -> None:
+        names = [name or "the model" for name in self.never_used]
+        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+        if names:
+            warnings.warn(
+                f"Never used: {', '.join(names[:4])}{more}. It was applied there, and nothing has"
+                " called it since. If the model ran, its caller went round it.",
+                stacklevel=3,
+            )
+
+    def _restore(self) -> None:
         replaced = [
             (owner, *entry) for owner, entries in self._replaced.items() for entry in entries
         ]
@@ -628,11 +685,15 @@ class Handle:
     def __enter__(self) -> "Handle":
         return self
 
-    def __exit__(self, *exception) -> None:
-        self.remove()
+    def __exit__(self, kind, *_) -> None:
+        was_applied = bool(self._undo)
+        self._restore()
+        if was_applied and kind is None:  # beside an error it would be one line too many
+            self._warn_of_unused()
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(names={self.names})"
+        unused = f", never_used={self.never_used}" if self.never_used else ""
+        return f"{type(self).__name__}(names={self.names}{unused})"
 
 
 class _PatchedForward:
@@ -658,8 +719,10 @@ class _PatchedForward:
 
     def __call__(self, *args, **kwargs):
         forward = self.unpatched()
-        for function, options in self.patches:
+        for function, options, use in self.patches:
             forward = functools.partial(function, self.module(), forward, *options)
+            if torch.is_grad_enabled() or not use["for_backward"]:
+                use["used"] = True
         return forward(*args, **kwargs)
 
     @property

@@ -145,9 +145,9 @@ def shard_training(
             `(numbers / ranks,)`. The optimizer has to treat each number by itself, as SGD, Adam and
             AdamW do.
         stage: 0 to 3, as in the table above.
-        blocks: For stage 3, the modules that are made whole one at a time; None takes the longest
-            list (ModuleList, Sequential) of modules of one class. What is in no block stays whole
-            from the model's forward until backward is done with it.
+        blocks: For stage 3, the modules that are made whole one at a time, or their class; None
+            takes all lists (ModuleList, ModuleDict, Sequential) of modules of one class. What is in
+            no block stays whole from the model's forward until backward is done with it.
         group: The process group; None takes the default one.
 
     Returns:
@@ -161,7 +161,9 @@ def shard_training(
         TypeError: An optimizer that needs whole matrices.
     """
     _check_sharding(model, stage)
-    blocks = _blocks(model, blocks) if stage == 3 else []
+    blocks = list(_find_blocks(model, blocks).values()) if stage == 3 else []
+    if model in blocks:
+        raise ValueError(f"The {type(model).__name__} cannot be a block of itself: pass its parts.")
     for tensor in (*model.parameters(), *model.buffers()):
         dist.broadcast(tensor.detach(), group=group, group_src=0)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -179,6 +181,8 @@ def shard_training(
 
 
 def _check_sharding(model: nn.Module, stage: int) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, but it is {model!r:.80}.")
     if not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError(
             "There is no process group: start with torchrun, and call init_process_group."
@@ -254,19 +258,71 @@ def _shard_the_step(
     model.zero_grad = optimizer.zero_grad = zero_grad
 
 
-def _blocks(model: nn.Module, blocks) -> list[nn.Module]:
-    modules = list(model.modules())
+# --- pasted from _blocks.py: begin ----------------------------------------------------------------
+
+
+def _find_blocks(model: nn.Module, blocks=None) -> dict[str, nn.Module]:
+    """Return the repeated blocks of a model by their names.
+
+    None takes all lists of blocks. Those of an encoder and a decoder are two, those of a ResNet or
+    a U-Net one for each stage.
+
+    Args:
+        model: The model.
+        blocks: Modules of the model, or their class. None takes all lists (ModuleList, ModuleDict,
+            Sequential) of modules of one class that are not inside such a module. A list of one
+            module counts if another list has more of its class.
+
+    Raises:
+        TypeError: `model` is no module.
+        ValueError: There are no such blocks.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, but it is {model!r:.80}.")
+    names = {module: name for name, module in model.named_modules()}
     if blocks is None:
-        lists = [m for m in modules if isinstance(m, nn.ModuleList | nn.Sequential)]
-        lists = [m for m in lists if len({type(block) for block in m}) == 1]
-        inner = {module for outer in lists for block in outer for module in block.modules()}
-        blocks = max((module for module in lists if module not in inner), key=len, default=[])
+        blocks = _repeated(list(names))
+    elif isinstance(blocks, type):
+        blocks = [module for module in names if isinstance(module, blocks)]
+    elif not hasattr(blocks, "__iter__"):
+        blocks = []
     blocks = list(dict.fromkeys(blocks))
-    if not blocks or not set(modules[1:]).issuperset(blocks):
+    if not blocks or any(block not in names for block in blocks):
         raise ValueError(
-            f"No blocks found in {type(model).__name__}: pass blocks=, a list of its modules."
+            f"No blocks found in {type(model).__name__}: pass blocks=, a list of its modules or"
+            " their class."
         )
-    return blocks
+    return {names[block]: block for block in blocks}
+
+
+def _repeated(modules: list[nn.Module]) -> list[nn.Module]:
+    containers = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+    lists = {
+        module: list(module.children()) for module in modules if isinstance(module, containers)
+    }
+    lists = {
+        container: blocks
+        for container, blocks in lists.items()
+        if len({type(block) for block in blocks}) == 1
+    }
+    # What is inside of a block, as its experts, is a part of it.
+    inside = {inner for blocks in lists.values() for block in blocks for inner in block.modules()}
+    outer = [blocks for container, blocks in lists.items() if container not in inside]
+
+    # A list of PyTorch's own layers, as of output layers, counts only where there is no other.
+    of_blocks = [blocks for blocks in outer if not _is_layer(blocks[0])]
+    outer = of_blocks or sorted(outer, key=len)[-1:]
+
+    repeated = {type(blocks[0]) for blocks in outer if len(blocks) > 1}
+    repeated = repeated or {type(blocks[0]) for blocks in outer}
+    return [block for blocks in outer if type(blocks[0]) in repeated for block in blocks]
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.") and not any(module.children())
+
+
+# --- pasted from _blocks.py: end ------------------------------------------------------------------
 
 
 def _gather_around(module: nn.Module, pieces: list[_Piece], root: bool) -> None:

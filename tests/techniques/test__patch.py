@@ -15,6 +15,9 @@ from torch.utils.checkpoint import checkpoint
 from memlab.techniques import _patch, chunked_input
 from memlab.techniques._patch import Handle
 
+# Most of these tests look at what is there, and run nothing.
+pytestmark = pytest.mark.filterwarnings("ignore:Never used")
+
 ROOT = Path(__file__).resolve().parents[2]
 TECHNIQUES = ROOT / "memlab" / "techniques"
 
@@ -47,24 +50,28 @@ X = torch.tensor([[1.0, 2.0]])
 # --- The pastes -----------------------------------------------------------------------------------
 
 
-def test_every_paste_is_the_sources():
-    source = (TECHNIQUES / "_patch.py").read_text()
-    pastes = {path.name: paste.pasted(path.read_text()) for path in TECHNIQUES.glob("*.py")}
-    assert len([text for text in pastes.values() if text]) > 5
-    other = [name for name, text in pastes.items() if text and text != paste.pasted(source)]
+@pytest.mark.parametrize("source_name", paste.SOURCES)
+def test_every_paste_is_the_sources(source_name):
+    source = paste.pasted((TECHNIQUES / source_name).read_text(), source_name)
+    texts = {path.name: path.read_text() for path in TECHNIQUES.glob("*.py")}
+    pastes = {name: paste.pasted(text, source_name) for name, text in texts.items()}
+    assert len([text for text in pastes.values() if text]) > 2
+    other = [name for name, text in pastes.items() if text and text != source]
     assert not other, f"run `python tools/paste.py`: {other} have another paste"
 
 
 def test_the_command_renews_a_paste_and_nothing_else(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "memlab" / "techniques"
     shutil.copytree(TECHNIQUES, folder, ignore=shutil.ignore_patterns("__pycache__"))
-    stale = folder / "chunked_input.py"
+    stale = folder / "gradient_checkpointing.py"
     expected = stale.read_text()
-    stale.write_text(expected.replace("class Handle:", "class Handel:"))
+    stale.write_text(
+        expected.replace("class Handle:", "class Handel:").replace("as its experts", "as its heads")
+    )
     monkeypatch.setattr(paste, "TECHNIQUES", folder)
     paste.main()
     assert stale.read_text() == expected
-    assert capsys.readouterr().out == "renewed memlab/techniques/chunked_input.py\n"
+    assert capsys.readouterr().out == "renewed memlab/techniques/gradient_checkpointing.py\n"
 
 
 # --- A forward ------------------------------------------------------------------------------------
@@ -199,7 +206,31 @@ def test_what_somebody_has_replaced_since_is_left_and_nothing_is_undone():
 
 
 def test_a_handle_says_what_it_changed():
-    assert repr(applied(nn.Identity(), plus, 1)) == "Handle(names=['here'])"
+    module = nn.Identity()
+    handle = applied(module, plus, 1)
+    assert repr(handle) == "Handle(names=['here'], never_used=['here'])"
+    module(X)
+    assert repr(handle) == "Handle(names=['here'])" and handle.never_used == []
+
+
+@pytest.mark.parametrize("for_backward", [False, True])
+def test_what_was_never_used_is_said(for_backward, recwarn):
+    module = nn.Sequential(nn.Identity(), nn.Identity())
+    handle = Handle()
+    for name, inner in module.named_children():
+        handle.wrap_forward(name, inner, plus, 1, for_backward=for_backward)
+    with torch.no_grad():
+        module[0](X)
+    unused = ["0", "1"] if for_backward else ["1"]
+    assert handle.never_used == unused
+    with pytest.warns(UserWarning, match=f"Never used: {', '.join(unused)}. It was applied"):
+        handle.remove()
+    handle.remove()  # says it once
+    with applied(module, plus, 1) as handle:
+        module(X)
+    with pytest.raises(KeyboardInterrupt), applied(module, plus, 1):
+        raise KeyboardInterrupt  # an error is news enough
+    assert handle.never_used == [] and not recwarn
 
 
 def test_whether_a_function_is_applied():

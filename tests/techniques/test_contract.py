@@ -9,6 +9,7 @@ import functools
 import gc
 import importlib
 import inspect
+import itertools
 import pickle
 import pkgutil
 import weakref
@@ -20,7 +21,7 @@ import torch
 from torch import nn
 
 import memlab.techniques
-from memlab.techniques import _patch, sparse_attention
+from memlab.techniques import _patch, offloading, sparse_attention
 from memlab.techniques.chunked_input import apply_chunked_feed_forward
 from memlab.techniques.compilation_and_fusion import apply_fused_loss
 from memlab.techniques.gated_activations import apply_gated_mlp, apply_gated_recomputation
@@ -126,6 +127,16 @@ CASES = {
 
 # It is applied to an optimizer, and has its tests in test_offloading.py.
 NOT_TO_A_MODEL = {"offload_optimizer_state"}
+
+# What the techniques need beside a model.
+ARGUMENTS = {
+    "apply_attention": (WINDOW,),
+    "apply_chunked_feed_forward": ("mlp", 5),
+    "apply_layer_major_micro_batches": (1,),
+}
+
+# Most of these tests look at what is there, and run nothing.
+pytestmark = pytest.mark.filterwarnings("ignore:Never used")
 
 every_technique = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
@@ -251,6 +262,67 @@ def test_a_call_that_fails_has_changed_nothing(case):
         case.wrong(model)
     model.requires_grad_(True)
     assert structure(model) == before and equal(run(case, model), expected)
+
+
+def let_fail(monkeypatch, technique, number):
+    """Let the change of this number fail: a forward, an attribute, a hook, a file."""
+    changes = itertools.count()
+
+    def perhaps_failing(change):
+        def changed(*args, **kwargs):
+            if next(changes) == number:
+                raise MemoryError("no room")
+            return change(*args, **kwargs)
+
+        return changed
+
+    for owner, name in (
+        (technique.Handle, "wrap_forward"),
+        (technique.Handle, "replace"),
+        (nn.Module, "register_forward_pre_hook"),
+        (nn.Module, "register_forward_hook"),
+        (torch.Tensor, "register_hook"),
+        (offloading, "far_like"),
+    ):
+        monkeypatch.setattr(owner, name, perhaps_failing(getattr(owner, name)))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_that_fails_half_way_has_changed_nothing(name, monkeypatch):
+    case = CASES[name]
+    [function] = [function for other, function in public_functions() if other == name]
+    model = case.build()
+    expected = run(case, model)
+    before = structure(model)
+    for number in itertools.count():
+        with monkeypatch.context() as context:
+            let_fail(context, inspect.getmodule(function), number)
+            try:
+                case.apply(model)
+                break  # there was no such change
+            except MemoryError:
+                assert structure(model) == before and equal(run(case, model), expected)
+    assert number > 0 and structure(model) != before
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_name_is_no_model(name):
+    [function] = [function for other, function in public_functions() if other == name]
+    with pytest.raises(TypeError, match=r"must be a (list of )?torch\.nn\.Module"):
+        function("gpt2", *ARGUMENTS.get(name, ()))
+
+
+@pytest.mark.parametrize(
+    "name", sorted(CASES.keys() - {"apply_gated_mlp", "apply_in_place_activations"})
+)
+# The other two change attributes, and no forward.
+def test_what_never_ran_is_named(name):
+    case = CASES[name]
+    model = case.build()
+    handle = case.apply(model)
+    assert set(handle.never_used) <= set(handle.names) and handle.never_used
+    run(case, model)
+    assert handle.never_used == []
 
 
 @every_technique

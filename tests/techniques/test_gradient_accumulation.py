@@ -25,6 +25,7 @@ from memlab.techniques.gradient_accumulation import (
 )
 from memlab.techniques.gradient_checkpointing import apply_gradient_checkpointing
 from memlab.workloads import gpt, vit
+from tests.helpers import a_t5, a_unet, a_whisper, equal
 
 BATCH, SEQUENCE, HIDDEN = 5, 8, 16
 GPT = gpt.GPTConfig(vocabulary_size=32, context_length=SEQUENCE, layers=2, heads=2, hidden=HIDDEN)
@@ -219,6 +220,17 @@ def test_groups_end_with_what_is_left():
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("encoding", [dict, "BatchEncoding"])
+def test_a_dict_is_cut_into_dicts(encoding):
+    if encoding == "BatchEncoding":
+        encoding = pytest.importorskip("transformers").BatchEncoding
+    tokens, targets = torch.arange(10).view(5, 2), torch.arange(5)
+    cut = split_batch(encoding({"input_ids": tokens, "labels": targets}), 2)
+    assert [type(part) for part in cut] == [dict] * 3
+    assert equal([part["input_ids"] for part in cut], tokens.split(2))
+    assert equal([part["labels"] for part in cut], targets.split(2))
+
+
 def test_micro_batches_are_views():
     tokens, targets = ragged()
     pieces = split_batch((tokens, targets), 2)
@@ -236,6 +248,9 @@ def test_micro_batches_are_views():
             r"equally long.*\[4, 3\]",
         ),
         (lambda: split_batch((), 2), ValueError, "equally long"),
+        (lambda: split_batch({}, 2), ValueError, "equally long"),
+        (lambda: split_batch({"input_ids": [[1, 2]]}, 2), TypeError, "'input_ids' is .*pt"),
+        (lambda: split_batch([torch.ones(())], 2), TypeError, "0 is tensor"),
         (lambda: split_batch((torch.ones(4),), 0), ValueError, "at least 1, but it is 0"),
         (lambda: list(groups_of([], True)), ValueError, "at least 1, but it is True"),
         (lambda: count_targets(torch.ones(3)), TypeError, "int64 targets, not tensor.*pass count="),
@@ -271,7 +286,7 @@ def train(model, batch, in_backward, steps=3, make_optimizer=adamw):
     return optimizer
 
 
-def equal(one, other):
+def same_weights(one, other):
     return all(map(torch.equal, one.parameters(), other.parameters()))
 
 
@@ -292,7 +307,7 @@ def test_weights_are_those_of_the_ordinary_optimizer_bit_for_bit(make, batch):
     ordinary, in_backward, start = make(), make(), make()
     train(ordinary, batch, False)
     optimizer = train(in_backward, batch, True)
-    assert equal(ordinary, in_backward) and not equal(start, in_backward)
+    assert same_weights(ordinary, in_backward) and not same_weights(start, in_backward)
     # A shared weight was stepped once a step.
     steps = {
         entry["step"].item()
@@ -315,7 +330,7 @@ def test_the_learning_rate_can_be_set_and_the_state_saved():
     for model, optimizer in ((ordinary, one), (in_backward, other), (resumed, third)):
         model(*ragged()).backward()
         optimizer.step()
-    assert equal(ordinary, in_backward) and equal(ordinary, resumed)
+    assert same_weights(ordinary, in_backward) and same_weights(ordinary, resumed)
     with pytest.raises(ValueError, match="position_embedding"):
         third.load_state_dict(optimizer_in_backward(nn.Linear(1, 1), adamw).state_dict())
 
@@ -511,6 +526,67 @@ def test_arguments_are_cut_where_the_batch_is_and_whole_where_it_is_not():
     assert torch.equal(output, x * 2) and torch.equal(first, torch.arange(3)) and nothing is None
 
 
+class CalledByNames(nn.Module):
+    """A model whose blocks get their input by its name, after another keyword."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(HIDDEN, HIDDEN)
+
+        def forward(self, hidden, positions=None):
+            return hidden + torch.tanh(self.linear(hidden + positions))
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(self.Block() for _ in range(2))
+
+    def forward(self, hidden):
+        positions = torch.arange(SEQUENCE).view(1, SEQUENCE, 1)
+        for block in self.blocks:
+            hidden = block(positions=positions, hidden=hidden)
+        return hidden.square().mean()
+
+
+def by_names():
+    model = CalledByNames()
+    batch = torch.randn(BATCH, SEQUENCE, HIDDEN)
+    return model, lambda: model(batch)
+
+
+@pytest.mark.parametrize("make", [by_names, a_t5, a_whisper, a_unet])
+def test_blocks_called_by_names_and_blocks_of_several_lists_go_in_micro_batches(make):
+    model, run = make()
+    run().backward()
+    expected = gradients(model)
+    model.zero_grad()
+    handle = apply_layer_major_micro_batches(model, 2)
+    loss = run()
+    assert len(handle.names) == {by_names: 2, a_t5: 6, a_whisper: 5, a_unet: 6}[make]
+    assert handle.never_used == []
+    loss.backward()
+    assert difference(expected, gradients(model)) < FLOAT
+
+
+def test_the_first_argument_may_have_its_name():
+    x = torch.randn(BATCH, 3)
+    doubled = in_micro_batches(lambda values, factor: values * factor, 2, factor=2.0, values=x)
+    assert torch.equal(doubled, x * 2)
+
+
+def test_what_differs_from_slice_to_slice_is_not_taken_for_what_is_the_same():
+    def with_a_constant(x):
+        return x, torch.ones(1, 3)
+
+    def with_a_sum(x):
+        return x, x.sum(0, keepdim=True)
+
+    x = torch.randn(4, 3)
+    assert torch.equal(in_micro_batches(with_a_constant, 2, x)[1], torch.ones(1, 3))
+    with pytest.raises(TypeError, match=r"must be a tensor \(batch, ...\)"):
+        in_micro_batches(with_a_sum, 2, x)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -541,12 +617,12 @@ def test_arguments_are_cut_where_the_batch_is_and_whole_where_it_is_not():
         (
             lambda f: apply_layer_major_micro_batches(nn.Linear(1, 1), 1),
             ValueError,
-            "No blocks found in this Linear",
+            "No blocks found in Linear",
         ),
         (
             lambda f: apply_layer_major_micro_batches(make_gpt(), 1, blocks=[nn.Linear(1, 1)]),
             ValueError,
-            "No blocks found in this GPT",
+            "No blocks found in GPT",
         ),
         (lambda f: apply_layer_major_micro_batches(make_gpt(), 0), ValueError, "at least 1"),
         (

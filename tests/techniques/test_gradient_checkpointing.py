@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from memlab.techniques.gradient_checkpointing import MATRIX_PRODUCTS, apply_gradient_checkpointing
 from memlab.workloads import gpt, vit
-from tests.helpers import equal, saved_bytes
+from tests.helpers import a_resnet, a_t5, a_unet, a_whisper, equal, saved_bytes
 
 HIDDEN, BATCH, SEQUENCE = 32, 2, 8
 UNIT = BATCH * SEQUENCE * HIDDEN * 4  # bytes of one (batch, sequence, hidden) tensor in FP32
@@ -484,6 +484,43 @@ def test_blocks_are_found_or_named():
     assert checkpointed(model) == []
 
 
+ALL_LISTS = {
+    "T5": (a_t5, ["encoder.block.0-2", "decoder.block.0-2"], 6),
+    "Whisper": (a_whisper, ["model.encoder.layers.0-1", "model.decoder.layers.0-2"], 8),
+    "ResNet": (a_resnet, ["resnet.encoder.stages.0-3"], 2),
+    "U-Net": (a_unet, ["down.0-1", "middle.0-0", "up.0-2"], 4),
+}
+
+
+@pytest.mark.parametrize(("make", "lists", "left"), ALL_LISTS.values(), ids=ALL_LISTS)
+def test_all_lists_of_blocks_are_found_and_the_rest_is_named(make, lists, left):
+    model, run = make()
+    tensors = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    expected = gradients(run, tensors)
+    plain = saved_bytes(run, model.parameters())
+    handle = apply_gradient_checkpointing(model)
+    names = []
+    for block_list in lists:
+        prefix, _, numbers = block_list.rpartition(".")
+        first, last = numbers.split("-")
+        names += [f"{prefix}.{number}" for number in range(int(first), int(last) + 1)]
+    assert handle.names == names
+    assert equal(gradients(run, tensors), expected)
+    assert saved_bytes(run, model.parameters()) < 0.6 * plain
+    # What is left has parameters, and together with the blocks it is the model.
+    parts = [model.get_submodule(name) for name in (*handle.names, *handle.left)]
+    covered = {parameter for part in parts for parameter in part.parameters()}
+    assert len(handle.left) == left and covered == set(model.parameters())
+
+
+def test_a_list_of_other_layers_counts_only_where_there_is_no_list_of_blocks():
+    heads = nn.ModuleList(nn.Linear(2, 2) for _ in range(5))
+    with apply_gradient_checkpointing(nn.Sequential(nn.ReLU(), heads)) as handle:
+        assert handle.names == [f"1.{number}" for number in range(5)]
+    with apply_gradient_checkpointing(nn.Sequential(heads, Tower(1))) as handle:
+        assert handle.names == ["1.blocks.0"] and handle.left == ["0"]
+
+
 @pytest.mark.parametrize(
     ("blocks", "options", "message"),
     [
@@ -491,6 +528,7 @@ def test_blocks_are_found_or_named():
         (nn.Conv2d, {}, "No blocks found in Mixture: pass blocks="),
         ([nn.Linear(2, 2)], {}, "No blocks found in Mixture: pass blocks="),
         (["layers.0"], {}, "No blocks found in Mixture: pass blocks="),
+        (Mixture.Layer(), {}, "No blocks found in Mixture: pass blocks="),
         (None, {"every": 0}, "every must be an int from 1 to 3, but it is 0"),
         (None, {"every": 4}, "from 1 to 3"),
         (None, {"every": 2.0}, "every must be an int"),

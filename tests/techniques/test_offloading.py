@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from memlab import measure
+from memlab.techniques import offloading
 from memlab.techniques.gradient_checkpointing import apply_gradient_checkpointing
 from memlab.techniques.offloading import (
     far_like,
@@ -652,6 +653,43 @@ def test_matrices_and_their_gradients_are_far_and_small_ones_near():
     assert (
         offload.moved_bytes == 0
     )  # no activation is of a MiB, and what is saved of weights is far already
+
+
+def test_frozen_blocks_with_adapters_in_them_train_to_the_same_weights():
+    """The base of a LoRA: most of its parameters get no gradient."""
+
+    def run_with(stream):
+        model, blocks, run = a_gpt()
+        model.requires_grad_(False)
+        for block in blocks:
+            block.mlp.requires_grad_(True)
+        if stream:
+            stream_parameters(blocks, min_bytes=1024)
+            apply_gradient_checkpointing(model)
+            assert is_far(blocks[0].attention.query_key_value.weight)
+        optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+        train(model, run, optimizer)
+        return model.state_dict().values()
+
+    assert equal(run_with(True), run_with(False))
+
+
+def test_without_room_for_all_blocks_none_is_far_and_the_next_try_works(monkeypatch):
+    model, blocks, run = a_gpt()
+    make = offloading.far_like
+    rooms = iter([make] * 5)
+    with monkeypatch.context() as context:
+        context.setattr(offloading, "far_like", lambda *args: next(rooms, no_room)(*args))
+        with pytest.raises(OSError, match="No room"):
+            stream_parameters(blocks, min_bytes=1024)
+    assert not any(map(is_far, model.parameters()))
+    assert not any("forward" in vars(block) for block in blocks)
+    stream_parameters(blocks, min_bytes=1024)
+    run().backward()
+
+
+def no_room(*_):
+    raise OSError("No room")
 
 
 @pytest.mark.parametrize("way", ["offload", "checkpoint"])
