@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from memlab.changes import change_in_words, went_elsewhere
 from memlab.ledger import COLUMNS
 from memlab.measurement import Measurement
 from memlab.show import Table
@@ -66,7 +67,7 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """What happened, in one line."""
+        """What happened, in one line (`memlab.changes`)."""
         first, last = self.variants[0].measurement, self.variants[-1].measurement
         if len(self.variants) == 1:
             predicted, residual = self.variants[0].predicted_bytes, self.variants[0].residual
@@ -76,26 +77,7 @@ class Comparison:
                 else f", predicted {format_bytes(predicted)} ({100 * residual:+.2f} %)"
             )
             return f"Peak {format_bytes(first.peak_bytes)}{beside}"
-        difference = last.peak_bytes - first.peak_bytes
-        if not difference:
-            return f"Peak unchanged at {format_bytes(first.peak_bytes)}"
-        peaks = f"{format_bytes(first.peak_bytes)} → {format_bytes(last.peak_bytes)}"
-        factor, direction = (self.ratio, "less") if difference < 0 else (1 / self.ratio, "more")
-        times = (
-            f"{factor:.2f}× {direction}"
-            if factor >= 1.005
-            else f"{format_bytes(abs(difference))} {direction}"
-        )
-        # The column that went farthest the way of the peak. There is one, since the columns add up
-        # to it.
-        change = self.change()
-        column = min(change, key=change.get) if difference < 0 else max(change, key=change.get)
-        moved = (
-            f"{column.replace('_', ' ')}"
-            f" {'−' if difference < 0 else '+'}{format_bytes(abs(change[column]))}"
-        )
-        phase = f", the peak is now in {last.phase}" if last.phase != first.phase else ""
-        return f"Peak {peaks} ({times}): {moved}{phase}"
+        return change_in_words(first, last)
 
     def within(self, percent: float) -> None:
         """Hold every prediction against what was measured, and fail where one is too far off.
@@ -121,7 +103,9 @@ class Comparison:
         """Return one row a variant, sizes in MiB.
 
         "In tensors" are the measurement's known bytes, which the residual is about. They are shown
-        where they are not the whole peak. Columns in which no variant has a value are left out.
+        where they are not the whole peak. "Activations at backward" are those that are there when a
+        backward begins, wherever the peak lies, and "outside" is what was used and this allocator
+        did not hand out. Columns in which no variant has a value are left out.
         """
         first = self.variants[0].measurement
         frame = pd.DataFrame.from_dict(
@@ -134,7 +118,7 @@ class Comparison:
         # A column of the ledger that is 0 everywhere, or a value that this device does not have,
         # says nothing.
         empty = [name for name in frame if frame[name].isna().all()]
-        zero = [name for name in _LEDGER_HEADINGS if not frame[name].any()]
+        zero = [name for name in (*_LEDGER_HEADINGS, "outside MiB") if not frame[name].any()]
         return frame.drop(columns=[*empty, *zero])
 
     def plot(self, title: str | None = None) -> Figure:
@@ -183,15 +167,18 @@ def _row(variant: Variant, first: Measurement) -> dict[str, float | str | None]:
     seconds = measured.seconds
     time_before = None if first.seconds is None else first.seconds.median
     time_after = None if seconds is None else seconds.median
+    elsewhere = went_elsewhere(first, measured)
     ledger = [measured.columns[column] / MiB for column in COLUMNS]
     return {
         "predicted MiB": _in_mib(predicted),
         "measured MiB": measured.peak_bytes / MiB,
         "in tensors MiB": None if predicted is None else measured.known_bytes / MiB,
         "residual %": None if missed is None else 100 * missed,
-        "× less": times_less(first.peak_bytes, measured.peak_bytes),
+        "× less": None if elsewhere else times_less(first.peak_bytes, measured.peak_bytes),
         "peak in": measured.phase,
         **dict(zip(_LEDGER_HEADINGS, ledger, strict=True)),
+        "activations at backward MiB": _in_mib(measured.activations_at_backward),
+        "outside MiB": _in_mib(measured.outside_bytes),
         "reserved MiB": _in_mib(measured.reserved_bytes),
         "device MiB": _in_mib(measured.device_bytes),
         "s a step": time_after,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,17 +10,17 @@ from memlab.forms import Machine
 from memlab.ledger import (
     COLUMNS,
     Block,
-    Event,
     Ledger,
     Observation,
     Timeline,
+    activations_at_backward,
     build_ledger,
-    lives,
 )
 from memlab.meters import refusals
 from memlab.meters.device import environment
+from memlab.meters.never_called import never_called
+from memlab.meters.outside import outside
 from memlab.meters.recording import Recorded, no_garbage_collection
-from memlab.meters.sightings import Use
 from memlab.receipt import Receipt, groups, name_largest
 from memlab.show import Table
 from memlab.timing import Seconds
@@ -52,6 +51,10 @@ class Measurement:
             memory (a data loader's workers), NumPy arrays, what other threads made. Not counted in
             anything above.
         outside_memory_bytes: the same without the memory maps: files and shared memory.
+        outside_shared_bytes: the shared memory alone: what a data loader's workers send.
+        never_called: the modules whose forward was replaced, as a technique does it, and that were
+            never called.
+        evaluating: whether all modules were in eval() mode.
         workspace_bytes: what cuBLAS held for itself, as it does for every model (None on the CPU).
             Reserved, not in the peak.
         environment: device, GPU, torch, driver, Python.
@@ -70,6 +73,9 @@ class Measurement:
     losses: tuple[float, ...] | None = None
     outside_bytes: int = 0
     outside_memory_bytes: int = 0
+    outside_shared_bytes: int = 0
+    never_called: tuple[str, ...] = ()
+    evaluating: bool = False
     workspace_bytes: int | None = None
     _timeline: Timeline | None = field(default=None, repr=False, compare=False)
 
@@ -98,6 +104,15 @@ class Measurement:
         if not self.ledger.blocks:  # a history that was too long to be kept
             return {**self.columns, "unattributed": 0}
         return self.ledger.known_columns()
+
+    @property
+    def activations_at_backward(self) -> int | None:
+        """The activations that are there when backward begins, in bytes; of several backwards, the
+        most. None where no backward was recorded.
+
+        It is what a forward leaves, wherever the peak lies.
+        """
+        return activations_at_backward(self.ledger)
 
     def largest(self, count: int = 10) -> list[Block]:
         """The largest blocks alive at the peak: what they are, and which operator in which module
@@ -213,7 +228,7 @@ def measurement_of(recorded: Recorded) -> Measurement:
         before = 0 if recorded.counts_alive else readings.allocated_before
         peak = max(readings.peak_allocated - before, sum(columns.values()))
         columns["unattributed"] += peak - sum(columns.values())
-    maps, others = _outside(readings.mapped, recorded.uses, missed)
+    beside = outside(recorded, missed)
     return Measurement(
         peak_bytes=peak,
         columns=columns,
@@ -223,22 +238,9 @@ def measurement_of(recorded: Recorded) -> Measurement:
         reserved_bytes=readings.reserved_bytes,
         device_bytes=readings.device_bytes,
         workspace_bytes=readings.workspace_bytes,
-        outside_bytes=Ledger(maps + others).peak_bytes,
-        outside_memory_bytes=Ledger(others).peak_bytes,
+        outside_bytes=beside.bytes,
+        outside_memory_bytes=beside.memory_bytes,
+        outside_shared_bytes=beside.shared_bytes,
+        never_called=never_called(recorded.replaced, ledger.modules),
+        evaluating=recorded.evaluating,
     )
-
-
-def _outside(
-    mapped: Sequence[Event], uses: Sequence[Use], missed: Sequence[Observation]
-) -> tuple[list[Block], list[Block]]:
-    """What was used and is not the allocator's, each with its life: memory maps, and what else fell
-    on no block.
-    """
-    maps = lives(mapped)
-    unseen = {(observation.time, observation.address) for observation in missed}
-    others = []
-    for use in uses:
-        in_a_map = any(m.address <= use.address < m.address + m.bytes for m in maps)
-        if (use.seen, use.address) in unseen and not in_a_map:
-            others.append(Block(use.bytes, use.address, use.seen, use.gone))
-    return maps, others

@@ -724,6 +724,7 @@ def test_a_data_loader_with_two_workers():
     assert workers.columns["optimizer_state"] == here.columns["optimizer_state"]
     assert workers.outside_bytes >= PAIR and workers.outside_bytes % (BATCH * WIDTH * FLOAT) == 0
     assert workers.outside_memory_bytes == 0
+    assert workers.outside_shared_bytes == workers.outside_bytes  # the targets, too
     assert "not counted" in str(workers) and "shared memory" in str(workers)
 
 
@@ -774,6 +775,7 @@ def test_numpy_arrays_and_memory_maps_are_outside(tmp_path):
     measured = measure(inner)
     assert measured.outside_bytes == PAIR
     assert measured.outside_memory_bytes == PAIR // 2  # the array
+    assert measured.outside_shared_bytes == 0
     assert measured.columns["batch"] == 0
 
 

@@ -11,6 +11,7 @@ Plain data. A meter (`memlab.meters`) hands over three lists, and this room join
 Nothing here imports torch, so every rule can be tested with a handful of made-up events.
 """
 
+from memlab.ledger.backward import activations_at_backward
 from memlab.ledger.blocks import COLUMNS, Block, Event, Ledger, Timeline, format_type, lives
 from memlab.ledger.labels import PRIORITY, Observation, build_ledger
 from memlab.ledger.phases import PHASES
@@ -27,6 +28,7 @@ __all__ = [
     "Span",
     "Spans",
     "Timeline",
+    "activations_at_backward",
     "build_ledger",
     "format_type",
     "lives",

@@ -112,12 +112,19 @@ class Timeline:
 
 @dataclass
 class Ledger:
-    """Every block that lived during a run, by column, with the phases of the run."""
+    """Every block that lived during a run, by column, with the phases of the run.
+
+    `modules` are those that ran, by name, and `recomputed` those of them that ran in a backward
+    again. `recomputations` says how often a stretch of forward ran again there.
+    """
 
     blocks: list[Block]
     phases: list[Span] = field(default_factory=list)
     start: int = 0
     end: int = 0
+    modules: frozenset[str] = frozenset()
+    recomputed: frozenset[str] = frozenset()
+    recomputations: int = 0
 
     def __post_init__(self) -> None:
         changes = []  # (moment, signed bytes, which block)

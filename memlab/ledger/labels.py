@@ -79,7 +79,16 @@ def build_ledger(
         _tell_scratch(blocks, spans)
     missed = _label(blocks, observations)
     _label_by_life(blocks, found, spans)
-    return Ledger(blocks, list(found.phases), start, end), missed
+    ledger = Ledger(
+        blocks,
+        list(found.phases),
+        start,
+        end,
+        modules=frozenset(span.name for span in spans.of("module")),
+        recomputed=found.recomputed,
+        recomputations=len(found.recomputations),
+    )
+    return ledger, missed
 
 
 def _place(blocks: list[Block], spans: Spans, phases: Spans) -> None:

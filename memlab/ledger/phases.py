@@ -12,12 +12,13 @@ PHASES = ("forward", "backward", "optimizer", "other")
 
 class Phases(NamedTuple):
     """The phases of a run, the backwards whole (an optimizer that steps inside one cuts the phase
-    in pieces), and where a forward ran again inside a backward.
+    in pieces), where a forward ran again inside a backward, and which modules did.
     """
 
     phases: Spans
     backwards: Spans
     recomputations: Spans
+    recomputed: frozenset[str]
 
 
 def find_phases(spans: Spans, start: int, end: int) -> Phases:
@@ -42,7 +43,9 @@ def find_phases(spans: Spans, start: int, end: int) -> Phases:
     backwards = _join(nodes, forwards, optimizers, steps)
     phases = _with_forwards(Spans([*optimizers, *backwards]), forwards, steps, start, end)
     phases = _cut(phases, nested)
-    return Phases(phases, backwards, _recomputations(nodes, backwards, modules, operators, spans))
+    recomputations = _recomputations(nodes, backwards, modules, operators, spans)
+    again = (span.name for span in spans.of("module") if nodes.at(span.start))
+    return Phases(phases, backwards, recomputations, frozenset(again))
 
 
 def _work_of_its_own(optimizer: Span, nodes: Spans, modules: Spans, operators: Spans) -> list[Span]:

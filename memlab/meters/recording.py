@@ -44,6 +44,8 @@ class Recorded:
         thread: the thread that measures.
         start, end: the first and the last moment.
         nothing_to_train: whether a model ran with gradients enabled, and nothing needed one.
+        replaced: the names of the modules whose forward was replaced, as techniques do it.
+        evaluating: whether all modules were in eval() mode at the end.
     """
 
     device: torch.device
@@ -60,6 +62,8 @@ class Recorded:
     devices: frozenset[torch.device] = frozenset()
     threads: Mapping[int, str] | None = None
     nothing_to_train: bool = False
+    replaced: frozenset[str] = frozenset()
+    evaluating: bool = False
 
 
 class Recording:
@@ -157,6 +161,8 @@ class Recording:
             devices=frozenset(observer.seen.devices),
             threads=dict(observer.threads),
             nothing_to_train=self._nothing_to_train,
+            replaced=observer.seen.replaced,
+            evaluating=observer.seen.evaluating,
         )
 
     # The steps of a run ---------------------------------------------------------------------------

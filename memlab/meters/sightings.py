@@ -24,12 +24,15 @@ from memlab.meters.live import live_objects, storages, tensors_in
 class Use:
     """A storage that the run used: from when it was first seen until it was gone (nanoseconds;
     None: not yet).
+
+    `shared`: it is shared memory without a file, as that in which a data loader's workers send.
     """
 
     address: int
     bytes: int
     seen: int
     gone: int | None = None
+    shared: bool = False
     reference: weakref.ref | None = None
 
 
@@ -54,6 +57,10 @@ class Sightings:
         self.inputs: set[int] = set()
         #: Modules by their names in the model that holds them.
         self.names: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+        #: The names of those whose forward was replaced, from outside their class.
+        self.replaced: frozenset[str] = frozenset()
+        #: Whether all of them were in eval() mode at the end.
+        self.evaluating = False
         self._record = record
         # Kept in four plain lists. A tuple for each would be an object that Python's garbage
         # collector counts: it would then run more often than without the meter, and free reference
@@ -108,7 +115,8 @@ class Sightings:
         use = self._in_use.get(address)
         if use is not None and use.gone is None and use.bytes == storage.nbytes():
             return
-        self._in_use[address] = use = Use(address, storage.nbytes(), now)
+        shared = storage.device.type == "cpu" and storage.is_shared() and storage.filename is None
+        self._in_use[address] = use = Use(address, storage.nbytes(), now, shared=shared)
         self.uses.append(use)
 
         def gone(reference: weakref.ref, use: Use = use) -> None:
@@ -187,6 +195,11 @@ class Sightings:
                     else:
                         self._look_at_holder(thing)
         self.see_gradients()
+        if after:
+            modules = list(self.names)
+            replaced = (module for module in modules if "forward" in vars(module))
+            self.replaced = frozenset(self.names[module] for module in replaced)
+            self.evaluating = bool(modules) and not any(module.training for module in modules)
 
     def _look_at_holder(self, thing: object) -> None:
         """Note what a model, an optimizer or a data set holds, or a parameter on its own."""

@@ -161,3 +161,12 @@ def test_thousands_of_optimizers_inside_a_backward():
     ]
     ledger, _ = build_ledger([Event(0, 1, 8)], spans=spans)
     assert sum(span.kind == "optimizer" for span in ledger.phases) == count
+
+
+def test_what_ran_again_in_backward_is_known_by_name():
+    again = [Span(310, 330, "module", "model.inner"), Span(311, 320, "operator", "mm", 0, 7)]
+    ledger, _ = build_ledger([Event(0, 1, 8)], spans=[*TWO_STEPS, *again], start=0, end=2000)
+    assert ledger.modules == {"model", "model.inner"}
+    assert ledger.recomputed == {"model.inner"} and ledger.recomputations == 1
+    plain, _ = build_ledger([Event(0, 1, 8)], spans=TWO_STEPS, start=0, end=2000)
+    assert not plain.recomputed and plain.recomputations == 0
