@@ -20,17 +20,23 @@ import torch
 from torch import Tensor, nn
 
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+_WIDE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @torch.no_grad()
 def cast_to_low_precision(
-    model: nn.Module, dtype: torch.dtype = torch.bfloat16, *, keep: Iterable[str] = ()
+    model: nn.Module,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    keep: Iterable[str] = (),
+    cast_inputs: bool = True,
 ) -> None:
     """Cast a model's floating-point parameters and buffers to 16 bits, in place, before the
     optimizer exists.
 
     Parameters stay the same objects, and shared ones stay shared. There is no way back: the bits
-    are gone.
+    are gone. From then on, a forward pre-hook casts what the model is given, such as images: its
+    layers would refuse FP32.
 
     Args:
         model: The model to cast.
@@ -38,6 +44,9 @@ def cast_to_low_precision(
         keep: Parameters and buffers to leave as they are, by their full name or its last part. A
             rotary embedding's `inv_freq`, for one: a position in the thousands times a frequency of
             8 significant bits is radians off.
+        cast_inputs: Let the model cast its floating-point inputs of two axes and more, by position
+            or name, also in lists, tuples and dicts. What has one number a row, as time steps or
+            targets, stays as it is. False leaves all to the caller.
 
     Raises:
         ValueError: Another dtype, a model without floating-point parameters or with complex ones, a
@@ -72,6 +81,26 @@ def cast_to_low_precision(
             cast.append(tensor)
     for tensor in cast:
         tensor.data = tensor.data.to(dtype)
+    if cast_inputs:
+        model.register_forward_pre_hook(_cast_inputs, with_kwargs=True)
+
+
+def _cast_inputs(model: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Give a model its inputs in the dtype that its weights have now."""
+    low = (p.dtype for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16))
+    dtype = next(low, None)
+    return (args, kwargs) if dtype is None else _cast((args, kwargs), dtype)
+
+
+def _cast(value, dtype: torch.dtype):
+    if isinstance(value, Tensor):
+        is_cast = value.ndim > 1 and value.dtype in _WIDE
+        return value.to(dtype) if is_cast else value
+    if type(value) in (tuple, list):
+        return type(value)(_cast(item, dtype) for item in value)
+    if type(value) is dict:
+        return {key: _cast(item, dtype) for key, item in value.items()}
+    return value
 
 
 def _kept(model: nn.Module, tensors: list[tuple[str, Tensor]], keep: set[str]) -> set[int]:

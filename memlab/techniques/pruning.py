@@ -17,7 +17,13 @@ production: Torch-Pruning, `torch.nn.utils.prune` (masks only),
 `torch.sparse.to_sparse_semi_structured`.
 """
 
+import contextlib
+import functools
 import gc
+import inspect
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -109,6 +115,7 @@ def prune_heads(
     head goes with all its query heads. Head counts of modules, and in the Llama family those of
     `model.config`, follow; the configs of the others cannot express it. Gradients of what is cut
     are dropped. An optimizer made before still holds the old weights: it refuses its next step.
+    One that is made after, of a list of parameters from before, is refused.
 
     Args:
         model: The model to cut. There is no way back.
@@ -122,8 +129,8 @@ def prune_heads(
 
     Raises:
         TypeError: `model` is no module.
-        ValueError: The fraction or the scores do not fit, there are no layers to cut, or weights
-            are masked or shared.
+        ValueError: The fraction or the scores do not fit, there are no layers to cut, or they have
+            adapters as of LoRA, or weights are masked or shared.
     """
     return _prune(model, "heads", keep_fraction, scores)
 
@@ -160,7 +167,8 @@ def _prune(model, kind, keep_fraction, scores):
             )
         count = max(1, round(part.units * keep_fraction))
         kept[name] = scores[name].topk(count).indices.sort().values
-        if hasattr(part.module, "query_key_value") and not isinstance(part.module, _CutAttention):
+        written_for_all = hasattr(part.module, "query_key_value")
+        if written_for_all and not _is_applied(part.module, _attend_with_fewer):
             causal[name] = _is_causal(part.module, name)
     _refuse_shared(model, parts)
     for name, part in parts.items():
@@ -169,11 +177,9 @@ def _prune(model, kind, keep_fraction, scores):
         _cut(part.reader, False, 1, part.units, kept[name])
         _note_count(part, kind, len(kept[name]))
         if name in causal:
-            kind_of_module = type(part.module)
-            part.module.__class__ = type(
-                f"Cut{kind_of_module.__name__}",
-                (_CutAttention, kind_of_module),
-                {"_causal": causal[name]},
+            # The handle is let go: there is no way back.
+            Handle().wrap_forward(
+                name, part.module, _attend_with_fewer, causal[name], innermost=True
             )
     if kind == "channels" or all(len(part.makers) == 3 for part in parts.values()):
         _note_in_config(model, kind, list(parts.values()), {len(units) for units in kept.values()})
@@ -195,7 +201,8 @@ def _cut(layer: nn.Module, output: bool, blocks: int, units: int, kept: Tensor) 
             continue
         new = old.detach().index_select(along, index)
         setattr(layer, name, nn.Parameter(new, old.requires_grad))
-        old.was_cut = True  # for an optimizer that still holds it
+        if type(old) is nn.Parameter:
+            old.__class__ = _CutParameter  # for an optimizer that holds it, or is given it
     if isinstance(layer, nn.Linear):
         size_name = "out_features" if output else "in_features"
     else:  # transformers' Conv1D
@@ -214,19 +221,205 @@ def _axis(layer: nn.Module, output: bool) -> int:
     return int(not output) if isinstance(layer, nn.Linear) else int(output)
 
 
-class _CutAttention:
-    """The forward of memlab's attention for heads that no longer fill the hidden size: a class
-    before its own.
+def _attend_with_fewer(attention: nn.Module, forward, causal: bool, /, x: Tensor) -> Tensor:
+    """The forward of memlab's attention for heads that no longer fill the hidden size."""
+    parts = attention.query_key_value(x).chunk(3, dim=2)
+    query, key, value = (part.unflatten(2, (attention.heads, -1)).transpose(1, 2) for part in parts)
+    dropout = attention.dropout if attention.training else 0.0
+    y = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=causal)
+    return attention.projection(y.transpose(1, 2).flatten(2))
+
+
+# --- pasted from _patch.py: begin -----------------------------------------------------------------
+
+
+class Handle:
+    """What a technique has changed in a model: `names` says where, `remove()` undoes it.
+
+    As a context manager it removes at the end of the block. It holds the model weakly, and a model
+    keeps what was applied to it when its handle is gone.
+
+    `never_used` are the names of what has not run since. A trainer that goes round a model's output
+    layer, for example, never calls what was put there. `remove()` warns of it.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        parts = self.query_key_value(x).chunk(3, dim=2)
-        query, key, value = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in parts)
-        dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(
-            query, key, value, dropout_p=dropout, is_causal=self._causal
-        )
-        return self.projection(y.transpose(1, 2).flatten(2))
+    def __init__(self):
+        self.names: list[str] = []
+        # For each forward that was wrapped, its name, and what the forward itself notes in.
+        self._uses: list[tuple[str, dict]] = []
+        # By their owners: what was replaced lives no longer than the model that it was replaced in.
+        self._replaced = weakref.WeakKeyDictionary()
+        self._undo = []
+
+    @property
+    def never_used(self) -> list[str]:
+        """The names of the modules whose changed forward has not run since."""
+        return [name for name, use in self._uses if not use["used"]]
+
+    @contextlib.contextmanager
+    def all_or_nothing(self) -> Iterator[None]:
+        """Undo all that was applied if an error ends this block."""
+        try:
+            yield
+        except BaseException:
+            self._restore()
+            raise
+
+    def wrap_forward(
+        self,
+        name: str,
+        module: nn.Module,
+        function: Callable,
+        *options,
+        innermost: bool = False,
+        for_backward: bool = False,
+    ) -> None:
+        """Let `function(module, forward, *options, *args, **kwargs)` run as the module's forward.
+
+        Its `forward` is what ran before, or runs further inside. A copy or a pickle of the model
+        takes function and options along: a function that has a name, and plain options.
+
+        Args:
+            name: What the module is called in the model.
+            innermost: Put it below all that is applied already, for a function that computes what
+                the module's own forward does, and never calls it.
+            for_backward: It changes only what backward does: a call without gradients is no use of
+                it.
+        """
+        patched = vars(module).get("forward")
+        if type(patched).__name__ != "_PatchedForward":
+            patched = module.forward = _PatchedForward(module, patched)
+        use = {"used": False, "for_backward": for_backward}
+        patch = (function, options, use)
+        patched.patches.insert(0 if innermost else len(patched.patches), patch)
+        self.names.append(name)
+        self._uses.append((name, use))
+        self._undo.append(functools.partial(_unwrap, weakref.ref(patched), patch))
+
+    def replace(self, name: str, owner: nn.Module, attribute: str, value) -> None:
+        """Give an attribute or a submodule of `owner` another value."""
+        before = getattr(owner, attribute)
+        setattr(owner, attribute, value)
+        self.names.append(name)
+        self._replaced.setdefault(owner, []).append((name, attribute, before, value))
+
+    def on_remove(self, undo: Callable) -> None:
+        """Let `remove()` call `undo()` too: the `remove` of a hook, for example."""
+        self._undo.append(undo)
+
+    def remove(self) -> None:
+        """Undo what was applied, the last change first, whatever was applied to the model since.
+
+        A second call does nothing.
+
+        Raises:
+            RuntimeError: Something else has replaced an attribute since. Nothing is undone then.
+
+        Warns:
+            UserWarning: Some of it was never used.
+        """
+        was_applied = bool(self._undo)
+        self._restore()
+        if was_applied:
+            self._warn_of_unused()
+
+    def _warn_of_unused(self) -> None:
+        names = [name or "the model" for name in self.never_used]
+        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+        if names:
+            warnings.warn(
+                f"Never used: {', '.join(names[:4])}{more}. It was applied there, and nothing has"
+                " called it since. If the model ran, its caller went round it.",
+                stacklevel=3,
+            )
+
+    def _restore(self) -> None:
+        replaced = [
+            (owner, *entry) for owner, entries in self._replaced.items() for entry in entries
+        ]
+        for owner, name, attribute, _, value in replaced:
+            if getattr(owner, attribute, None) is not value:
+                raise RuntimeError(
+                    f"Something has replaced {attribute!r} of {name or 'the model'} since this was"
+                    " applied: undo that first, then call remove() again."
+                )
+        for owner, _, attribute, before, _ in replaced:
+            setattr(owner, attribute, before)
+        self._replaced.clear()
+        while self._undo:
+            self._undo.pop()()
+
+    def __enter__(self) -> "Handle":
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        was_applied = bool(self._undo)
+        self._restore()
+        if was_applied and kind is None:  # beside an error it would be one line too many
+            self._warn_of_unused()
+
+    def __repr__(self) -> str:
+        unused = f", never_used={self.never_used}" if self.never_used else ""
+        return f"{type(self).__name__}(names={self.names}{unused})"
+
+
+class _PatchedForward:
+    """The `forward` of a module that something is applied to: each patch around the one before.
+
+    It holds the module weakly: otherwise a deleted model would be a cycle, and stay in memory until
+    the garbage collector came. In a copy of the model it is the copy's.
+    """
+
+    # Slots, and so no `__dict__`: `functools.wraps` would copy that to a forward put over this one.
+    __slots__ = ("__weakref__", "before", "module", "patches")
+
+    def __init__(self, module: nn.Module, before: Callable | None, patches=()):
+        self.module = weakref.ref(module)
+        self.before = before  # a forward that the instance had, from somebody else
+        self.patches = list(patches)
+
+    def unpatched(self) -> Callable:
+        module = self.module()
+        if module is None:
+            raise ReferenceError("The model is gone that this forward belongs to: keep the model.")
+        return self.before or functools.partial(type(module).forward, module)
+
+    def __call__(self, *args, **kwargs):
+        forward = self.unpatched()
+        for function, options, use in self.patches:
+            forward = functools.partial(function, self.module(), forward, *options)
+            if torch.is_grad_enabled() or not use["for_backward"]:
+                use["used"] = True
+        return forward(*args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.unpatched())
+
+    def __reduce__(self):
+        return type(self), (self.module(), self.before, self.patches)
+
+
+def _is_applied(module: nn.Module, function: Callable) -> bool:
+    """Whether `function` is among the patches of a module's forward."""
+    patches = getattr(vars(module).get("forward"), "patches", ())
+    return any(patch[0] is function for patch in patches)
+
+
+def _unwrap(reference: weakref.ref, patch: tuple) -> None:
+    patched = reference()
+    if patched is None:
+        return
+    patched.patches[:] = [other for other in patched.patches if other is not patch]
+    module = patched.module()
+    if module is None or patched.patches or vars(module).get("forward") is not patched:
+        return  # a forward that somebody has put over it stays, and what is below lets all through
+    del module.forward
+    if patched.before is not None:
+        module.forward = patched.before
+
+
+# --- pasted from _patch.py: end -------------------------------------------------------------------
 
 
 # --- Finding what can be cut ----------------------------------------------------------------------
@@ -241,7 +434,8 @@ def _find(model: nn.Module, kind: str) -> dict[str, _Part]:
     for name, module in model.named_modules():
         for makers, reader in _LAYOUTS[kind]:
             layers = [getattr(module, layer, None) for layer in (*makers, reader)]
-            if all(isinstance(x, nn.Linear) or type(x).__name__ == "Conv1D" for x in layers):
+            if all(isinstance(layer, nn.Module) for layer in layers):
+                _refuse_other_layers(name, layers)
                 parts[name] = _part(module, kind, layers)
                 if not all(isinstance(layer.weight, nn.Parameter) for layer in layers):
                     raise ValueError(
@@ -253,6 +447,23 @@ def _find(model: nn.Module, kind: str) -> dict[str, _Part]:
             f"{type(model).__name__} holds no {kind} to cut. A module needs the layers {known}."
         )
     return parts
+
+
+def _refuse_other_layers(name: str, layers: list[nn.Module]) -> None:
+    """Raise ValueError if a layer is none that can be cut, as those of a LoRA."""
+    for layer in layers:
+        if not isinstance(layer, nn.Linear) and not _is_conv1d(layer):
+            where = type(layer).__module__
+            raise ValueError(
+                f"{name} holds a layer that cannot be cut, {where}.{type(layer).__name__}: it must"
+                " be an nn.Linear. Prune before you add adapters such as LoRA, or merge them first"
+                " (in PEFT: merge_and_unload())."
+            )
+
+
+def _is_conv1d(layer: nn.Module) -> bool:
+    """Whether it is transformers' Conv1D, which is told apart without importing it."""
+    return type(layer).__name__ == "Conv1D"
 
 
 def _part(module: nn.Module, kind: str, layers: list[nn.Module]) -> _Part:
@@ -280,18 +491,16 @@ def _is_causal(attention: nn.Module, name: str) -> bool:
     probe = torch.arange(3 * weight.shape[1]).sin().view(1, 3, -1).to(weight)
     training = attention.training
     attention.eval()
-    with torch.no_grad():
-        expected = attention(probe)
-        for attention._causal in (True, False):
-            gap = (_CutAttention.forward(attention, probe) - expected).norm()
-            if gap <= 0.02 * expected.norm():
-                break
-        else:
-            raise ValueError(
-                f"{name} computes something else than softmax attention over query_key_value."
-            )
-    attention.train(training)
-    return vars(attention).pop("_causal")
+    try:
+        with torch.no_grad():
+            expected = attention(probe)
+            for causal in (True, False):
+                found = _attend_with_fewer(attention, None, causal, probe)
+                if (found - expected).norm() <= 0.02 * expected.norm():
+                    return causal
+    finally:
+        attention.train(training)
+    raise ValueError(f"{name} computes something else than softmax attention over query_key_value.")
 
 
 def _refuse_shared(model: nn.Module, parts: dict[str, _Part]) -> None:
@@ -339,6 +548,17 @@ def _note_in_config(model: nn.Module, kind: str, parts: list[_Part], counts: set
 # --- An optimizer from before holds weights that are in no model ----------------------------------
 
 
+class _CutParameter(nn.Parameter):
+    """What a parameter is when pruning has replaced it: no optimizer takes it any more."""
+
+    @property
+    def is_leaf(self) -> bool:  # what every optimizer asks each parameter that it is given
+        raise ValueError(
+            "Pruning has replaced this parameter, so it is in no model and would not be trained:"
+            " take the parameters from the model after pruning."
+        )
+
+
 def _warn_optimizers() -> None:
     """Let every optimizer that holds a parameter which was cut refuse its next step.
 
@@ -352,7 +572,7 @@ def _warn_optimizers() -> None:
 
 def _cut_parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     groups = vars(optimizer).get("param_groups", ())  # there are none while it is being made
-    return [p for group in groups for p in group["params"] if hasattr(p, "was_cut")]
+    return [p for group in groups for p in group["params"] if type(p) is _CutParameter]
 
 
 def _refuse_cut(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:

@@ -18,6 +18,7 @@ from memlab.techniques.low_precision import (
     to_float8,
 )
 from memlab.workloads import gpt, vit
+from tests.helpers import a_resnet, a_unet, a_whisper
 
 BOTH = [StochasticRoundingAdamW, MasterWeightAdamW]
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -93,6 +94,49 @@ def test_gradients_are_those_of_the_model_to_16_bits(make):
     assert {p.grad.dtype for p in model.parameters()} == {BF16}
     low = torch.cat([p.grad.float().flatten() for p in model.parameters()])
     assert 0 < (low - exact).norm() / exact.norm() < 0.05
+
+
+@pytest.mark.parametrize("make", [a_whisper, a_resnet, a_unet])
+def test_a_model_of_sounds_or_images_casts_its_inputs(make):
+    model, run = make()
+    exact = run()
+    cast_to_low_precision(model)
+    loss = run()
+    loss.backward()
+    assert loss.item() == pytest.approx(exact.item(), rel=0.1)
+    assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {BF16}
+
+
+class Given(nn.Module):
+    """A model that returns the inputs that it was given."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+
+    def forward(self, *args, **kwargs):
+        return args, kwargs
+
+
+def test_which_inputs_are_cast():
+    model = Given()
+    cast_to_low_precision(model, FP16)
+    rows, times = torch.ones(3, 2), torch.full((3,), 999.0)
+    tokens = torch.ones(3, 2, dtype=torch.int64)
+    (cast, left, listed), named = model(rows, times, [rows.double()], mask={"a": rows}, ids=tokens)
+    assert cast.dtype == listed[0].dtype == named["mask"]["a"].dtype == FP16
+    assert left is times and named["ids"] is tokens
+    cast_to_low_precision(model, BF16)  # another type is that of the weights
+    assert model(rows)[0][0].dtype == BF16
+    assert pickle.loads(pickle.dumps(model))(rows)[0][0].dtype == BF16
+    assert model.float()(rows)[0][0] is rows
+
+
+def test_inputs_are_the_callers_if_it_is_said():
+    model = Given()
+    cast_to_low_precision(model, cast_inputs=False)
+    rows = torch.ones(3, 2)
+    assert model(rows)[0][0] is rows
 
 
 def test_shared_parameters_stay_shared_and_integers_stay():

@@ -4,6 +4,7 @@ bytes counted by hand.
 
 import copy
 import gc
+import pickle
 import weakref
 
 import pytest
@@ -332,11 +333,50 @@ def test_an_optimizer_from_before_refuses_and_one_from_after_steps():
     after.step()
     assert not torch.equal(weight, old)
     elsewhere(torch.ones(1, 2)).sum().backward()
-    elsewhere.weight.was_cut = True  # it is not asked: what pruning leaves is on one optimizer
     untouched.step()
     gone = weakref.ref(before)
     del before
     assert gone() is None
+
+
+def test_an_optimizer_of_a_list_from_before_is_refused():
+    model, _ = gpt_model()
+    saved = list(model.parameters())
+    groups = [{"params": saved[:4]}, {"params": saved[4:], "weight_decay": 0.0}]
+    prune_mlp(model, 0.5)
+    for parameters in (saved, groups):
+        with pytest.raises(ValueError, match="Pruning has replaced this parameter"):
+            torch.optim.AdamW(parameters)
+    torch.optim.AdamW(model.parameters())
+
+
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))]
+)
+def test_a_pruned_model_can_be_copied_and_pickled_and_pruned_again(duplicate):
+    model, loss_of = gpt_model()
+    prune_heads(model, 0.5)
+    twin = duplicate(model)
+    assert type(twin.blocks[0].attention) is gpt.CausalSelfAttention
+    assert torch.equal(loss_of(twin), loss_of(model))
+    prune_heads(twin, 0.5)
+    assert twin.blocks[0].attention.heads == 1 and model.blocks[0].attention.heads == 2
+    loss_of(twin).backward()
+
+
+def test_pruning_under_a_lora_says_what_to_do_and_after_merging_it_works():
+    peft = pytest.importorskip("peft")
+    model, loss_of = llama_model()
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "up_proj"], r=2))
+    expected = loss_of(adapted)
+    for function in (prune_heads, prune_mlp):
+        with pytest.raises(ValueError, match=r"peft.tuners.lora.layer.Linear.*merge_and_unload"):
+            function(adapted, 0.5)
+    assert torch.equal(loss_of(adapted), expected)
+    merged = adapted.merge_and_unload()
+    prune_heads(merged, 0.5)
+    prune_mlp(merged, 0.5)
+    assert torch.isfinite(loss_of(merged))
 
 
 def test_frozen_weights_stay_frozen_and_dtypes_stay():
