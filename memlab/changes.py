@@ -106,7 +106,9 @@ def _activations(first: Measurement, last: Measurement, said: Iterable[str]) -> 
     if any(words.startswith("activations") for words in said):
         return []
     change = after - before
-    hides_it = any(words.startswith(("temporaries", _SCRATCH)) for words in said)
+    # Layers that are frozen take gradients and work off backward, and may keep all that a forward
+    # leaves: so it is said there, however little it is.
+    hides_it = any(words.startswith(("gradients", "temporaries", _SCRATCH)) for words in said)
     if not hides_it and not _matters(change, first):
         return []
     name = "activations when backward begins"

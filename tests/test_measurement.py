@@ -6,7 +6,6 @@ from memlab.ledger import Block, Event, Observation, Span
 from memlab.measurement import measurement_of
 from memlab.meters.readings import Readings
 from memlab.meters.recording import Recorded
-from memlab.meters.sightings import Use
 
 CPU = torch.device("cpu")
 
@@ -41,39 +40,6 @@ def test_half_a_history_is_none():
     readings = Readings([Event(1, 0x10, 100)], [], complete=False, peak_allocated=300)
     measured = measurement_of(recorded(readings))
     assert measured.peak_bytes == 300 and not measured.ledger.blocks
-
-
-def test_what_lies_outside():
-    readings = Readings([Event(1, 0x10, 100)], [], mapped=[Event(1, 0x1000, 64)])
-    uses = [Use(0x1000, 64, 5), Use(0x9000, 32, 5), Use(0x10, 100, 5)]
-    seen = [Observation(5, use.address, "batch") for use in uses]
-    measured = measurement_of(recorded(readings, observations=seen, uses=uses))
-    assert measured.outside_bytes == 64 + 32 and measured.outside_memory_bytes == 32
-    assert measured.outside_shared_bytes == 0
-
-
-def test_shared_memory_is_told_from_files():
-    maps = [Event(1, 0x1000, 64), Event(2, 0x2000, 128)]
-    readings = Readings([Event(1, 0x10, 100)], [], mapped=maps)
-    worker, file = Use(0x1000, 64, 5, shared=True), Use(0x2000, 128, 5)
-
-    def shared_bytes(*uses):
-        return measurement_of(recorded(readings, uses=uses)).outside_shared_bytes
-
-    assert shared_bytes(worker, file) == 64 and shared_bytes(file) == 0
-    assert shared_bytes(worker) == 64 + 128  # the other one is a worker's, too: its targets
-
-
-def test_what_was_applied_and_never_called():
-    def of(*ran, replaced):
-        spans = [Span(4, 9, "module", name) for name in ran]
-        made = recorded(Readings([], []), spans=spans, replaced=frozenset(replaced))
-        return measurement_of(made).never_called
-
-    assert of("GPT", "h.0.mlp", "head", replaced=["head", "h.0.mlp"]) == ()
-    assert of("GPT", "h.0.mlp", replaced=["head", "h.0.attention"]) == ("h.0.attention", "head")
-    # Of a compiled model only the whole is seen to run.
-    assert of("GPT", replaced=["head", "h.0.mlp"]) == ()
 
 
 def test_blocks_from_before_count_where_they_are_given():

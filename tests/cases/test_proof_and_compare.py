@@ -5,6 +5,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from memlab.compare import compare
+from memlab.measure import measure
 from memlab.proof import FirstStep, first_step, gradient_difference
 from tests.helpers import largest_difference
 
@@ -118,3 +120,142 @@ def test_zero_in_theory_is_no_difference_and_what_is_wrong_is_found(
         for wrong in (2 * reference.gradients[name], 0 * reference.gradients[name]):
             other = FirstStep(None, reference.gradients | {name: wrong}, 0)
             assert gradient_difference(reference, other) > 1e-3, name
+
+
+# What a comparison says ---------------------------------------------------------------------------
+
+
+class Basic(nn.Module):
+    """ResNet's block of two convolutions."""
+
+    def __init__(self, channels, width, stride):
+        super().__init__()
+        self.inner = nn.Sequential(
+            nn.Conv2d(channels, width, 3, stride, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(width, width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+        )
+        self.beside = nn.Sequential()
+        if channels != width:
+            convolution = nn.Conv2d(channels, width, 1, stride, bias=False)
+            self.beside = nn.Sequential(convolution, nn.BatchNorm2d(width))
+
+    def forward(self, images):
+        return torch.relu_(self.inner(images) + self.beside(images))
+
+
+def resnet18():
+    """He et al., "Deep Residual Learning for Image Recognition" (2015), arXiv:1512.03385, table 1,
+    for ten classes.
+    """
+    stem = (
+        nn.Conv2d(3, 64, 7, 2, padding=3, bias=False),
+        nn.BatchNorm2d(64),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(3, 2, padding=1),
+    )
+    stages = []
+    for channels, width in ((64, 64), (64, 128), (128, 256), (256, 512)):
+        first = Basic(channels, width, stride=1 if channels == width else 2)
+        stages.append(nn.Sequential(first, Basic(width, width, stride=1)))
+    head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10))
+    return nn.Sequential(*stem, *stages, *head)
+
+
+def train_resnet(trained=None):
+    model = resnet18()
+    if trained == "first half":
+        model[6:].requires_grad_(False)
+    if trained == "norms":
+        model.requires_grad_(False)
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.requires_grad_(True)
+        model.eval()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    images, targets = torch.randn(8, 3, 64, 64), torch.randint(10, (8,))
+    for _ in range(2):
+        loss = F.cross_entropy(model(images), targets)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        yield loss
+
+
+def test_frozen_layers_in_a_resnet_keep_their_inputs(objects_frozen):
+    trained, half, norms = (measure(train_resnet, trained=t) for t in (None, "first half", "norms"))
+    assert trained.activations_at_backward == 14_145_356
+    # The last linear layer lets go of its input, 8 x 512 floats. The frozen convolutions do not,
+    # nor do the norms: the gradient of what comes before goes through them.
+    assert half.activations_at_backward == 14_128_972 == 14_145_356 - 4 * 8 * 512
+    assert norms.activations_at_backward == 14_090_572
+    verdict = compare(trained, half).verdict
+    assert "gradients −" in verdict
+    assert verdict.endswith("activations when backward begins −16.00 KiB")
+
+
+class Pictures(torch.utils.data.Dataset):
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, number):
+        return torch.full((2**15,), float(number)), number % 10
+
+
+def train_from_a_loader(workers):
+    model = nn.Linear(2**15, 10)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
+    for pictures, targets in torch.utils.data.DataLoader(Pictures(), 32, num_workers=workers):
+        loss = F.cross_entropy(model(pictures), targets)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        yield loss
+
+
+def test_what_workers_send_is_not_saved_but_elsewhere():
+    here, workers = (measure(train_from_a_loader, workers=count) for count in (0, 2))
+    batch = 32 * 4 * 2**15
+    assert workers.outside_shared_bytes >= 2 * batch  # this one and the next
+    compared = compare(here, workers)
+    assert " went to shared memory" in compared.verdict and "× less" not in compared.verdict
+    assert compared.to_frame()["× less"].isna().tolist() == [False, True]
+
+
+def train_gpt2(transformers, mode=True, checkpointing=False):
+    config = transformers.GPT2Config(
+        vocab_size=200,
+        n_embd=32,
+        n_layer=4,
+        n_head=2,
+        n_positions=32,
+        use_cache=False,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    model = transformers.GPT2LMHeadModel(config).train(mode)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    tokens = torch.randint(200, (4, 32))
+    for _ in range(2):
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        model.zero_grad()
+        yield loss
+
+
+def test_checkpointing_that_is_switched_on_in_eval_mode(transformers, objects_frozen):
+    def verdict(mode):
+        on_and_off = [
+            measure(train_gpt2, transformers=transformers, mode=mode, checkpointing=checkpointing)
+            for checkpointing in (False, True)
+        ]
+        return compare(*on_and_off).verdict
+
+    assert verdict(mode=False).endswith(
+        "and every column. Is the switch on? 0 of 4 blocks were recomputed in backward, the model"
+        " was in eval() mode."
+    )
+    assert "Is the switch on?" not in verdict(mode=True)
