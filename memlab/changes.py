@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from memlab.ledger import COLUMNS
+from memlab.ledger import COLUMNS, format_type
 from memlab.measurement import Measurement
 from memlab.units import format_bytes
 
@@ -153,6 +153,10 @@ def _seen(measurement: Measurement) -> str:
         seen = [f"{len(recomputed)} of {len(blocks)} blocks were recomputed in backward"]
     else:
         seen = [f"{ledger.recomputations or 'nothing'} was recomputed in backward"]
+    types = {block.dtype for block in ledger.blocks if _is_floating(block.dtype)}
+    if types:
+        names = " and ".join(sorted(map(format_type, types)))
+        seen.append(f"the tensors seen were in {names}")
     if measurement.evaluating:
         seen.append("the model was in eval() mode")
     if measurement.never_called:
@@ -168,6 +172,10 @@ def _blocks(modules: Iterable[str]) -> set[str]:
     """The modules that have a number and modules of their own: `h.0`, since there is `h.0.mlp`."""
     found = (re.match(r"(?:.*?\.)??\d+(?=\.)", name) for name in modules)
     return {match.group() for match in found if match}
+
+
+def _is_floating(dtype: str | None) -> bool:
+    return dtype is not None and dtype.startswith(("float", "bfloat"))
 
 
 def _matters(change: int, first: Measurement) -> bool:

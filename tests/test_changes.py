@@ -120,6 +120,16 @@ def test_where_nothing_changed_it_says_what_was_seen(more, seen):
     assert verdict == f"Peak unchanged at 100.00 MiB, and every column. Is the switch on? {seen}"
 
 
+def test_the_types_are_said_as_far_as_they_were_seen():
+    def verdict(*dtypes):
+        run = made(*(held(1, "activations", dtype=dtype) for dtype in dtypes))
+        return change_in_words(run, run)
+
+    assert "backward, the tensors seen were in FP32." in verdict(None, "int64", "float32")
+    assert "seen were in BF16 and FP32." in verdict("float32", "bfloat16", "float32")
+    assert "seen" not in verdict(None, "int64")
+
+
 def test_scratch_alone_is_no_change():
     verdict = change_in_words(made(WEIGHTS, scratch(2)), made(WEIGHTS, scratch(1)))
     assert verdict == (

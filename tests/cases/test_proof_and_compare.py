@@ -254,8 +254,7 @@ def test_checkpointing_that_is_switched_on_in_eval_mode(transformers, objects_fr
         ]
         return compare(*on_and_off).verdict
 
-    assert verdict(mode=False).endswith(
-        "and every column. Is the switch on? 0 of 4 blocks were recomputed in backward, the model"
-        " was in eval() mode."
-    )
+    saved_nothing = verdict(mode=False)
+    assert "Is the switch on? 0 of 4 blocks were recomputed in backward" in saved_nothing
+    assert saved_nothing.endswith("the model was in eval() mode.")
     assert "Is the switch on?" not in verdict(mode=True)
