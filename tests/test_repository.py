@@ -303,12 +303,10 @@ KNOWN_TO_ASK = {
     "notebooks/08_offloading.ipynb": 10,
     "notebooks/09_lean_optimizers.ipynb": 1,
     "notebooks/10_compilation_and_fusion.ipynb": 2,
-    "memlab/recipe/formula.py": 4,
     "notebooks/electives/e2_pruning.ipynb": 1,
     "notebooks/electives/e4_chunked_input.ipynb": 1,
     "notebooks/electives/e5_distillation.ipynb": 1,
     "notebooks/electives/e7_memory_pools.ipynb": 2,
-    "memlab/workloads/scale.py": 4,  # the one that looks
 }
 
 

@@ -35,6 +35,8 @@ __all__ = [
     "bytes_alive",
     "describe",
     "free_bytes",
+    "has_own_memory",
+    "properties",
     "resolve",
     "room_for",
     "synchronize",
@@ -63,6 +65,16 @@ def free_bytes(device: torch.device) -> tuple[int, int] | None:
         return None
     memory = psutil.virtual_memory()
     return memory.available, memory.total
+
+
+def has_own_memory() -> bool:
+    """A CPU computes in the host's memory."""
+    return False
+
+
+def properties(device: torch.device) -> dict[str, object]:
+    """What it is, when it is a GPU: it is none."""
+    return {"name": None, "memory_bytes": None, "native_bfloat16": None}
 
 
 def room_for(limit: int) -> int:

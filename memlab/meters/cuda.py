@@ -20,10 +20,9 @@ import time
 
 import torch
 
-from memlab.ledger import Block
 from memlab.meters import cpu
 from memlab.meters.counter import Held
-from memlab.meters.cuda_history import read_history, split_workspaces
+from memlab.meters.cuda_history import read_alive, read_history, split_workspaces
 from memlab.meters.live import live_storages
 from memlab.meters.readings import Readings
 from memlab.units import MiB
@@ -39,6 +38,8 @@ __all__ = [
     "bytes_alive",
     "describe",
     "free_bytes",
+    "has_own_memory",
+    "properties",
     "resolve",
     "room_for",
     "synchronize",
@@ -81,6 +82,22 @@ def free_bytes(device: torch.device) -> tuple[int, int]:
     return torch.cuda.mem_get_info(device)
 
 
+def has_own_memory() -> bool:
+    """A GPU has memory beside the host's."""
+    return True
+
+
+def properties(device: torch.device) -> dict[str, object]:
+    """What it is: its name, its memory in bytes, and whether it computes with BF16 itself."""
+    found = torch.cuda.get_device_properties(device)
+    return {
+        "name": found.name,
+        "memory_bytes": found.total_memory,
+        # A T4 says yes to BF16 when it may emulate it.
+        "native_bfloat16": torch.cuda.is_bf16_supported(including_emulation=False),
+    }
+
+
 def room_for(limit: int) -> int:
     """More than that: the allocator reserves in segments, and parts of them stay empty."""
     return limit + limit // 4 + 64 * MiB
@@ -88,11 +105,8 @@ def room_for(limit: int) -> int:
 
 def describe(device: torch.device) -> dict[str, object]:
     """What a number depends on, of a GPU: its name, its memory in bytes, the driver."""
-    return {
-        "gpu": torch.cuda.get_device_name(device),
-        "gpu_bytes": torch.cuda.get_device_properties(device).total_memory,
-        "driver": _driver(),
-    }
+    gpu = properties(device)
+    return {"gpu": gpu["name"], "gpu_bytes": gpu["memory_bytes"], "driver": _driver()}
 
 
 def _driver() -> str | None:
@@ -160,7 +174,7 @@ class Meter:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(self.device)
         self._allocated_before = torch.cuda.memory_allocated(self.device)
-        self._alive = _active_blocks(self.device)
+        self._alive = read_alive(torch.cuda.memory_snapshot(), self.device.index)
         self._profiler.start()
         torch.cuda.memory._record_memory_history(enabled=None)  # forget what someone else recorded
         # Context None: addresses, sizes and times without stack traces, which would slow the run
@@ -199,20 +213,6 @@ class Meter:
             # The history counts in microseconds.
             one_clock=False,
         )
-
-
-def _active_blocks(device: torch.device) -> list[Block]:
-    """The blocks that are in use now, from the allocator's own map of its segments."""
-    blocks = []
-    for segment in torch.cuda.memory_snapshot():
-        if segment["device"] != device.index:
-            continue
-        address = segment["address"]
-        for block in segment["blocks"]:
-            if block["state"] == "active_allocated":
-                blocks.append(Block(block["size"], block.get("address", address), 0))
-            address += block["size"]
-    return blocks
 
 
 def clear_workspaces() -> None:

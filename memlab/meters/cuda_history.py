@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from memlab.ledger import Event
+from memlab.ledger import Block, Event
 
 # The allocator hands out multiples of this.
 _GRAIN = 512
@@ -68,3 +68,17 @@ def split_workspaces(events: Iterable[Event], ended: int) -> tuple[list[Event], 
         total,
         at_peak,
     )
+
+
+def read_alive(segments: list[dict], index: int) -> list[Block]:
+    """The blocks of a device that are in use now, from the allocator's map of its segments."""
+    blocks = []
+    for segment in segments:
+        if segment["device"] != index:
+            continue
+        address = segment["address"]
+        for block in segment["blocks"]:
+            if block["state"] == "active_allocated":
+                blocks.append(Block(block["size"], block.get("address", address), 0))
+            address += block["size"]
+    return blocks

@@ -1,8 +1,8 @@
 """Which device is measured. What differs from device to device stands in its own file.
 
 Each of these files (`cpu`, `cuda`) has the same names: `Meter` (start, stop -> `Readings`), `Limit`
-(for a budget), `resolve`, `synchronize`, `bytes_alive`, `free_bytes`, `room_for` and `describe`. A
-new device is one file more, and one line here.
+(for a budget), `resolve`, `synchronize`, `bytes_alive`, `free_bytes`, `has_own_memory`,
+`properties`, `room_for` and `describe`. A new device is one file more, and one line here.
 """
 
 from __future__ import annotations
@@ -69,6 +69,18 @@ def bytes_alive(device: torch.device | str) -> int:
 def free_bytes(device: torch.device) -> tuple[int, int] | None:
     """Return a device's free bytes and all its bytes; None where nobody knows."""
     return _FILES[device.type].free_bytes(device)
+
+
+def has_own_memory(device: torch.device) -> bool:
+    """Return whether a device has memory beside the host's, as a GPU has: what is in the one may be
+    under way to the other while the device computes. The device itself need not be there.
+    """
+    return _FILES[device.type].has_own_memory()
+
+
+def properties(device: torch.device) -> dict[str, object]:
+    """Return a GPU's `name`, `memory_bytes` and `native_bfloat16`; None for each on the CPU."""
+    return _FILES[device.type].properties(device)
 
 
 def room_for(limit: int, device: torch.device) -> int:

@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Iterable
 from types import SimpleNamespace
 
+from ..meters.device import has_own_memory
 from ..workloads import gpt
 from .ladder import Setting, check_lines, steps_in_backward
 
@@ -45,7 +46,9 @@ def moments(on: Iterable[str], setting: Setting | None = None) -> dict[str, int]
     check_lines(on)
     setting = setting or Setting()
     sizes = _sizes(on, setting)
-    p, w, on_gpu = sizes.p, sizes.w, setting.device.type == "cuda"
+    p = sizes.p
+    w = sizes.w
+    on_gpu = sizes.on_gpu
     embedding = sizes.V * sizes.h
 
     found = {}
@@ -62,7 +65,7 @@ def moments(on: Iterable[str], setting: Setting | None = None) -> dict[str, int]
 
     if not steps_in_backward(on):
         if w == 2:
-            makes = sizes.slice_bytes * setting.slice_size
+            makes = sizes.slice_bytes * min(setting.slice_size, max(embedding, 4 * sizes.h**2))
         else:
             makes = 0 if "fused AdamW" in on else w * p
         # The gradients lie where the weights lie.
@@ -81,7 +84,8 @@ def checkpointed(on: Iterable[str]) -> bool:
 
 def _sizes(on: Iterable[str], setting: Setting) -> SimpleNamespace:
     """What the moments are made of."""
-    c, on_gpu = setting.config, setting.device.type == "cuda"
+    c = setting.config
+    on_gpu = has_own_memory(setting.device)
     p, h, V, L = c.parameter_count, c.hidden, c.vocabulary_size, c.layers
     T = setting.batch_size * setting.sequence_length
     w = 2 if "BF16 weights" in on else 4
@@ -107,6 +111,7 @@ def _sizes(on: Iterable[str], setting: Setting) -> SimpleNamespace:
         W=W,
         base=W + S + 16 * T,
         mixed=mixed,
+        on_gpu=on_gpu,
         # Bytes of a number inside a block, and of what a block hands to the next.
         number=2 if mixed or w == 2 else 4,
         x=w * T * h,
@@ -114,9 +119,11 @@ def _sizes(on: Iterable[str], setting: Setting) -> SimpleNamespace:
         matrices=matrices,
         # The tied gradient, if it is near.
         head=w * V * h * ("embedding far" not in on),
-        # A slice of the optimizer: 20 bytes a number for its temporaries, and on a GPU what of it
-        # has to come near.
-        slice_bytes=20 + on_gpu * (2 * ("state far" in on) + 4 * ("embedding far" in on)),
+        # A slice of the optimizer. For each number two moments, the weight and its random bits in
+        # FP32, the rounded weight, and whether it is a NaN; with 16-bit state a gradient more and
+        # no rounding yet. On a GPU also what of it has to come near.
+        slice_bytes=(19 if "8-bit AdamW" in on else 20)
+        + on_gpu * (2 * ("state far" in on) + 4 * ("embedding far" in on)),
         # What moves beside the computation on a GPU: two storages (offload_activations' `ahead`).
         under_way=2 * w * T * h * on_gpu * ("activations far" in on),
     )
@@ -151,11 +158,10 @@ def _kept(on: Iterable[str], setting: Setting, w: int, mixed: bool) -> int:
 def _loss(on: Iterable[str], setting: Setting, sizes: SimpleNamespace) -> int:
     """Bytes of the loss, beside what is kept."""
     h, V, T, x, number = sizes.h, sizes.V, sizes.T, sizes.x, sizes.number
-    on_gpu = setting.device.type == "cuda"
 
     if "tied, in tiles" in on:
         # The gradient of the hidden states is FP32. A tile has its logits and a 16-bit copy.
-        states = (2 * x + sizes.under_way if "activations far" in on else x) + 4 * T * h
+        states = x + sizes.under_way + 4 * T * h
         tile = (4 + number) * T * setting.tile_words + 2 * number * T * (number == 4)
         return sizes.head + states + tile
 
@@ -164,12 +170,12 @@ def _loss(on: Iterable[str], setting: Setting, sizes: SimpleNamespace) -> int:
         if number == 2:
             # The chunk's BF16 gradient, and a product's result before it is added in FP32. A GPU's
             # kernel converts as it adds.
-            result = (2 if on_gpu else 6) * min(V, CHUNK_TOKENS * V // h) * h
+            result = (2 if sizes.on_gpu else 6) * min(V, CHUNK_TOKENS * V // h) * h
             products = 2 * CHUNK_TOKENS * V + max(products, result)
         return 4 * V * h + 2 * x + 2 * V * h * sizes.mixed + products
 
     # Two tensors of the logits' size beside the saved one. A GPU writes the second in their type.
-    return (sizes.w + (number if on_gpu else sizes.w)) * T * V
+    return (sizes.w + (number if sizes.on_gpu else sizes.w)) * T * V
 
 
 def _block(on: Iterable[str], setting: Setting, sizes: SimpleNamespace) -> int:
@@ -182,12 +188,23 @@ def _block(on: Iterable[str], setting: Setting, sizes: SimpleNamespace) -> int:
 
     if "micro-batches" in on:
         t = setting.micro_batch_size * setting.sequence_length
-        step = (sizes.slice_bytes + 1) * min(setting.slice_size, largest) * in_backward
-        own = number * 15 * t * h + max(number * 4 * t * h + w * largest, step)
-        # A block's gradients, or its weights while they are near. A CPU adds up far gradients
-        # before they go.
-        twice = blocks_far and setting.device.type != "cuda"
-        own += w * matrices * (2 if twice else 1) + x - w * t * h
+        # The gradients that the micro-batches before this one have left of the block's weights. A
+        # CPU adds up far gradients before they go; the first and only micro-batch finds none.
+        alone = setting.micro_batch_size == setting.batch_size
+        far_at_once = blocks_far and sizes.on_gpu
+        added_up = 0 if alone or far_at_once else w * matrices
+
+        # The MLP's second weight gets its gradient, beside that of GELU's output; or GELU's output
+        # has gone (and the weight, if it is far), and the gradient is added to what is there; or
+        # the optimizer steps this weight.
+        product = number * 4 * t * h + w * largest + added_up
+        addition = w * largest * (1 if blocks_far else 2) + added_up if added_up else 0
+        slices = sizes.slice_bytes * min(setting.slice_size, largest) * in_backward
+        step = max(added_up, w * largest) + slices
+        own = number * 15 * t * h + max(product, addition, step)
+
+        # The block's weights while they are near, and the gradient of what the others were given.
+        own += w * matrices * blocks_far + x - w * t * h
     elif mixed:
         own = 2 * 25 * T * h + 2 * largest + 2 * matrices
     else:
@@ -196,8 +213,11 @@ def _block(on: Iterable[str], setting: Setting, sizes: SimpleNamespace) -> int:
     if in_backward or blocks_far:
         if "activations far" in on:
             return sizes.kept + sizes.head + 2 * x + sizes.under_way + own
-        return sizes.kept - x + sizes.head + x + own
+        return sizes.kept + sizes.head + own
 
-    # All gradients are there but this block's and the position embedding's.
+    # In the last block all that is kept is there, in the first one all gradients but this block's
+    # and the position embedding's.
     gradients = w * (sizes.p - matrices - 13 * h - setting.config.context_length * h)
-    return gradients + (0 if mixed else 2 * x) + own
+    if mixed:
+        return gradients + own
+    return max(sizes.kept + sizes.head, gradients + 2 * x) + own

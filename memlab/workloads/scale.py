@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ..meters.device import has_own_memory, properties, resolve_device
 from . import gpt, vit
 from .gpt import GPTConfig
 from .vit import ViTConfig
@@ -89,7 +90,7 @@ def scale(name: str | None = None) -> Scale:
     if name is not None and name not in NAMES:
         raise ValueError(f"{origin} must be one of {', '.join(NAMES)}, but it is {name!r}.")
     if name == "large":
-        base = scale("gpu") if torch.cuda.is_available() else _cpu()
+        base = scale("gpu") if has_own_memory(resolve_device()) else _cpu()
         config = gpt.gpt2_124m()
         sizes = {
             "gpt": config,
@@ -98,24 +99,22 @@ def scale(name: str | None = None) -> Scale:
             "ladder_gpt": config,
             "ladder_batch_size": 8,
         }
-        return replace(
-            base, name=name, **sizes, repeats=1 if base.device.type == "cpu" else base.repeats
-        )
-    if name == "cpu" or (name is None and not torch.cuda.is_available()):
+        # On a CPU a step takes minutes.
+        repeats = base.repeats if base.memory_bytes else 1
+        return replace(base, name=name, **sizes, repeats=repeats)
+    device = resolve_device()
+    is_gpu = has_own_memory(device)
+    if name == "cpu" or (name is None and not is_gpu):
         return _cpu()
-    if not torch.cuda.is_available():
+    if not is_gpu:
         raise RuntimeError(
             f"{origin} asks for {name}, but PyTorch finds no CUDA device here: "
             "use cpu, or let the device decide."
         )
-    device = torch.device("cuda", torch.cuda.current_device())
-    properties = torch.cuda.get_device_properties(device)
+    gpu = properties(device)
     if name is None:
-        # A T4 says yes to BF16 when it may emulate it.
-        name = name_for(
-            properties.total_memory, torch.cuda.is_bf16_supported(including_emulation=False)
-        )
-    return _cuda(name, properties.total_memory, device, properties.name)
+        name = name_for(gpu["memory_bytes"], gpu["native_bfloat16"])
+    return _cuda(name, gpu["memory_bytes"], device, gpu["name"])
 
 
 def name_for(memory_bytes: int, native_bfloat16: bool) -> str:

@@ -2,8 +2,8 @@
 
 import pytest
 
-from memlab.ledger import Event, build_ledger
-from memlab.meters.cuda_history import read_history, split_workspaces
+from memlab.ledger import Block, Event, build_ledger
+from memlab.meters.cuda_history import read_alive, read_history, split_workspaces
 
 MiB = 2**20
 
@@ -98,3 +98,22 @@ def test_workspaces_are_parted_from_the_run():
 def test_a_block_that_outlives_the_run_is_no_workspace():
     events = [Event(1, 0x10, 100), Event(2, 0x20, 32), Event(100, 0x20, -32)]
     assert split_workspaces(events, ended=90) == ([Event(1, 0x10, 100)], (32, 32))
+
+
+def test_what_is_alive_stands_in_the_allocators_map():
+    def block(size, state):
+        return {"size": size, "state": state}
+
+    here, elsewhere = (
+        {
+            "device": index,
+            "address": 0x1000,
+            "blocks": [
+                block(512, "active_allocated"),
+                block(1024, "inactive"),
+                block(512, "active_allocated"),
+            ],
+        }
+        for index in (0, 1)
+    )
+    assert read_alive([here, elsewhere], 0) == [Block(512, 0x1000, 0), Block(512, 0x1600, 0)]

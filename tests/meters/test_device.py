@@ -55,6 +55,11 @@ def test_free_bytes_are_a_part_of_all_bytes(monkeypatch):
     assert device.free_bytes(CPU) is None
 
 
+def test_a_gpu_that_is_not_there_has_memory_of_its_own():
+    assert device.has_own_memory(torch.device("cuda")) and not device.has_own_memory(CPU)
+    assert set(device.properties(CPU).values()) == {None}
+
+
 def test_the_environment():
     about = device.environment("cpu")
     assert about["device"] == "cpu" and about["gpu"] is None and about["driver"] is None

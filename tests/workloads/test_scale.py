@@ -40,6 +40,7 @@ def pretend(monkeypatch):
         memory = int(memory_gib * GIB)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
         properties = SimpleNamespace(total_memory=memory, name=name)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
         # As on a T4: emulation says yes.
