@@ -143,7 +143,7 @@ def out_of_memory(measurement: Measurement, error: BaseException | None = None) 
     alive = measurement.ledger.alive_at(measurement.ledger.peak_time)
     lines = [f"The largest column at the peak is {largest.replace('_', ' ')}, {size}:"]
     for group in groups(block for block in alive if block.column == largest)[:3]:
-        lines.append(f"  {group}, {group.place or 'by no operator'}")
+        lines.append(f"  {group}, {group.place or 'from before'}")
     line = "" if error is None else line_of(error)
     if line:
         lines.append(f"It ran out at {line}")

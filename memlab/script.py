@@ -9,7 +9,6 @@ from __future__ import annotations
 import builtins
 import contextlib
 import importlib.util
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,16 +16,11 @@ from types import CodeType, ModuleType
 
 import torch
 
-from memlab import page
 from memlab.budget import budget
-from memlab.measurement import Measurement
-from memlab.receipt import groups
+from memlab.delivery import deliver
 from memlab.remedies import out_of_memory
 from memlab.units import format_bytes, parse_bytes
 from memlab.watch import watch
-
-#: How many groups of blocks are printed.
-LARGEST = 5
 
 
 def run_script(
@@ -73,15 +67,12 @@ def run_script(
     except (RuntimeError, ValueError) as refusal:
         _say(f"memlab has no receipt of {script}: {refusal}")
         return status
+    why = out_of_memory(measurement, error) if _ran_out(error) else []
     over = limit is not None and measurement.peak_bytes > limit
-    why = out_of_memory(measurement, error) if over or _ran_out(error) else []
-    _say("\n".join(_receipt(measurement, f"{script}{_rank()}", limit if over else None, why)))
-    if save is not None:
-        measurement.save(_of_this_rank(save))
-        _say(f"kept in {_of_this_rank(save)}")
-    if report is not None:
-        page.write(_of_this_rank(report), measurement, f"{script}{_rank()}", why)
-        _say(f"written: {_of_this_rank(report)}")
+    if over and not why:  # seen by the ledger alone: what an operator took for itself
+        why = out_of_memory(measurement)
+        why.insert(0, f"The peak is over the budget of {format_bytes(limit)}.")
+    deliver(measurement, script, _say, report=report, save=save, why=why)
     return status or int(over)
 
 
@@ -139,36 +130,9 @@ def _say_error(error: BaseException | None) -> int:
     return 130 if isinstance(error, KeyboardInterrupt) else 1
 
 
-def _receipt(
-    measurement: Measurement, title: str, passed: int | None, why: Sequence[str]
-) -> list[str]:
-    """The receipt in lines; `passed` is the budget, if it was passed."""
-    lines = [f"memlab: the receipt of {title}", str(measurement)]
-    largest = groups(measurement.ledger.alive_at(measurement.ledger.peak_time))[:LARGEST]
-    lines += ["Largest at the peak:"] if largest else []
-    for group in largest:
-        column = group.column.replace("_", " ")
-        lines.append(f"  {group}, {column}, {group.place or 'by no operator'}")
-    if passed is not None:
-        lines.append(f"Over the budget of {format_bytes(passed)}.")
-    return [*lines, *why]
-
-
 def _ran_out(error: BaseException | None) -> bool:
     """Whether an error says that memory did not suffice; on the CPU PyTorch has no class for it."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def _rank() -> str:
-    """Which of several processes this is (torchrun says it), for people; nothing for only one."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return ""
-    return f", rank {os.environ['RANK']}"
-
-
-def _of_this_rank(path: Path) -> Path:
-    """The file of this rank: report.rank1.html. One process alone has the file as it was named."""
-    return path.with_stem(f"{path.stem}.rank{os.environ['RANK']}") if _rank() else path
 
 
 def _say(text: str) -> None:

@@ -1,0 +1,68 @@
+"""Where a receipt goes: it is said, kept in a file, written as a page; under a name a rank."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from memlab import page
+from memlab.measurement import Measurement
+from memlab.receipt import groups
+
+#: How many groups of blocks are said.
+LARGEST = 5
+
+
+def deliver(
+    measurement: Measurement,
+    title: str,
+    say: Callable[[str], None],
+    *,
+    report: str | Path | None = None,
+    save: str | Path | None = None,
+    why: Sequence[str] = (),
+) -> None:
+    """Say a receipt, and write its files.
+
+    Args:
+        measurement: what was measured.
+        title: what it is of: a script, a stretch of a training.
+        say: called with each text.
+        report: where to write it as an HTML page.
+        save: where to keep it (`memlab.receipt`).
+        why: why it did not fit, in lines, where it did not.
+    """
+    title += rank_in_words()
+    lines = [f"memlab: the receipt of {title}", str(measurement), *_largest(measurement), *why]
+    say("\n".join(lines))
+    if save is not None:
+        measurement.save(of_this_rank(save))
+        say(f"kept in {of_this_rank(save)}")
+    if report is not None:
+        page.write(of_this_rank(report), measurement, title, why)
+        say(f"written: {of_this_rank(report)}")
+
+
+def _largest(measurement: Measurement) -> list[str]:
+    found = groups(measurement.ledger.alive_at(measurement.ledger.peak_time))[:LARGEST]
+    lines = ["Largest at the peak:"] if found else []
+    for group in found:
+        column = group.column.replace("_", " ")
+        lines.append(f"  {group}, {column}, {group.place or 'from before'}")
+    return lines
+
+
+def rank_in_words() -> str:
+    """Which of several processes this is (torchrun says it); nothing where there is only one."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return ""
+    return f", rank {os.environ['RANK']}"
+
+
+def of_this_rank(path: str | Path) -> Path:
+    """The file of this rank: report.rank1.html. One process alone has the file as it was named."""
+    path = Path(path)
+    if not rank_in_words():
+        return path
+    return path.with_stem(f"{path.stem}.rank{os.environ['RANK']}")
