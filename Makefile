@@ -105,7 +105,7 @@ constraints: ## pin anew the versions that CI uses (torch stays as constraints.t
 	grep '^torch==' constraints.txt > build/constraints/torch.txt
 	$(PYTHON) -m venv build/constraints/venv
 	build/constraints/venv/bin/python -m pip install --constraint build/constraints/torch.txt \
-		--editable '.[course,dev]'
+		--editable '.[course,dev,integrations]'
 	grep '^#' constraints.txt > build/constraints/new.txt
 	build/constraints/venv/bin/python -m pip freeze --all --exclude-editable | grep -v '^pip==' \
 		| sed 's/+[^=]*$$//' | LC_ALL=C sort -f >> build/constraints/new.txt
@@ -121,7 +121,7 @@ clean: ## remove the environments and what runs left behind
 	@$(CHECK_PYTHON)
 	@echo "==> Preparing the environment .venv with $(PYTHON) (at first about two minutes and 2 GB; with CUDA 7 GB)"
 	@.venv/bin/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
-	.venv/bin/python -m pip install --constraint constraints.txt --editable '.[course,dev]'
+	.venv/bin/python -m pip install --constraint constraints.txt --editable '.[course,dev,integrations]'
 	@touch $@
 
 .venv-colab/.installed: pyproject.toml constraints-colab.txt

@@ -67,36 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
-    run_parser = commands.add_parser(
-        "run",
-        help="run a script, watch all of it, and print its receipt",
-        usage="python -m memlab run [options] train.py -- --its --own arguments",
-    )
-    run_parser.add_argument("script", help="a file or, with -m, a module")
-    run_parser.add_argument(
-        "-m", dest="module", action="store_true", help="run a module or package, as python -m does"
-    )
-    run_parser.add_argument(
-        "--budget", metavar="SIZE", help='allow at most "8 GiB", and say what would help'
-    )
-    run_parser.add_argument(
-        "--report", type=Path, metavar="FILE", help="write the receipt as one HTML page"
-    )
-    run_parser.add_argument(
-        "--save", type=Path, metavar="FILE", help="keep the receipt, for python -m memlab diff"
-    )
-
-    diff = commands.add_parser(
-        "diff", help="compare two receipts; exit status 1 if the later run needs more"
-    )
-    diff.add_argument("old", type=Path, help="a receipt that `measurement.save(path)` wrote")
-    diff.add_argument("new", type=Path, help="that of a later run")
-    diff.add_argument(
-        "--at-most",
-        default="0",
-        metavar="SIZE",
-        help='by how much it may grow: "1%%", "64 KiB" or bytes (default: 0)',
-    )
+    _add_commands_of_receipts(commands)
 
     measure = commands.add_parser(
         "measure", help="run the notebooks on this machine's device and print what they measured"
@@ -139,6 +110,39 @@ def _parser() -> argparse.ArgumentParser:
         "doctor", help="show the device, its scale, and whether the meter measures right here"
     )
     return parser
+
+
+def _add_commands_of_receipts(commands) -> None:
+    run_parser = commands.add_parser(
+        "run",
+        help="run a script, watch all of it, and print its receipt",
+        usage="python -m memlab run [options] train.py -- --its --own arguments",
+    )
+    run_parser.add_argument("script", help="a file or, with -m, a module")
+    run_parser.add_argument(
+        "-m", dest="module", action="store_true", help="run a module or package, as python -m does"
+    )
+    run_parser.add_argument(
+        "--budget", metavar="SIZE", help='allow at most "8 GiB", and say what would help'
+    )
+    run_parser.add_argument(
+        "--report", type=Path, metavar="FILE", help="write the receipt as one HTML page"
+    )
+    run_parser.add_argument(
+        "--save", type=Path, metavar="FILE", help="keep the receipt, for python -m memlab diff"
+    )
+
+    diff = commands.add_parser(
+        "diff", help="compare two receipts; exit status 1 if the later run needs more"
+    )
+    diff.add_argument("old", type=Path, help="a receipt that `measurement.save(path)` wrote")
+    diff.add_argument("new", type=Path, help="that of a later run")
+    diff.add_argument(
+        "--at-most",
+        default="0",
+        metavar="SIZE",
+        help='by how much it may grow: "1%%", "64 KiB" or bytes (default: 0)',
+    )
 
 
 def run_diff(old: Path, new: Path, at_most: str) -> int:
