@@ -13,7 +13,8 @@ Nothing here imports torch, so every rule can be tested with a handful of made-u
 
 from memlab.ledger.backward import activations_at_backward
 from memlab.ledger.blocks import COLUMNS, Block, Event, Ledger, Timeline, format_type, lives
-from memlab.ledger.labels import PRIORITY, Observation, build_ledger
+from memlab.ledger.labels import build_ledger
+from memlab.ledger.observations import PRIORITY, Observation
 from memlab.ledger.phases import PHASES
 from memlab.ledger.spans import Span, Spans
 

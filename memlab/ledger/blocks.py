@@ -58,6 +58,8 @@ class Block:
     depends on the processor and on the number of threads.
     `operator`: the outermost one, `aten::conv2d` and not the `aten::empty` that it calls.
     `dtype`, `shape`: of a tensor that was seen to fill the block (None: no such tensor was seen).
+    `model`, `role`: the outermost module that holds a parameter or a buffer, and which of the three
+    it is: trained, frozen or a buffer.
     """
 
     bytes: int
@@ -72,6 +74,8 @@ class Block:
     scratch: bool = False
     dtype: str | None = None
     shape: tuple[int, ...] | None = None
+    model: str = ""
+    role: str = ""
 
     @property
     def is_known(self) -> bool:

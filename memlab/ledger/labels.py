@@ -7,15 +7,11 @@ scratch.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 from memlab.ledger.blocks import Block, Event, Ledger, lives
+from memlab.ledger.observations import PRIORITY, Observation, note_type, rank_of
 from memlab.ledger.phases import Phases, find_phases
 from memlab.ledger.spans import FOREVER, Span, Spans
-
-#: When one block was seen as several things, the first of these wins: a weight that autograd saved
-#: is a parameter.
-PRIORITY = {"parameters": 0, "optimizer_state": 1, "gradients": 2, "batch": 3, "activations": 4}
 
 #: Operators that do nothing but hand out memory, filled or not: who called them has asked for it.
 _ALLOCATORS = {
@@ -26,17 +22,6 @@ _ALLOCATORS = {
         *("full", "full_like", "new_full", "resize_", "resize_as_"),
     )
 }
-
-
-class Observation(NamedTuple):
-    """At `time`, the block at `address` was seen to be `column`; `name` says which (a parameter's
-    name, say).
-    """
-
-    time: int
-    address: int
-    column: str
-    name: str = ""
 
 
 def build_ledger(
@@ -156,22 +141,29 @@ def _label(blocks: list[Block], observations: Iterable[Observation]) -> list[Obs
     by_address: dict[int, list[Block]] = {}
     for block in blocks:
         by_address.setdefault(block.address, []).append(block)
-    best: dict[int, int] = {}
+    best: dict[int, float] = {}
+    best_type: dict[int, float] = {}
     missed = []
     for seen in observations:
         block = _tenant(by_address.get(seen.address, ()), seen.time)
         if block is None:
-            missed.append(seen)
+            if seen.column:
+                missed.append(seen)
+            continue
+        note_type(block, seen, best_type)
+        if not seen.column:
             continue
         # What a module is given is the batch only if it was there before the model ran; else it is
         # an activation.
         if seen.column == "batch" and block.phase != "other":
             continue
-        rank = PRIORITY[seen.column]
+        rank = rank_of(seen)
         if rank <= best.get(id(block), len(PRIORITY)):
             best[id(block)] = rank
             block.column = seen.column
             block.name = seen.name or block.name
+            block.model = seen.model or block.model
+            block.role = seen.role or block.role
     return missed
 
 

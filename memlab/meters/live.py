@@ -15,24 +15,44 @@ from torch import nn
 from torch.profiler import profile
 
 
-def storages(tensor: torch.Tensor) -> Iterator[torch.UntypedStorage]:
-    """The storages that a tensor's bytes really live in: a view's base, the parts of a tensor
+def plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The tensors that have memory, of what one tensor is made of: itself, the parts of a tensor
     subclass, sparse parts.
     """
     if hasattr(type(tensor), "__tensor_flatten__"):
         # A wrapper subclass (torchao's 8-bit state, DTensor) says by this protocol which tensors it
         # is made of.
         for name in tensor.__tensor_flatten__()[0]:
-            yield from storages(getattr(tensor, name))
+            yield from plain_tensors(getattr(tensor, name))
     elif tensor.layout is torch.strided:
         if tensor.device.type != "meta":
-            yield tensor.untyped_storage()
+            yield tensor
     elif tensor.layout is torch.sparse_coo:
         for part in (tensor.detach()._indices(), tensor.detach()._values()):
-            yield from storages(part)
+            yield from plain_tensors(part)
     elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
         for part in (tensor.crow_indices(), tensor.col_indices(), tensor.values()):
-            yield from storages(part)
+            yield from plain_tensors(part)
+
+
+def storages(tensor: torch.Tensor) -> Iterator[torch.UntypedStorage]:
+    """The storages that a tensor's bytes really live in: a view's base, and those of its parts."""
+    for part in plain_tensors(tensor):
+        yield part.untyped_storage()
+
+
+def type_of(
+    tensor: torch.Tensor, storage: torch.UntypedStorage
+) -> tuple[str, tuple[int, ...] | None]:
+    """A tensor's data type and, if it fills its storage, its shape."""
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    fills = tensor.numel() * tensor.element_size() == storage.nbytes()
+    return dtype, tuple(tensor.shape) if fills else None
+
+
+def role_of(parameter: torch.Tensor) -> str:
+    """What a parameter is in its model."""
+    return "trained" if parameter.requires_grad else "frozen"
 
 
 def tensors_in(value: object) -> Iterator[torch.Tensor]:

@@ -81,9 +81,8 @@ class Observer:
             return
         if self.on_first_call is not None:
             self.on_first_call()
-        if not self.stack and module not in self.seen.names:
-            for name, part in module.named_modules():
-                self.seen.names.setdefault(part, name or type(module).__name__)
+        if not self.stack and module not in self.seen.models.called:
+            self.seen.models.note_called(module)
         name = self.seen.names.get(module, type(module).__name__)
         self._failed_in = self._optimizer = self._backward_of = ""
         self.threads.setdefault(threading.get_ident(), name)
@@ -93,6 +92,8 @@ class Observer:
         for tensor in tensors_in(inputs):
             if tensor.grad_fn is None:
                 self.seen.see_input(tensor)
+            else:
+                self.seen.see_types((tensor,))
 
     def _leave_module(self, module: nn.Module, inputs: tuple, output: object) -> None:
         if torch.compiler.is_compiling() or id(module) not in (entry[2] for entry in self.stack):
@@ -108,6 +109,7 @@ class Observer:
             self.spans.append(
                 Span(start, time.time_ns(), "module", name, threading.get_ident(), graph)
             )
+            self.seen.see_types(tensors_in(output))
         elif output is not None:
             self._follow(output, name)
         elif not self._failed_in:

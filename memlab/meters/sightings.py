@@ -11,29 +11,14 @@ import time
 import warnings
 import weakref
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from memlab.ledger import Observation
-from memlab.meters.live import live_objects, storages, tensors_in
-
-
-@dataclass(slots=True, eq=False)
-class Use:
-    """A storage that the run used: from when it was first seen until it was gone (nanoseconds;
-    None: not yet).
-
-    `shared`: it is shared memory without a file, as that in which a data loader's workers send.
-    """
-
-    address: int
-    bytes: int
-    seen: int
-    gone: int | None = None
-    shared: bool = False
-    reference: weakref.ref | None = None
+from memlab.meters.live import live_objects, plain_tensors, role_of, storages, tensors_in, type_of
+from memlab.meters.models import Models
+from memlab.meters.uses import Use, Uses
 
 
 class Sightings:
@@ -47,7 +32,7 @@ class Sightings:
     def __init__(self, device: torch.device, *, record: bool = True):
         self.device = device
         self.latest: dict[tuple[int, str], Observation] = {}
-        self.uses: list[Use] = []
+        self._uses = Uses()
         #: Where the parameters of the models were.
         self.devices: set[torch.device] = set()
         #: The addresses of what was alive before, memory maps apart.
@@ -55,22 +40,24 @@ class Sightings:
         self.maps_before: set[int] = set()
         #: The addresses of what a module was given.
         self.inputs: set[int] = set()
-        #: Modules by their names in the model that holds them.
-        self.names: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+        #: The modules by model, and by their names in it.
+        self.models = Models()
+        self.names = self.models.names
         #: The names of those whose forward was replaced, from outside their class.
         self.replaced: frozenset[str] = frozenset()
         #: Whether all of them were in eval() mode at the end.
         self.evaluating = False
         self._record = record
-        # Kept in four plain lists. A tuple for each would be an object that Python's garbage
+        # Kept in five plain lists. A tuple for each would be an object that Python's garbage
         # collector counts: it would then run more often than without the meter, and free reference
         # cycles that the run itself keeps.
         self._seen_times: list[int] = []
         self._seen_addresses: list[int] = []
         self._seen_columns: list[str] = []
         self._seen_names: list[str] = []
+        self._seen_kinds: list[tuple] = []  # (dtype, shape, model, role); equal ones are one object
+        self._kinds: dict[tuple, tuple] = {}
         self._parameters: dict[int, weakref.ref] = {}
-        self._in_use: dict[int, Use] = {}
 
     @property
     def observations(self) -> list[Observation]:
@@ -82,23 +69,34 @@ class Sightings:
             self._seen_names,
             strict=True,
         )
-        return [Observation(*observation) for observation in seen]
+        both = zip(seen, self._seen_kinds, strict=True)
+        return [Observation(*what, *kind) for what, kind in both]
 
     def see(
-        self, tensors: Iterable[torch.Tensor], column: str, name: str = "", *, outside: bool = True
+        self,
+        tensors: Iterable[torch.Tensor],
+        column: str,
+        name: str = "",
+        *,
+        outside: bool = True,
+        model: str = "",
+        role: str = "",
     ) -> None:
         """Note that these tensors are of `column`, now.
 
         Args:
             tensors: what was seen.
-            column: what it is.
+            column: what it is ("": not known, note the type only).
             name: which of them, a parameter's name for example.
             outside: False if the run may have nothing to do with them.
+            model: the outermost module that holds them.
+            role: what they are there: "trained", "frozen" or "buffer".
         """
         now = time.time_ns()
         for tensor in tensors:
             with contextlib.suppress(Exception):  # no memory of its own (lazy, functional, fake)
-                for storage in storages(tensor):
+                for part in plain_tensors(tensor):
+                    storage = part.untyped_storage()
                     if storage.device == self.device and storage.nbytes():
                         address = storage.data_ptr()
                         if not self._record:
@@ -108,30 +106,26 @@ class Sightings:
                         self._seen_addresses.append(address)
                         self._seen_columns.append(column)
                         self._seen_names.append(name)
+                        kind = (*type_of(part, storage), model, role)
+                        self._seen_kinds.append(self._kinds.setdefault(kind, kind))
                         if outside and column in ("parameters", "batch"):
-                            self._use(storage, address, now)
+                            self._uses.note(storage, address, now)
 
-    def _use(self, storage: torch.UntypedStorage, address: int, now: int) -> None:
-        use = self._in_use.get(address)
-        if use is not None and use.gone is None and use.bytes == storage.nbytes():
-            return
-        shared = storage.device.type == "cpu" and storage.is_shared() and storage.filename is None
-        self._in_use[address] = use = Use(address, storage.nbytes(), now, shared=shared)
-        self.uses.append(use)
-
-        def gone(reference: weakref.ref, use: Use = use) -> None:
-            use.gone = time.time_ns()
-
-        use.reference = weakref.ref(storage, gone)
+    def see_types(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Note the data types and shapes of tensors."""
+        if self._record:
+            self.see(tensors, "", outside=False)
 
     def see_module(self, module: nn.Module, prefix: str) -> None:
         """Note a module's own parameters and buffers (not its children's)."""
+        model = self.models.of(module)
         for name, parameter in module.named_parameters(recurse=False):
-            self._see_parameter(parameter, f"{prefix}.{name}" if prefix else name)
+            self._see_parameter(parameter, f"{prefix}.{name}" if prefix else name, model)
         for name, buffer in module.named_buffers(recurse=False):
-            self.see((buffer,), "parameters", f"{prefix}.{name}" if prefix else name)
+            name = f"{prefix}.{name}" if prefix else name
+            self.see((buffer,), "parameters", name, model=model, role="buffer")
 
-    def _see_parameter(self, parameter: torch.Tensor, name: str) -> None:
+    def _see_parameter(self, parameter: torch.Tensor, name: str, model: str = "") -> None:
         if parameter.is_meta:
             which = f"parameter {name!r}" if name else "a parameter of the optimizer"
             raise ValueError(
@@ -139,7 +133,7 @@ class Sightings:
                 f" to measure. Build the model on {self.device}, or call"
                 f" .to_empty(device={str(self.device)!r}) first."
             )
-        self.see((parameter,), "parameters", name)
+        self.see((parameter,), "parameters", name, model=model, role=role_of(parameter))
         self.devices.add(parameter.device)
         known = self._parameters.get(id(parameter))
         if known is None or known() is None:  # the id of what is gone is given out again
@@ -186,7 +180,11 @@ class Sightings:
         kinds = (nn.Module, torch.optim.Optimizer, torch.utils.data.Dataset, torch.Tensor)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # asking some tensors for their gradient warns
-            for thing in live_objects(*kinds):
+            things = live_objects(*kinds)
+            self.models.find(thing for thing in things if isinstance(thing, nn.Module))
+            # What the compiler made of a model comes first: the model itself has the last word.
+            things.sort(key=lambda thing: not isinstance(thing, torch.fx.GraphModule))
+            for thing in things:
                 # These are strangers: half-built, lazy, fake, of any class.
                 with contextlib.suppress(Exception):
                     if isinstance(thing, torch.Tensor) and not isinstance(thing, nn.Parameter):
@@ -196,7 +194,7 @@ class Sightings:
                         self._look_at_holder(thing)
         self.see_gradients()
         if after:
-            modules = list(self.names)
+            modules = list(self.models.called)
             replaced = (module for module in modules if "forward" in vars(module))
             self.replaced = frozenset(self.names[module] for module in replaced)
             self.evaluating = bool(modules) and not any(module.training for module in modules)
@@ -205,9 +203,13 @@ class Sightings:
         """Note what a model, an optimizer or a data set holds, or a parameter on its own."""
         if isinstance(thing, nn.Module):
             name = self.names.get(thing, type(thing).__name__)
-            parameters = thing.named_parameters(recurse=False)
-            for tensor_name, tensor in (*parameters, *thing.named_buffers(recurse=False)):
-                self.see((tensor,), "parameters", f"{name}.{tensor_name}", outside=False)
+            model = self.models.of(thing)
+            buffers = dict(thing.named_buffers(recurse=False))
+            tensors = dict(thing.named_parameters(recurse=False)) | buffers
+            for tensor_name, tensor in tensors.items():
+                path = f"{name}.{tensor_name}" if name else tensor_name
+                role = "buffer" if tensor_name in buffers else role_of(tensor)
+                self.see((tensor,), "parameters", path, outside=False, model=model, role=role)
                 if tensor.is_leaf and tensor.grad is not None:
                     self.see((tensor.grad,), "gradients", outside=False)
         elif isinstance(thing, torch.optim.Optimizer):
@@ -241,7 +243,11 @@ class Sightings:
         with contextlib.suppress(Exception):  # no memory of its own
             self.inputs.update(storage.data_ptr() for storage in storages(tensor))
 
+    @property
+    def uses(self) -> list[Use]:
+        """The storages that the run used."""
+        return self._uses.found
+
     def end(self) -> None:
         """Follow no storage any longer."""
-        for use in self.uses:
-            use.reference = None
+        self._uses.end()
