@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import ValidationError, field_validator
 
 from memlab.forms import Bytes, Count, Machine, Model, Text, in_words, replace
-from memlab.ledger import COLUMNS, Block
+from memlab.ledger import COLUMNS, Block, format_type
 from memlab.units import format_bytes
 
 #: The version of the form of a receipt. It grows when a reader of the old form would misread the
@@ -19,6 +19,10 @@ SCHEMA = 1
 
 #: How many groups of blocks a receipt names; what the others hold is one number.
 MOST_GROUPS = 50
+
+
+#: A number that is a part of a module's name: that of a layer.
+_LAYER = re.compile(r"(?<![^.])[0-9]+(?![^.])")
 
 
 class Group(Model):
@@ -30,6 +34,8 @@ class Group(Model):
     operator: str
     module: str
     name: str
+    dtype: str | None = None
+    shape: list[int] | None = None
 
     @property
     def total(self) -> int:
@@ -41,8 +47,13 @@ class Group(Model):
         """Who made them and where, for people."""
         return " in ".join(part for part in (self.operator, self.module or self.name) if part)
 
+    @property
+    def type(self) -> str:
+        """Their data type and shape, for people."""
+        return format_type(self.dtype, None if self.shape is None else tuple(self.shape))
+
     def __str__(self) -> str:
-        return f"{self.count} x {format_bytes(self.bytes)}"
+        return f"{self.count} x {format_bytes(self.bytes)}, {self.type}"
 
 
 class Receipt(Model):
@@ -111,8 +122,8 @@ def load(path: str | Path) -> Receipt:
 
 
 def groups(blocks: Iterable[Block]) -> list[Group]:
-    """Sum equal blocks: those of one size that the same operator made in the same module, or in
-    the same module of each layer (`h.*.mlp`).
+    """Sum equal blocks: those of one size, type and shape that the same operator made in the same
+    module, or in the same one of each layer (`blocks.*.mlp`).
 
     Args:
         blocks: from a ledger.
@@ -121,23 +132,36 @@ def groups(blocks: Iterable[Block]) -> list[Group]:
         The groups, that with the most bytes first.
     """
     counts: dict[tuple, int] = {}
+    places: dict[tuple, set[tuple[str, str]]] = {}
     for block in blocks:
         # A module that has a name says enough: the names of its parameters would part equal blocks.
-        module = _in_each_layer(block.module)
-        name = "" if module else _in_each_layer(block.name)
-        alike = (block.bytes, block.column, block.operator, module, name)
+        place = (block.module, "" if block.module else block.name)
+        made = (block.bytes, block.column, block.operator, block.dtype, block.shape)
+        alike = (made, *(_LAYER.sub("*", part) for part in place))
         counts[alike] = counts.get(alike, 0) + 1
-    made = [
-        Group(count=count, bytes=size, column=column, operator=operator, module=module, name=name)
-        for (size, column, operator, module, name), count in counts.items()
-    ]
+        places.setdefault(alike, set()).add(place)
+
+    made_groups = []
+    for alike, count in counts.items():
+        (size, column, operator, dtype, shape), module, name = alike
+        if len(places[alike]) == 1:
+            [(module, name)] = places[alike]
+        group = Group(
+            count=count,
+            bytes=size,
+            column=column,
+            operator=operator,
+            module=module,
+            name=name,
+            dtype=dtype,
+            shape=None if shape is None else list(shape),
+        )
+        made_groups.append(group)
     # By name where the bytes are equal: the same run writes the same file.
-    return sorted(made, key=lambda group: (-group.total, group.column, group.place, group.bytes))
-
-
-def _in_each_layer(name: str) -> str:
-    """`h.3.mlp.c_fc` as `h.*.mlp.c_fc`: the same part of every layer."""
-    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+    return sorted(
+        made_groups,
+        key=lambda group: (-group.total, group.column, group.place, group.bytes, group.type),
+    )
 
 
 def name_largest(all_groups: Sequence[Group]) -> tuple[list[Group], int]:

@@ -34,7 +34,8 @@ def test_what_grew_is_named(receipts):
     text = str(difference)
     assert f"{new.known_bytes - old.known_bytes:+,} bytes" in text and "more than the" in text
     assert re.search(r"\n  parameters +2\.12 KiB +4\.25 KiB +\+2,176\n", text)
-    assert re.search(r"\n  parameters, .*0\.weight: 1 x 2\.00 KiB → 1 x 4\.00 KiB", text)
+    before, after = "1 x 2.00 KiB, FP32 (32, 16)", "1 x 4.00 KiB, FP32 (64, 16)"
+    assert re.search(rf"\n  parameters, .*0\.weight: {re.escape(f'{before} → {after}')}", text)
     assert "batch" not in text
 
 
@@ -76,7 +77,7 @@ def test_the_command_says_it_by_its_exit_status(receipts, tmp_path, capsys):
     old, new = map(str, files)
     assert commands.main(["diff", old, old]) == 0
     assert commands.main(["diff", old, new, "--at-most", "1%"]) == 1
-    assert "0.weight: 1 x 2.00 KiB → 1 x 4.00 KiB" in capsys.readouterr().out
+    assert "0.weight: 1 x 2.00 KiB, FP32 (32, 16) → 1 x 4.00 KiB" in capsys.readouterr().out
     assert commands.main(["diff", old, new, "--at-most", "200%"]) == 0
     assert commands.main(["diff", old, str(tmp_path / "none.json")]) == 2
     assert "none.json" in capsys.readouterr().err

@@ -1,0 +1,142 @@
+"""What stands behind the columns: the blocks, their data types, and the models."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from memlab.ledger import COLUMNS, Block, format_type
+from memlab.receipt import groups
+from memlab.show import Table
+from memlab.units import format_bytes
+
+#: How a table calls what a parameter or a buffer is in its model.
+_ROLES = {"trained": "trained", "frozen": "frozen", "buffer": "buffers", "": "not known"}
+
+
+@dataclass(frozen=True)
+class Breakdown:
+    """Bytes by two things; it prints as a table.
+
+    Attributes:
+        rows_are: what a row is: "column" or "model".
+        bytes: bytes by row and heading. What is not there is 0.
+    """
+
+    rows_are: str
+    bytes: Mapping[str, Mapping[str, int]]
+
+    def table(self) -> Table:
+        """The same as a table, with the sum of each row."""
+        headings = list(dict.fromkeys(name for row in self.bytes.values() for name in row))
+        rows = []
+        for name, row in self.bytes.items():
+            cells = {heading: format_bytes(row.get(heading, 0)) for heading in headings}
+            together = format_bytes(sum(row.values()))
+            rows.append({self.rows_are: name.replace("_", " "), **cells, "together": together})
+        return Table(rows, numbers={*headings, "together"})
+
+    def __str__(self) -> str:
+        return str(self.table())
+
+    def _repr_html_(self) -> str:
+        return self.table().to_html()
+
+
+def tabulate_columns(columns: Mapping[str, int], peak: int) -> Table:
+    """The bytes by column and their share of the peak; empty columns are left out."""
+    rows = []
+    for name in COLUMNS:
+        if columns[name]:
+            share = f"{columns[name] / peak:.1%}"
+            size = format_bytes(columns[name])
+            rows.append({"column": name.replace("_", " "), "at the peak": size, "share": share})
+    return Table(rows, numbers={"at the peak", "share"})
+
+
+def tabulate_blocks(blocks: Iterable[Block], count: int) -> Table:
+    """The largest groups of equal blocks.
+
+    Args:
+        blocks: from a ledger.
+        count: how many groups.
+    """
+    rows = []
+    for group in groups(blocks)[:count]:
+        rows.append(
+            {
+                "together": format_bytes(group.total),
+                "blocks": f"{group.count} x {format_bytes(group.bytes)}",
+                "type": group.type,
+                "column": group.column.replace("_", " "),
+                "operator": group.operator,
+                "where": group.module or group.name,
+            }
+        )
+    return Table(rows, numbers={"together", "blocks"})
+
+
+def split_by_dtype(blocks: Iterable[Block], columns: Mapping[str, int]) -> Breakdown:
+    """The bytes of some blocks by column and data type.
+
+    Args:
+        blocks: those of one moment.
+        columns: the bytes by column at that moment. What a column has beyond its blocks was in no
+            tensor that was seen.
+    """
+    found: dict[str, dict[str, int]] = {name: {} for name in COLUMNS if columns[name]}
+    for block in blocks:
+        _add(found, block.column, format_type(block.dtype), block.bytes)
+    for column, size in columns.items():
+        rest = size - sum(found.get(column, {}).values())
+        if rest:
+            _add(found, column, format_type(None), rest)
+    return Breakdown("column", found)
+
+
+def split_by_model(blocks: Iterable[Block]) -> Breakdown:
+    """The parameters and buffers among some blocks by model, trained and frozen apart.
+
+    Args:
+        blocks: those of one moment.
+    """
+    parameters = [block for block in blocks if block.column == "parameters"]
+    labels = sorted({block.model for block in parameters}, key=_in_order)
+    names = _names_of(labels)
+    found: dict[str, dict[str, int]] = {names[label]: {} for label in labels}
+    for role, heading in _ROLES.items():
+        for block in parameters:
+            if block.role == role:
+                _add(found, names[block.model], heading, block.bytes)
+    return Breakdown("model", found)
+
+
+def _names_of(labels: Iterable[str]) -> dict[str, str]:
+    """Models for people: `GPT`, and `GPT (1)` and `GPT (2)` where two are of one class."""
+    models: dict[str, list[str]] = {}
+    for label in labels:
+        for model in label.split(" + "):
+            of_class = models.setdefault(model.split("#")[0], [])
+            if model not in of_class:
+                of_class.append(model)
+
+    def name(model: str) -> str:
+        of_class = models[model.split("#")[0]]
+        number = f" ({of_class.index(model) + 1})" if len(of_class) > 1 else ""
+        return model.split("#")[0] + number
+
+    return {
+        label: " + ".join(map(name, label.split(" + "))) if label else "no model"
+        for label in labels
+    }
+
+
+def _in_order(label: str) -> tuple[bool, str]:
+    """By class and number, `GPT#2` before `GPT#10`; what belongs to no model comes last."""
+    return not label, re.sub("[0-9]+", lambda number: number[0].zfill(9), label)
+
+
+def _add(found: dict[str, dict[str, int]], row: str, heading: str, size: int) -> None:
+    headings = found.setdefault(row, {})
+    headings[heading] = headings.get(heading, 0) + size

@@ -1,0 +1,62 @@
+"""What stands behind the columns, of blocks that are made up."""
+
+from memlab.breakdown import split_by_dtype, split_by_model, tabulate_blocks
+from memlab.ledger import COLUMNS, Block
+from memlab.units import KiB
+
+
+def block(size, column="parameters", **more):
+    return Block(size, 0, 0, column=column, **more)
+
+
+def test_equal_blocks_are_summed_over_the_layers():
+    logits = {"dtype": "float32", "shape": (64, 8000), "operator": "aten::to"}
+    blocks = [block(2048000, "temporaries", module="lm_head", **logits) for _ in range(8)]
+    blocks += [block(4 * KiB, "activations", module=f"h.{i}.mlp", dtype="bfloat16") for i in (3, 9)]
+    blocks.append(block(4 * KiB, "activations", module="h.3.mlp"))
+    table = tabulate_blocks(blocks, 10)
+    rows = [[*row.values()] for row in table.rows]
+    assert rows == [
+        ["15.62 MiB", "8 x 1.95 MiB", "FP32 (64, 8000)", "temporaries", "aten::to", "lm_head"],
+        ["8.00 KiB", "2 x 4.00 KiB", "BF16", "activations", "", "h.*.mlp"],
+        ["4.00 KiB", "1 x 4.00 KiB", "type not seen", "activations", "", "h.3.mlp"],
+    ]
+    assert len(tabulate_blocks(blocks, 1).rows) == 1
+    assert "8 x 1.95 MiB" in str(table) and "<td" in table._repr_html_()
+
+
+def test_bytes_by_column_and_data_type():
+    columns = dict.fromkeys(COLUMNS, 0) | {"parameters": 300, "gradients": 100, "unattributed": 7}
+    blocks = [
+        block(200, dtype="bfloat16"),
+        block(100, dtype="float32"),
+        block(60, "gradients", dtype="float32"),
+        block(40, "gradients"),
+    ]
+    found = split_by_dtype(blocks, columns)
+    assert found.bytes == {
+        "parameters": {"BF16": 200, "FP32": 100},
+        "gradients": {"FP32": 60, "type not seen": 40},
+        "unattributed": {"type not seen": 7},  # of the allocator's counter, in no block
+    }
+    assert str(found).splitlines()[1].split() == "parameters 200 B 100 B 0 B 300 B".split()
+
+
+def test_parameters_by_model_trained_frozen_and_buffers_apart():
+    blocks = [
+        block(20, model="GPT#2", role="frozen"),
+        block(30, model="GPT#5", role="trained"),
+        block(4, model="GPT#5", role="buffer"),
+        block(8, model="Actor#1 + Critic#1", role="trained"),
+        block(5, "gradients", model="GPT#5"),
+        block(2),
+    ]
+    found = split_by_model(blocks)
+    assert found.bytes == {
+        "Actor + Critic": {"trained": 8},
+        "GPT (1)": {"frozen": 20},
+        "GPT (2)": {"trained": 30, "buffers": 4},
+        "no model": {"not known": 2},
+    }
+    assert list(found.bytes)[-1] == "no model"
+    assert "GPT (2)" in found._repr_html_()
