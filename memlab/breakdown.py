@@ -7,12 +7,38 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from memlab.ledger import COLUMNS, Block, format_type
-from memlab.receipt import groups
+from memlab.receipt import Group
 from memlab.show import Table
 from memlab.units import format_bytes
 
 #: How a table calls what a parameter or a buffer is in its model.
 _ROLES = {"trained": "trained", "frozen": "frozen", "buffer": "buffers", "": "not known"}
+
+
+class Groups(list[Group]):
+    """Groups of equal blocks, the largest first; they print as a table."""
+
+    def table(self) -> Table:
+        """What each group holds, and who made it where."""
+        rows = []
+        for group in self:
+            rows.append(
+                {
+                    "together": format_bytes(group.total),
+                    "blocks": f"{group.count} x {format_bytes(group.bytes)}",
+                    "type": group.type,
+                    "column": group.column.replace("_", " "),
+                    "operator": group.operator,
+                    "where": group.module or group.name,
+                }
+            )
+        return Table(rows, numbers={"together", "blocks"})
+
+    def __str__(self) -> str:
+        return self.table().to_text()
+
+    def _repr_html_(self) -> str:
+        return self.table().to_html()
 
 
 @dataclass(frozen=True)
@@ -38,7 +64,7 @@ class Breakdown:
         return Table(rows, numbers={*headings, "together"})
 
     def __str__(self) -> str:
-        return str(self.table())
+        return self.table().to_text()
 
     def _repr_html_(self) -> str:
         return self.table().to_html()
@@ -53,28 +79,6 @@ def tabulate_columns(columns: Mapping[str, int], peak: int) -> Table:
             size = format_bytes(columns[name])
             rows.append({"column": name.replace("_", " "), "at the peak": size, "share": share})
     return Table(rows, numbers={"at the peak", "share"})
-
-
-def tabulate_blocks(blocks: Iterable[Block], count: int) -> Table:
-    """The largest groups of equal blocks.
-
-    Args:
-        blocks: from a ledger.
-        count: how many groups.
-    """
-    rows = []
-    for group in groups(blocks)[:count]:
-        rows.append(
-            {
-                "together": format_bytes(group.total),
-                "blocks": f"{group.count} x {format_bytes(group.bytes)}",
-                "type": group.type,
-                "column": group.column.replace("_", " "),
-                "operator": group.operator,
-                "where": group.module or group.name,
-            }
-        )
-    return Table(rows, numbers={"together", "blocks"})
 
 
 def split_by_dtype(blocks: Iterable[Block], columns: Mapping[str, int]) -> Breakdown:

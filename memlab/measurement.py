@@ -6,6 +6,7 @@ import html
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from memlab import breakdown
 from memlab.forms import Machine
 from memlab.ledger import (
     COLUMNS,
@@ -114,11 +115,21 @@ class Measurement:
         """
         return activations_at_backward(self.ledger)
 
-    def largest(self, count: int = 10) -> list[Block]:
-        """The largest blocks alive at the peak: what they are, and which operator in which module
-        made them.
-        """
+    def largest(self, count: int | None = 10) -> list[Block]:
+        """The largest blocks alive at the peak (None: all), and who made them where."""
         return self.ledger.alive_at(self.ledger.peak_time)[:count]
+
+    def groups(self, count: int = 10) -> breakdown.Groups:
+        """The largest groups of equal blocks alive at the peak; they print as a table."""
+        return breakdown.Groups(groups(self.largest(None))[:count])
+
+    def by_dtype(self) -> breakdown.Breakdown:
+        """Bytes at the peak by column and data type, as far as a tensor was seen in a block."""
+        return breakdown.split_by_dtype(self.largest(None), self.columns)
+
+    def by_model(self) -> breakdown.Breakdown:
+        """Parameters and buffers at the peak by model: trained, frozen and buffers apart."""
+        return breakdown.split_by_model(self.largest(None))
 
     def receipt(self) -> Receipt:
         """What is worth keeping of this measurement: to compare a later one with."""
@@ -142,13 +153,7 @@ class Measurement:
         self.receipt().save(path)
 
     def _table(self) -> Table:
-        rows = []
-        for name in COLUMNS:
-            if self.columns[name]:
-                share = f"{self.columns[name] / self.peak_bytes:.1%}"
-                size = format_bytes(self.columns[name])
-                rows.append({"column": name.replace("_", " "), "at the peak": size, "share": share})
-        return Table(rows, numbers={"at the peak", "share"})
+        return breakdown.tabulate_columns(self.columns, self.peak_bytes)
 
     def _notes(self) -> list[str]:
         notes = []
@@ -184,7 +189,10 @@ class Measurement:
         )
 
     def __str__(self) -> str:
-        lines = [*self._table().to_text(headings=False).splitlines(), *self._notes()]
+        lines = [
+            *self._table().to_text(headings=False).splitlines(),
+            *self._notes(),
+        ]
         return "\n  ".join([self._headline(), *lines])
 
     __repr__ = __str__

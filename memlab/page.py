@@ -12,8 +12,6 @@ from memlab.figures import PALETTE, Drawing
 from memlab.forms import replace
 from memlab.ledger import COLUMNS
 from memlab.measurement import Measurement
-from memlab.receipt import groups
-from memlab.show import Table
 from memlab.units import format_bytes
 
 #: How many groups of blocks the page names.
@@ -69,7 +67,8 @@ def page(measurement: Measurement, title: str, why: Sequence[str] = ()) -> str:
     sections.append(_columns(measurement))
     if measurement.ledger.blocks:
         sections.append(_section("Over time", _picture(lambda: figures.timeline(measurement))))
-        sections.append(_section("The largest blocks at the peak", _blocks(measurement)))
+        largest = measurement.groups(LARGEST).table().to_html()
+        sections.append(_section("The largest blocks at the peak", largest))
     sections.append(_foot(measurement))
     return (
         "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
@@ -111,22 +110,6 @@ def _columns(measurement: Measurement) -> str:
             f"<td style='text-align:right'>{share:.1%}</td></tr>"
         )
     return f"<div class='bar'>{''.join(stretches)}</div>\n<table>{''.join(rows)}</table>"
-
-
-def _blocks(measurement: Measurement) -> str:
-    rows = []
-    for group in groups(measurement.largest(len(measurement.ledger.blocks)))[:LARGEST]:
-        rows.append(
-            {
-                "blocks": str(group.count),
-                "each": format_bytes(group.bytes),
-                "together": format_bytes(group.total),
-                "column": group.column.replace("_", " "),
-                "operator": group.operator,
-                "module": group.module or group.name,
-            }
-        )
-    return Table(rows, numbers={"blocks", "each", "together"}).to_html()
 
 
 def _picture(draw: Callable[[], Drawing]) -> str:

@@ -19,12 +19,6 @@ class Table:
     rows: Sequence[Mapping[str, str]]
     numbers: Collection[str] = ()
 
-    def __str__(self) -> str:
-        return self.to_text()
-
-    def _repr_html_(self) -> str:
-        return self.to_html()
-
     def to_text(self, *, headings: bool = True) -> str:
         """Return the table in columns of one width each, for the terminal."""
         if not self.rows:

@@ -1,7 +1,8 @@
 """What stands behind the columns, of blocks that are made up."""
 
-from memlab.breakdown import split_by_dtype, split_by_model, tabulate_blocks
+from memlab.breakdown import Groups, split_by_dtype, split_by_model
 from memlab.ledger import COLUMNS, Block
+from memlab.receipt import groups
 from memlab.units import KiB
 
 
@@ -14,15 +15,14 @@ def test_equal_blocks_are_summed_over_the_layers():
     blocks = [block(2048000, "temporaries", module="lm_head", **logits) for _ in range(8)]
     blocks += [block(4 * KiB, "activations", module=f"h.{i}.mlp", dtype="bfloat16") for i in (3, 9)]
     blocks.append(block(4 * KiB, "activations", module="h.3.mlp"))
-    table = tabulate_blocks(blocks, 10)
-    rows = [[*row.values()] for row in table.rows]
+    largest = Groups(groups(blocks))
+    rows = [[*row.values()] for row in largest.table().rows]
     assert rows == [
         ["15.62 MiB", "8 x 1.95 MiB", "FP32 (64, 8000)", "temporaries", "aten::to", "lm_head"],
         ["8.00 KiB", "2 x 4.00 KiB", "BF16", "activations", "", "h.*.mlp"],
         ["4.00 KiB", "1 x 4.00 KiB", "type not seen", "activations", "", "h.3.mlp"],
     ]
-    assert len(tabulate_blocks(blocks, 1).rows) == 1
-    assert "8 x 1.95 MiB" in str(table) and "<td" in table._repr_html_()
+    assert "8 x 1.95 MiB" in str(largest) and "<td" in largest._repr_html_()
 
 
 def test_bytes_by_column_and_data_type():

@@ -51,6 +51,15 @@ class Models:
             self.called.add(part)
             self._models.setdefault(part, self._label(module))
 
+    def replaced(self) -> frozenset[str]:
+        """The names of the called modules whose forward was replaced, from outside their class."""
+        return frozenset(self.names[module] for module in self.called if "forward" in vars(module))
+
+    def evaluating(self) -> bool:
+        """Whether all called modules are in eval() mode."""
+        modules = list(self.called)
+        return bool(modules) and not any(module.training for module in modules)
+
     def _name_parts(self, root: nn.Module) -> None:
         for name, part in root.named_modules():
             self.names.setdefault(part, name or type(root).__name__)

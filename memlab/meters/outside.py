@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from memlab.ledger import Block, Ledger, Observation, lives
 from memlab.meters.recording import Recorded
-from memlab.meters.sightings import Use
+from memlab.meters.uses import Use
 
 
 class Outside(NamedTuple):

@@ -40,12 +40,11 @@ class Sightings:
         self.maps_before: set[int] = set()
         #: The addresses of what a module was given.
         self.inputs: set[int] = set()
-        #: The modules by model, and by their names in it.
+        #: The modules by model, with their names in it.
         self.models = Models()
         self.names = self.models.names
-        #: The names of those whose forward was replaced, from outside their class.
+        #: Of those that were called: whose forward was replaced, and whether all were in eval().
         self.replaced: frozenset[str] = frozenset()
-        #: Whether all of them were in eval() mode at the end.
         self.evaluating = False
         self._record = record
         # Kept in five plain lists. A tuple for each would be an object that Python's garbage
@@ -194,10 +193,8 @@ class Sightings:
                         self._look_at_holder(thing)
         self.see_gradients()
         if after:
-            modules = list(self.models.called)
-            replaced = (module for module in modules if "forward" in vars(module))
-            self.replaced = frozenset(self.names[module] for module in replaced)
-            self.evaluating = bool(modules) and not any(module.training for module in modules)
+            self.replaced = self.models.replaced()
+            self.evaluating = self.models.evaluating()
 
     def _look_at_holder(self, thing: object) -> None:
         """Note what a model, an optimizer or a data set holds, or a parameter on its own."""
