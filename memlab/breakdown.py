@@ -47,7 +47,7 @@ class Breakdown:
 
     Attributes:
         rows_are: what a row is: "column" or "model".
-        bytes: bytes by row and heading. What is not there is 0.
+        bytes: bytes by row and heading; every row has every heading.
     """
 
     rows_are: str
@@ -55,10 +55,10 @@ class Breakdown:
 
     def table(self) -> Table:
         """The same as a table, with the sum of each row."""
-        headings = list(dict.fromkeys(name for row in self.bytes.values() for name in row))
+        headings = list(next(iter(self.bytes.values()), ()))
         rows = []
         for name, row in self.bytes.items():
-            cells = {heading: format_bytes(row.get(heading, 0)) for heading in headings}
+            cells = {heading: format_bytes(size) for heading, size in row.items()}
             together = format_bytes(sum(row.values()))
             rows.append({self.rows_are: name.replace("_", " "), **cells, "together": together})
         return Table(rows, numbers={*headings, "together"})
@@ -89,14 +89,17 @@ def split_by_dtype(blocks: Iterable[Block], columns: Mapping[str, int]) -> Break
         columns: the bytes by column at that moment. What a column has beyond its blocks was in no
             tensor that was seen.
     """
-    found: dict[str, dict[str, int]] = {name: {} for name in COLUMNS if columns[name]}
+    sizes: dict[tuple[str, str], int] = {}
     for block in blocks:
-        _add(found, block.column, format_type(block.dtype), block.bytes)
+        key = (block.column, format_type(block.dtype))
+        sizes[key] = sizes.get(key, 0) + block.bytes
+    unseen = format_type(None)
     for column, size in columns.items():
-        rest = size - sum(found.get(column, {}).values())
+        rest = size - sum(found for (name, _), found in sizes.items() if name == column)
         if rest:
-            _add(found, column, format_type(None), rest)
-    return Breakdown("column", found)
+            sizes[column, unseen] = sizes.get((column, unseen), 0) + rest
+    types = sorted({name for _, name in sizes}, key=lambda name: (name == unseen, name))
+    return _arrange("column", [name for name in COLUMNS if columns[name]], types, sizes)
 
 
 def split_by_model(blocks: Iterable[Block]) -> Breakdown:
@@ -108,12 +111,19 @@ def split_by_model(blocks: Iterable[Block]) -> Breakdown:
     parameters = [block for block in blocks if block.column == "parameters"]
     labels = sorted({block.model for block in parameters}, key=_in_order)
     names = _names_of(labels)
-    found: dict[str, dict[str, int]] = {names[label]: {} for label in labels}
-    for role, heading in _ROLES.items():
-        for block in parameters:
-            if block.role == role:
-                _add(found, names[block.model], heading, block.bytes)
-    return Breakdown("model", found)
+    sizes: dict[tuple[str, str], int] = {}
+    for block in parameters:
+        key = (names[block.model], _ROLES[block.role])
+        sizes[key] = sizes.get(key, 0) + block.bytes
+    roles = [name for name in _ROLES.values() if any(name == role for _, role in sizes)]
+    return _arrange("model", [names[label] for label in labels], roles, sizes)
+
+
+def _arrange(
+    rows_are: str, rows: list[str], headings: list[str], sizes: Mapping[tuple[str, str], int]
+) -> Breakdown:
+    found = {row: {name: sizes.get((row, name), 0) for name in headings} for row in rows}
+    return Breakdown(rows_are, found)
 
 
 def _names_of(labels: Iterable[str]) -> dict[str, str]:
@@ -139,8 +149,3 @@ def _names_of(labels: Iterable[str]) -> dict[str, str]:
 def _in_order(label: str) -> tuple[bool, str]:
     """By class and number, `GPT#2` before `GPT#10`; what belongs to no model comes last."""
     return not label, re.sub("[0-9]+", lambda number: number[0].zfill(9), label)
-
-
-def _add(found: dict[str, dict[str, int]], row: str, heading: str, size: int) -> None:
-    headings = found.setdefault(row, {})
-    headings[heading] = headings.get(heading, 0) + size

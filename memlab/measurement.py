@@ -37,8 +37,7 @@ class Measurement:
             allocator's counter, less `workspace_bytes`.
         columns: bytes by column at the moment of the peak; they sum to `peak_bytes`.
         phase: the phase that held the peak: forward, backward, optimizer or other.
-        reserved_bytes: the most that the allocator held from the driver, whole process (None on the
-            CPU).
+        reserved_bytes: the most that the allocator held from the driver, whole process (CPU: None).
         device_bytes: what the driver says is in use on the whole device at the end of the run (None
             on the CPU).
         bytes_after_step: bytes alive after each step. In a loop that leaks they grow. (Empty for
@@ -170,9 +169,7 @@ class Measurement:
         if self.seconds is not None:
             notes.append(f"{self.seconds} a step")
         if self.losses:
-            notes.append(
-                "loss " + " → ".join(f"{loss:.4f}" for loss in (self.losses[0], self.losses[-1]))
-            )
+            notes.append(f"loss {self.losses[0]:.4f} → {self.losses[-1]:.4f}")
         if self.outside_bytes:
             notes.append(
                 f"not counted: {format_bytes(self.outside_bytes)} of tensors that this allocator"
@@ -182,11 +179,8 @@ class Measurement:
         return notes
 
     def _headline(self) -> str:
-        gpu = self.environment.get("gpu")
-        return (
-            f"Peak {format_bytes(self.peak_bytes)} ({self.peak_bytes:,} bytes), in {self.phase}, on"
-            f" {gpu or 'cpu'}"
-        )
+        size = f"{format_bytes(self.peak_bytes)} ({self.peak_bytes:,} bytes)"
+        return f"Peak {size}, in {self.phase}, on {self.environment.get('gpu') or 'cpu'}"
 
     def __str__(self) -> str:
         lines = [

@@ -35,10 +35,12 @@ def test_bytes_by_column_and_data_type():
     ]
     found = split_by_dtype(blocks, columns)
     assert found.bytes == {
-        "parameters": {"BF16": 200, "FP32": 100},
-        "gradients": {"FP32": 60, "type not seen": 40},
-        "unattributed": {"type not seen": 7},  # of the allocator's counter, in no block
+        "parameters": {"BF16": 200, "FP32": 100, "type not seen": 0},
+        "gradients": {"BF16": 0, "FP32": 60, "type not seen": 40},
+        # of the allocator's counter, in no block
+        "unattributed": {"BF16": 0, "FP32": 0, "type not seen": 7},
     }
+    assert str(found).splitlines()[0].split("  ")[-1] == "together"
     assert str(found).splitlines()[1].split() == "parameters 200 B 100 B 0 B 300 B".split()
 
 
@@ -52,11 +54,14 @@ def test_parameters_by_model_trained_frozen_and_buffers_apart():
         block(2),
     ]
     found = split_by_model(blocks)
-    assert found.bytes == {
-        "Actor + Critic": {"trained": 8},
-        "GPT (1)": {"frozen": 20},
-        "GPT (2)": {"trained": 30, "buffers": 4},
-        "no model": {"not known": 2},
+    headings = ["trained", "frozen", "buffers", "not known"]
+    rows = {model: list(row.values()) for model, row in found.bytes.items()}
+    assert all(list(row) == headings for row in found.bytes.values())
+    assert rows == {
+        "Actor + Critic": [8, 0, 0, 0],
+        "GPT (1)": [0, 20, 0, 0],
+        "GPT (2)": [30, 0, 4, 0],
+        "no model": [0, 0, 0, 2],
     }
     assert list(found.bytes)[-1] == "no model"
     assert "GPT (2)" in found._repr_html_()
