@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from memlab.ledger import COLUMNS, PRIORITY
+from memlab.ledger import COLUMNS, Observation, rank_of
 from memlab.measurement import Measurement
 from memlab.meters.counter import Held
 from memlab.meters.device import bytes_alive, limit_for, resolve_device
@@ -136,18 +136,18 @@ class Budget:
         return OverBudget(self.limit, asked, place, self._columns(), detail=detail)
 
 
-def _by_column(held_at: dict[int, Held], observations: Iterable) -> dict[str, int]:
+def _by_column(held_at: dict[int, Held], observations: Iterable[Observation]) -> dict[str, int]:
     """Sum what is held at each address by what was seen there."""
-    seen: dict[int, str] = {}
-    for moment, address, column, _ in observations:
-        if address in held_at and moment >= held_at[address].since:
-            rank_before = PRIORITY.get(seen.get(address, ""), len(PRIORITY))
-            if PRIORITY[column] <= rank_before:
-                seen[address] = column
+    seen: dict[int, Observation] = {}
+    for found in observations:
+        address = found.address
+        if address in held_at and found.time >= held_at[address].since:
+            if address not in seen or rank_of(found) <= rank_of(seen[address]):
+                seen[address] = found
     columns = dict.fromkeys(COLUMNS, 0)
     for address, held in held_at.items():
         # What nobody saw is what the run made: where gradients are enabled, nearly all of it is
         # for the backward.
         unseen = "activations" if held.with_grad else "temporaries"
-        columns[seen.get(address, unseen)] += held.bytes
+        columns[seen[address].column if address in seen else unseen] += held.bytes
     return columns

@@ -54,8 +54,8 @@ class Sightings:
         self._seen_addresses: list[int] = []
         self._seen_columns: list[str] = []
         self._seen_names: list[str] = []
-        self._seen_kinds: list[tuple] = []  # (dtype, shape, model, role); equal ones are one object
-        self._kinds: dict[tuple, tuple] = {}
+        self._seen_kinds: list[tuple] = []  # (dtype, shape, model, role)
+        self._kinds: dict[tuple, tuple] = {}  # so that equal ones are one object
         self._parameters: dict[int, weakref.ref] = {}
 
     @property
@@ -81,12 +81,11 @@ class Sightings:
         model: str = "",
         role: str = "",
     ) -> None:
-        """Note that these tensors are of `column`, now.
+        """Note what these tensors are, now.
 
         Args:
             tensors: what was seen.
-            column: what it is ("": not known, note the type only).
-            name: which of them, a parameter's name for example.
+            column: what they are ("": not known, the type alone is noted); name: which of them.
             outside: False if the run may have nothing to do with them.
             model: the outermost module that holds them.
             role: what they are there: "trained", "frozen" or "buffer".
@@ -96,22 +95,24 @@ class Sightings:
             with contextlib.suppress(Exception):  # no memory of its own (lazy, functional, fake)
                 for part in plain_tensors(tensor):
                     storage = part.untyped_storage()
-                    if storage.device == self.device and storage.nbytes():
-                        address = storage.data_ptr()
-                        if not self._record:
-                            self.latest[address, column] = Observation(now, address, column, name)
-                            continue
-                        self._seen_times.append(now)
-                        self._seen_addresses.append(address)
-                        self._seen_columns.append(column)
-                        self._seen_names.append(name)
-                        kind = (*type_of(part, storage), model, role)
-                        self._seen_kinds.append(self._kinds.setdefault(kind, kind))
-                        if outside and column in ("parameters", "batch"):
-                            self._uses.note(storage, address, now)
+                    if storage.device != self.device or not storage.nbytes():
+                        continue
+                    address = storage.data_ptr()
+                    if not self._record:
+                        latest = Observation(now, address, column, name, role=role)
+                        self.latest[address, column] = latest
+                        continue
+                    self._seen_times.append(now)
+                    self._seen_addresses.append(address)
+                    self._seen_columns.append(column)
+                    self._seen_names.append(name)
+                    kind = (*type_of(part, storage), model, role)
+                    self._seen_kinds.append(self._kinds.setdefault(kind, kind))
+                    if outside and column in ("parameters", "batch"):
+                        self._uses.note(storage, address, now)
 
     def see_types(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Note the data types and shapes of tensors."""
+        """Note data types and shapes."""
         if self._record:
             self.see(tensors, "", outside=False)
 
@@ -149,7 +150,7 @@ class Sightings:
         ]
 
     def see_gradients(self) -> None:
-        """Note the gradients of every parameter seen so far."""
+        """Note the gradients of all parameters seen."""
         for parameter in self.used_parameters():
             if parameter.grad is not None:
                 self.see((parameter.grad,), "gradients")
