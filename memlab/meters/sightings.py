@@ -43,13 +43,11 @@ class Sightings:
         #: The modules by model, with their names in it.
         self.models = Models()
         self.names = self.models.names
-        #: Of those that were called: whose forward was replaced, and whether all were in eval().
-        self.replaced: frozenset[str] = frozenset()
+        self.replaced: frozenset[str] = frozenset()  # what Models says at the end
         self.evaluating = False
         self._record = record
         # Kept in five plain lists. A tuple for each would be an object that Python's garbage
-        # collector counts: it would then run more often than without the meter, and free reference
-        # cycles that the run itself keeps.
+        # collector counts: it would run more often, and free cycles that the run itself keeps.
         self._seen_times: list[int] = []
         self._seen_addresses: list[int] = []
         self._seen_columns: list[str] = []
@@ -85,7 +83,8 @@ class Sightings:
 
         Args:
             tensors: what was seen.
-            column: what they are ("": not known, the type alone is noted); name: which of them.
+            column: what they are ("": not known, only the type is noted).
+            name: which of them, a parameter's name for example.
             outside: False if the run may have nothing to do with them.
             model: the outermost module that holds them.
             role: what they are there: "trained", "frozen" or "buffer".
