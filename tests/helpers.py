@@ -97,6 +97,19 @@ def run_hugging_face(model):
     return model(input_ids=tokens, labels=labels, use_cache=False).loss
 
 
+def training_step(optimizer, loss_of):
+    """The step of a plain run: forward, backward, optimizer; `loss_of()` is the forward."""
+
+    def step():
+        loss = loss_of()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss
+
+    return step
+
+
 class ResidualBlock(nn.Module):
     """What U-Nets are made of: two convolutions and a sum, without batch norm."""
 

@@ -13,6 +13,7 @@ from memlab.measure import measure
 from memlab.measurement import Measurement
 from memlab.timing import Seconds
 from memlab.units import MiB
+from tests.helpers import training_step
 
 
 def made(phase="backward", seconds=None, losses=None, reserved=None, device=None, **columns):
@@ -35,14 +36,7 @@ def run(batch):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         inputs = torch.randn(batch, 64)
 
-        def step():
-            loss = model(inputs).square().mean()
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            return loss
-
-        return step
+        return training_step(optimizer, lambda: model(inputs).square().mean())
 
     return build
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from memlab.proof import FirstStep, gradient_difference, losses
+from tests.helpers import training_step
 
 
 def of(flops=0, **gradients):
@@ -73,14 +74,7 @@ def build():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     inputs = torch.ones(3, 4)
 
-    def step():
-        loss = model(inputs).square().mean()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss
-
-    return step
+    return training_step(optimizer, lambda: model(inputs).square().mean())
 
 
 def test_losses_are_those_of_a_plain_loop():

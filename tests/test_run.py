@@ -11,6 +11,7 @@ from torch import nn
 from memlab import measure
 from memlab.proof import first_step, gradient_difference, losses
 from memlab.run import RESERVED, check_run, loss_of, start_run
+from tests.helpers import training_step
 
 WIDTH, BATCH = 64, 32
 FLOAT = 4
@@ -38,14 +39,7 @@ def build(layers=2):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     inputs = torch.randn(BATCH, WIDTH)
 
-    def step():
-        loss = model(inputs).square().mean()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss
-
-    return step
+    return training_step(optimizer, lambda: model(inputs).square().mean())
 
 
 def test_both_forms_measure_the_same():

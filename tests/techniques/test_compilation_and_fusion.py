@@ -20,7 +20,7 @@ from memlab.techniques.gradient_checkpointing import apply_gradient_checkpointin
 from memlab.techniques.large_vocabulary import tiled_linear_cross_entropy
 from memlab.techniques.mixed_precision import apply_mixed_precision
 from memlab.workloads import gpt, vit
-from tests.helpers import largest_difference, run_gpt, run_hugging_face, small_gpt
+from tests.helpers import largest_difference, run_gpt, run_hugging_face, small_gpt, training_step
 
 TOKENS, HIDDEN, VOCABULARY = 37, 16, 101  # no multiple of a chunk of 5: the last chunk is short
 
@@ -602,14 +602,7 @@ def build_training(prepare=None, vocabulary=4096):
         optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
         tokens = torch.randint(vocabulary, (4, 64))
 
-        def step():
-            loss = model(tokens, tokens)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            return loss
-
-        return step
+        return training_step(optimizer, lambda: model(tokens, tokens))
 
     return build
 

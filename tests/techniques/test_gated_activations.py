@@ -22,6 +22,7 @@ from memlab.techniques.gated_activations import (
 )
 from memlab.techniques.gradient_checkpointing import apply_gradient_checkpointing
 from memlab.workloads import gpt, vit
+from tests.helpers import training_step
 
 FUNCTIONS = {
     "silu": F.silu,
@@ -237,14 +238,7 @@ def peak(prepare, tokens=2 * 64, layers=2):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         data = torch.arange(tokens).reshape(-1, 64) % 256
 
-        def step():
-            loss = model(data, data)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            return loss
-
-        return step
+        return training_step(optimizer, lambda: model(data, data))
 
     return measure(build, device="cpu")
 

@@ -7,7 +7,6 @@ import copy
 import functools
 import gc
 import weakref
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -36,6 +35,7 @@ from tests.helpers import (
     run_gpt,
     run_hugging_face,
     small_gpt,
+    training_step,
 )
 
 TOKENS, HIDDEN, WORDS = 37, 16, 101  # no multiple of a tile of 20: the last tile is one word
@@ -802,18 +802,9 @@ def test_layers_that_are_not_found_can_be_named():
     assert "TiedLookup" in model[0](torch.tensor([1])).grad_fn.name()
 
 
-# --- Everything together --------------------------------------------------------------------------
+# --- Everything together: on our GPT it is tested in tests/recipe ---------------------------------
 
 LEAST = 1024  # bytes: what is smaller stays near
-
-
-def a_gpt(_):
-    return SimpleNamespace(make=small_gpt, blocks=lambda model: model.blocks, run=run_gpt)
-
-
-def a_llama(transformers):
-    make = lambda: llama(transformers)  # noqa: E731
-    return SimpleNamespace(make=make, blocks=lambda model: model.model.layers, run=run_hugging_face)
 
 
 def make_optimizer(parameters, lr=1e-4):
@@ -823,17 +814,17 @@ def make_optimizer(parameters, lr=1e-4):
     )
 
 
-def everything(kind, state, dtype=torch.float32, **options):
+def everything(make, state, blocks_of, run, dtype=torch.float32, **options):
     """The fullest composition: its model and its training step."""
     with torch.device("meta"):
-        model = kind.make().to(dtype)
+        model = make().to(dtype)
 
     def place(name, like):
         return (far_like if like.nbytes >= LEAST else torch.empty_like)(like, device="cpu")
 
     materialize(model, state, place)
-    stream_parameters(kind.blocks(model), min_bytes=LEAST, device="cpu")
-    apply_layer_major_micro_batches(model, 1, blocks=kind.blocks(model))
+    stream_parameters(blocks_of(model), min_bytes=LEAST, device="cpu")
+    apply_layer_major_micro_batches(model, 1, blocks=blocks_of(model))
     apply_tied_embedding(model)
     apply_fused_loss(model, loss=functools.partial(TILED, gradient_like=far_like))
     optimizer = optimizer_in_backward(model, functools.partial(make_optimizer, **options))
@@ -841,7 +832,7 @@ def everything(kind, state, dtype=torch.float32, **options):
 
     def step():
         with offload:
-            loss = kind.run(model)
+            loss = run(model)
         loss.backward()
         optimizer.step()
         return loss.detach()
@@ -849,21 +840,26 @@ def everything(kind, state, dtype=torch.float32, **options):
     return model, optimizer, step
 
 
-@pytest.mark.parametrize("kind", [a_gpt, a_llama])
-def test_everything_at_once_trains_to_the_weights_of_a_plain_run(kind, transformers):
-    kind = kind(transformers)
-    plain_model = kind.make()
-    start = numbers_of(copy.deepcopy(plain_model))
-    plain_optimizer = make_optimizer(plain_model.parameters())
-    losses = []
-    for _ in range(2):
-        loss = kind.run(plain_model)
-        loss.backward()
-        plain_optimizer.step()
-        plain_optimizer.zero_grad()
-        losses.append(loss.detach())
+def everything_on_a_llama(transformers, state, *options, **more):
+    return everything(
+        lambda: llama(transformers),
+        state,
+        lambda model: model.model.layers,
+        run_hugging_face,
+        *options,
+        **more,
+    )
 
-    model, optimizer, step = everything(kind, start)
+
+def test_everything_at_once_trains_to_the_weights_of_a_plain_run(transformers):
+    plain_model = llama(transformers)
+    start = numbers_of(copy.deepcopy(plain_model))
+    plain_step = training_step(
+        make_optimizer(plain_model.parameters()), lambda: run_hugging_face(plain_model)
+    )
+    losses = [plain_step().detach() for _ in range(2)]
+
+    model, optimizer, step = everything_on_a_llama(transformers, start)
     torch.testing.assert_close([step(), step()], losses, rtol=1e-5, atol=0)
     moved, apart = [], []
     for (name, one), other in zip(model.named_parameters(), plain_model.parameters(), strict=True):
@@ -877,56 +873,38 @@ def test_everything_at_once_trains_to_the_weights_of_a_plain_run(kind, transform
 
     # All that is large is far, also the state; and no gradient is left.
     assert all(is_far(p) == (p.nbytes >= LEAST) and p.grad is None for p in model.parameters())
-    state = [
-        value
-        for one in optimizer.optimizers.values()
-        for state in one.state.values()
-        for value in state.values()
-    ]
-    codes = [
-        value for value in state if isinstance(value, torch.Tensor) and value.dtype == torch.uint8
-    ]
+    states = [state for inner in optimizer.optimizers.values() for state in inner.state.values()]
+    values = [value for state in states for value in state.values()]
+    codes = [v for v in values if isinstance(v, torch.Tensor) and v.dtype == torch.uint8]
     assert codes and all(map(is_far, codes))
 
 
-@pytest.mark.parametrize("kind", [a_gpt, a_llama])
-def test_everything_at_once_learns_in_bf16(kind, transformers):
-    kind = kind(transformers)
-    model, _, step = everything(kind, numbers_of(kind.make()), torch.bfloat16, lr=1e-3)
+def test_everything_at_once_learns_in_bf16(transformers):
+    start = numbers_of(llama(transformers))
+    model, _, step = everything_on_a_llama(transformers, start, torch.bfloat16, lr=1e-3)
     losses = [step().item() for _ in range(12)]
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert losses[-1] < losses[0] - 0.5, losses
 
 
 def test_everything_at_once_has_nothing_of_the_embeddings_size_near(tmp_path):
-    changes = {"vocabulary_size": 4096, "layers": 1}
-    kind = SimpleNamespace(
-        make=lambda: small_gpt(**changes), blocks=lambda model: model.blocks, run=run_gpt
-    )
-    torch.save(kind.make().state_dict(), tmp_path / "weights.pt")
+    make = functools.partial(small_gpt, vocabulary_size=4096, layers=1)
+    torch.save(make().state_dict(), tmp_path / "weights.pt")
 
     def lean():
-        return everything(kind, torch.load(tmp_path / "weights.pt", mmap=True))[2]
+        state = torch.load(tmp_path / "weights.pt", mmap=True)
+        return everything(make, state, lambda model: model.blocks, run_gpt)[2]
 
     def plainly():
-        model = kind.make()
+        model = make()
         optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
-
-        def step():
-            loss = kind.run(model)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            return loss.detach()
-
-        return step
+        return training_step(optimizer, lambda: run_gpt(model))
 
     before, after = measure(plainly, device="cpu"), measure(lean, device="cpu")
     embedding = 4 * 4096 * 64
     assert max(block.bytes for block in before.largest()) == embedding
-    assert (
-        max(block.bytes for block in after.largest()) == 4 * 4 * 64 * 64
-    )  # a matrix of the block that runs
+    # a matrix of the block that runs
+    assert max(block.bytes for block in after.largest()) == 4 * 4 * 64 * 64
     assert after.known_bytes < embedding and before.known_bytes > 6 * embedding
 
 

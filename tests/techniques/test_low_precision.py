@@ -18,7 +18,7 @@ from memlab.techniques.low_precision import (
     to_float8,
 )
 from memlab.workloads import gpt, vit
-from tests.helpers import a_resnet, a_unet, a_whisper
+from tests.helpers import a_resnet, a_unet, a_whisper, training_step
 
 BOTH = [StochasticRoundingAdamW, MasterWeightAdamW]
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -466,14 +466,7 @@ def training(make, low):
             cast_to_low_precision(model)
         optimizer = make(model.parameters(), lr=3e-3)
 
-        def step():
-            loss = loss_of(model)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            return loss
-
-        return step
+        return training_step(optimizer, lambda: loss_of(model))
 
     return build
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from memlab import measure, proof
 from memlab.techniques.memory_pools import Plan, Pool, Request, plan
 from memlab.workloads import gpt, vit
+from tests.helpers import training_step
 
 # --- Plans ----------------------------------------------------------------------------------------
 
@@ -307,14 +308,7 @@ def training(make_model, make_loss):
         model = make_model()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
 
-        def step():
-            loss = make_loss(model)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            return loss
-
-        return step
+        return training_step(optimizer, lambda: make_loss(model))
 
     return build
 

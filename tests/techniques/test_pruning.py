@@ -15,6 +15,7 @@ from torch.nn.utils import prune
 from memlab import measure
 from memlab.techniques.pruning import prune_heads, prune_mlp, score_units, two_of_four
 from memlab.workloads import gpt, vit
+from tests.helpers import training_step
 
 
 def gpt_model():
@@ -180,14 +181,7 @@ def test_the_columns_of_a_training_run():
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
             data = torch.arange(2 * 64).reshape(2, 64) % 256
 
-            def step():
-                loss = model(data, data)
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                return loss
-
-            return step
+            return training_step(optimizer, lambda: model(data, data))
 
         return measure(build, device="cpu")
 
