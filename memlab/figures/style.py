@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import textwrap
 from collections.abc import Mapping, Sequence
 
@@ -28,6 +29,7 @@ PALETTE = {
     "optimizer_state": "#009E73",
     "activations": "#D55E00",
     "batch": "#56B4E9",
+    "kept": "#CC79A7",
     "temporaries": "#BBBBBB",
     "unattributed": "#FFFFFF",
 }
@@ -148,11 +150,12 @@ def legend(figure: Figure, ledgers: Sequence[Mapping[str, int]], predicted: bool
         mark = Line2D([], [], marker="^", color="black", ls="", ms=5, label="predicted peak")
         handles.append(mark)
 
-    in_a_row = 7
-    if len(handles) > in_a_row:
-        # Two rows of four. matplotlib fills a legend by columns; this order makes it read by rows.
-        in_a_row = 4
-        handles = [handles[index] for index in (0, 4, 1, 5, 2, 6, 3, 7)]
+    in_a_row = len(handles)
+    if in_a_row > 7:
+        # Two rows. matplotlib fills a legend by columns; in this order it reads by rows.
+        in_a_row = (in_a_row + 1) // 2
+        pairs = itertools.zip_longest(handles[:in_a_row], handles[in_a_row:])
+        handles = [handle for pair in pairs for handle in pair if handle is not None]
 
     figure.legend(
         handles=handles,

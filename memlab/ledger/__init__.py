@@ -12,8 +12,9 @@ Nothing here imports torch, so every rule can be tested with a handful of made-u
 """
 
 from memlab.ledger.backward import activations_at_backward
-from memlab.ledger.blocks import COLUMNS, Block, Event, Ledger, Timeline, format_type, lives
+from memlab.ledger.blocks import COLUMNS, Block, Event, format_type, lives
 from memlab.ledger.labels import build_ledger
+from memlab.ledger.ledger import Ledger, Timeline
 from memlab.ledger.observations import PRIORITY, Observation, rank_of
 from memlab.ledger.phases import PHASES
 from memlab.ledger.spans import Span, Spans

@@ -6,7 +6,7 @@ import bisect
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
-from memlab.ledger.blocks import Ledger
+from memlab.ledger.ledger import Ledger
 from memlab.ledger.spans import FOREVER, Span
 
 
@@ -26,6 +26,7 @@ def activations_at_backward(ledger: Ledger) -> int | None:
     for block in ledger.blocks:
         if block.column == "activations":
             died = FOREVER if block.died is None else block.died
+            died = min(died, FOREVER if block.kept_from is None else block.kept_from)
             changes[bisect.bisect_left(begins, block.born)] += block.bytes
             changes[bisect.bisect_left(begins, died)] -= block.bytes
     return max(accumulate(changes[:-1]))

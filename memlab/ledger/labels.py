@@ -1,27 +1,16 @@
-"""What each block was for: from what was seen in it, or from its life.
-
-One more thing is told here, since it is about who asked for a block: which ones are an operator's
-scratch.
-"""
+"""What each block was for: from what was seen in it, or from its life."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from memlab.ledger.blocks import Block, Event, Ledger, lives
+from memlab.ledger.blocks import Block, Event, lives
+from memlab.ledger.kept import mark_kept
+from memlab.ledger.ledger import Ledger
 from memlab.ledger.observations import PRIORITY, Observation, note_type, rank_of
 from memlab.ledger.phases import Phases, find_phases
+from memlab.ledger.scratch import ALLOCATORS, is_operator, tell_scratch
 from memlab.ledger.spans import FOREVER, Span, Spans
-
-#: Operators that do nothing but hand out memory, filled or not: who called them has asked for it.
-_ALLOCATORS = {
-    f"aten::{name}"
-    for name in (
-        *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"),
-        *("zeros", "zeros_like", "new_zeros", "ones", "ones_like", "new_ones"),
-        *("full", "full_like", "new_full", "resize_", "resize_as_"),
-    )
-}
 
 
 def build_ledger(
@@ -61,9 +50,11 @@ def build_ledger(
     found = find_phases(spans, start, end)
     _place(blocks, spans, found.phases)
     if one_clock:
-        _tell_scratch(blocks, spans)
+        tell_scratch(blocks, spans)
     missed = _label(blocks, observations)
-    _label_by_life(blocks, found, spans)
+    unseen = [block for block in blocks if block.column not in PRIORITY]
+    _label_by_life(unseen, found, spans)
+    mark_kept(unseen, found, spans)
     ledger = Ledger(
         blocks,
         list(found.phases),
@@ -85,8 +76,8 @@ def _place(blocks: list[Block], spans: Spans, phases: Spans) -> None:
     modules = spans.of("module")
     nodes = spans.of("backward")
     operators = spans.of("operator", "backward")
-    functions = Spans(span for span in operators if not _is_operator(span.name))
-    outermost = Spans(span for span in operators if _is_operator(span.name)).outermost()
+    functions = Spans(span for span in operators if not is_operator(span.name))
+    outermost = Spans(span for span in operators if is_operator(span.name)).outermost()
 
     # A backward node carries the sequence number of the forward operator that made it: so it knows
     # its module.
@@ -99,7 +90,7 @@ def _place(blocks: list[Block], spans: Spans, phases: Spans) -> None:
     for block in blocks:
         phase = phases.at(block.born)
         operator = outermost.at(block.born)
-        if operator is None or operator.name in _ALLOCATORS:
+        if operator is None or operator.name in ALLOCATORS:
             # Memory that a function written in Python, or a compiled one, asked for by itself.
             operator = functions.at(block.born) or operator
         module = modules.at(block.born)
@@ -111,29 +102,6 @@ def _place(blocks: list[Block], spans: Spans, phases: Spans) -> None:
             block.module = module.name
         elif node is not None:
             block.module = module_of.get(node.sequence, "")
-
-
-def _tell_scratch(blocks: list[Block], spans: Spans) -> None:
-    """Mark the blocks that an operator took for itself: they come back before the operator that
-    asked for them is over.
-
-    Who asked is the innermost operator that does more than hand out memory. What an operator called
-    by another one makes is a tensor: it outlives the operator that made it, if not the caller.
-    Autograd's nodes and functions written in Python are no operators here.
-    """
-    operators = Spans(span for span in spans.of("operator") if _computes(span.name))
-    for block in blocks:
-        asked = operators.at(block.born)
-        block.scratch = asked is not None and block.died is not None and block.died <= asked.end
-
-
-def _is_operator(name: str) -> bool:
-    """Whether it is an operator of the dispatcher: not a node of autograd, nor a function."""
-    return "::" in name and not name.startswith("torch::autograd::")
-
-
-def _computes(name: str) -> bool:
-    return _is_operator(name) and name not in _ALLOCATORS
 
 
 def _label(blocks: list[Block], observations: Iterable[Observation]) -> list[Observation]:
@@ -151,11 +119,11 @@ def _label(blocks: list[Block], observations: Iterable[Observation]) -> list[Obs
                 missed.append(seen)
             continue
         note_type(block, seen, best_type)
-        if not seen.column:
+        if seen.column not in PRIORITY:
             continue
         # What a module is given is the batch only if it was there before the model ran; else it is
         # an activation.
-        if seen.column == "batch" and block.phase != "other":
+        if seen.column in ("batch", "kept") and block.phase != "other":
             continue
         rank = rank_of(seen)
         if rank <= best.get(id(block), len(PRIORITY)):
@@ -185,7 +153,7 @@ def _tenant(lives: Sequence[Block], time: int, slack: int = 50_000) -> Block | N
 
 
 def _label_by_life(blocks: list[Block], found: Phases, spans: Spans) -> None:
-    """Give every block that nobody saw a column by when it was born and when it came back.
+    """Give blocks that nobody saw a column by when they were born and when they came back.
 
     - born in forward and alive when backward begins: an *activation*, whatever kept it (autograd's
       saved tensors are seen this way even when checkpointing or offloading hides them from hooks);
@@ -197,20 +165,23 @@ def _label_by_life(blocks: list[Block], found: Phases, spans: Spans) -> None:
     - gone within the phase it was born in: a *temporary*;
     - born between the phases and alive when a forward begins: the *batch*, made for it;
     - born between the phases and alive in any other, and nobody saw what it is: *unattributed*.
+
+    What outlives the step that it was made for is judged after that (`memlab.ledger.kept`).
     """
     with_graph = Spans(s for s in spans if s.kind == "module" and s.sequence >= 0).outermost()
     for block in blocks:
-        if block.column in PRIORITY:
-            continue
         died = FOREVER if block.died is None else block.died
         phase = found.phases.at(block.born)
         if phase is None:
             block.column = _column_between_phases(block, died, found.phases)
         elif phase.kind == "forward":
             end = phase.end
-            call = with_graph.at(block.born)
-            if call is not None and found.backwards.at(end) is None:
-                end = call.end
+            if found.backwards.at(end) is None:
+                if not (with_graph.at(phase.start) or with_graph.inside(phase)):
+                    block.column = "temporaries"
+                    continue
+                call = with_graph.at(block.born)
+                end = call.end if call is not None else end
             block.column = "activations" if died > end else "temporaries"
         elif phase.kind == "optimizer":
             block.column = "optimizer_state" if died > phase.end else "temporaries"

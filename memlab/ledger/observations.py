@@ -9,14 +9,22 @@ from memlab.ledger.spans import FOREVER
 
 #: When one block was seen as several things, the first of these wins: a weight that autograd saved
 #: is a parameter.
-PRIORITY = {"parameters": 0, "optimizer_state": 1, "gradients": 2, "batch": 3, "activations": 4}
+PRIORITY = {
+    "parameters": 0,
+    "optimizer_state": 1,
+    "gradients": 2,
+    "batch": 3,
+    "kept": 4,
+    "activations": 5,
+}
 
 
 class Observation(NamedTuple):
     """At `time`, the block at `address` was seen to be `column`; `name` says which (a parameter's
     name, say).
 
-    `column` is empty where only the type was seen. `dtype` is that of the tensor that was seen, and
+    `column` is empty where only the type was seen, and "unattributed" where only this is known,
+    that Python held it. `dtype` is that of the tensor that was seen, and
     `shape` its shape if it fills the block (None: it is a view of a part). `model` is the outermost
     module that holds it, `role` what it is there: `"trained"`, `"frozen"` or `"buffer"`.
     """

@@ -69,6 +69,15 @@ def tensors_in(value: object) -> Iterator[torch.Tensor]:
             containers.extend(value.values() if isinstance(value, (dict, UserDict)) else value)
 
 
+def state_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """An optimizer's state, also what it keeps in attributes, lists and dictionaries of its own."""
+    state = list(tensors_in(list(optimizer.state.values())))
+    for name, value in vars(optimizer).items():
+        if name not in ("param_groups", "state", "defaults"):
+            state += tensors_in(value)
+    return state
+
+
 #: What is ever looked for among all live objects.
 _KINDS = (torch.Tensor, nn.Module, torch.optim.Optimizer, torch.utils.data.Dataset, profile)
 

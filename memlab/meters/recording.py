@@ -21,7 +21,7 @@ from memlab.meters.device import meter_for
 from memlab.meters.live import live_storages
 from memlab.meters.observer import Observer
 from memlab.meters.readings import Readings
-from memlab.meters.sightings import Use
+from memlab.meters.uses import Use
 
 _measuring = False
 

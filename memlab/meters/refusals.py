@@ -23,6 +23,10 @@ ADVICE = {
     "optimizer_state": "a leaner optimizer (8-bit AdamW), sharding (FSDP) or offloading its state",
     "activations": "mixed precision, gradient checkpointing or smaller micro-batches",
     "batch": "smaller micro-batches, or a data loader that streams the data",
+    "kept": (
+        "to keep less from step to step: numbers (loss.item()) instead of tensors, a data loader"
+        " instead of a data set on the device, copies on the CPU"
+    ),
     "temporaries": ("a fused optimizer, in-place operators, a fused loss or smaller micro-batches"),
     "unattributed": "`del` for tensors that are no longer needed",
 }

@@ -16,9 +16,22 @@ import torch
 from torch import nn
 
 from memlab.ledger import Observation
-from memlab.meters.live import live_objects, plain_tensors, role_of, storages, tensors_in, type_of
+from memlab.meters.beside import targets_of
+from memlab.meters.live import (
+    live_objects,
+    plain_tensors,
+    role_of,
+    state_of,
+    storages,
+    tensors_in,
+    type_of,
+)
 from memlab.meters.models import Models
+from memlab.meters.notes import Notes
 from memlab.meters.uses import Use, Uses
+
+# What a run has from elsewhere is one of these.
+_USED = ("parameters", "batch", "kept", "unattributed")
 
 
 class Sightings:
@@ -46,28 +59,13 @@ class Sightings:
         self.replaced: frozenset[str] = frozenset()  # what Models says at the end
         self.evaluating = False
         self._record = record
-        # Kept in five plain lists. A tuple for each would be an object that Python's garbage
-        # collector counts: it would run more often, and free cycles that the run itself keeps.
-        self._seen_times: list[int] = []
-        self._seen_addresses: list[int] = []
-        self._seen_columns: list[str] = []
-        self._seen_names: list[str] = []
-        self._seen_kinds: list[tuple] = []  # (dtype, shape, model, role)
-        self._kinds: dict[tuple, tuple] = {}  # so that equal ones are one object
+        self._notes = Notes()
         self._parameters: dict[int, weakref.ref] = {}
 
     @property
     def observations(self) -> list[Observation]:
         """What was seen so far."""
-        seen = zip(
-            self._seen_times,
-            self._seen_addresses,
-            self._seen_columns,
-            self._seen_names,
-            strict=True,
-        )
-        both = zip(seen, self._seen_kinds, strict=True)
-        return [Observation(*what, *kind) for what, kind in both]
+        return self._notes.observations()
 
     def see(
         self,
@@ -101,13 +99,9 @@ class Sightings:
                         latest = Observation(now, address, column, name, role=role)
                         self.latest[address, column] = latest
                         continue
-                    self._seen_times.append(now)
-                    self._seen_addresses.append(address)
-                    self._seen_columns.append(column)
-                    self._seen_names.append(name)
                     kind = (*type_of(part, storage), model, role)
-                    self._seen_kinds.append(self._kinds.setdefault(kind, kind))
-                    if outside and column in ("parameters", "batch"):
+                    self._notes.add(now, address, column, name, kind)
+                    if outside and column in _USED:
                         self._uses.note(storage, address, now)
 
     def see_types(self, tensors: Iterable[torch.Tensor]) -> None:
@@ -161,8 +155,7 @@ class Sightings:
                 self._see_parameter(parameter, "")
                 if parameter.grad is not None:
                     self.see((parameter.grad,), "gradients")
-        for state in list(optimizer.state.values()):
-            self.see(tensors_in(state), "optimizer_state")
+        self.see(state_of(optimizer), "optimizer_state")
 
     def look_around(self, *, before: bool = False, after: bool = False) -> None:
         """Note what every live model, optimizer and data set holds, used or not.
@@ -170,11 +163,11 @@ class Sightings:
         What was not there before the run counts as used by it.
 
         Args:
-            before: the steps have not begun: any other tensor that Python holds is the batch
-                (inputs, targets, a data set kept on the device) if it needs no gradient, and an
-                activation if autograd made it.
+            before: the steps have not begun: any other tensor that Python holds is kept (a data
+                set, a copy of the weights) if it needs no gradient, and an activation if autograd
+                made it. What a module is given later is the batch all the same.
             after: the steps are over: a tensor that was trained, and that no module was given, is a
-                parameter.
+                parameter. What lies beside a module's input, as targets do, is the batch.
         """
         kinds = (nn.Module, torch.optim.Optimizer, torch.utils.data.Dataset, torch.Tensor)
         with warnings.catch_warnings():
@@ -193,6 +186,8 @@ class Sightings:
                         self._look_at_holder(thing)
         self.see_gradients()
         if after:
+            targets = targets_of(self.inputs, things)
+            self.see(targets, "batch", "target", outside=False)
             self.replaced = self.models.replaced()
             self.evaluating = self.models.evaluating()
 
@@ -212,10 +207,9 @@ class Sightings:
         elif isinstance(thing, torch.optim.Optimizer):
             for group in thing.param_groups:
                 self.see(group["params"], "parameters", outside=False)
-            for state in list(thing.state.values()):
-                self.see(tensors_in(state), "optimizer_state", outside=False)
+            self.see(state_of(thing), "optimizer_state", outside=False)
         elif isinstance(thing, torch.utils.data.Dataset):
-            self.see(tensors_in(vars(thing)), "batch", type(thing).__name__, outside=False)
+            self.see(tensors_in(vars(thing)), "kept", type(thing).__name__, outside=False)
         else:
             # A parameter whose module is still being built is known by its class.
             self.see((thing,), "parameters", outside=False)
@@ -228,7 +222,11 @@ class Sightings:
             if not after:
                 self.see((tensor,), "activations", outside=outside)
         elif not tensor.requires_grad:
-            self.see((tensor,), "batch", outside=outside)
+            column = "kept"
+            if after:
+                # How long it has been there says better what it is, unless no module ever ran.
+                column = "unattributed" if self.inputs else "batch"
+            self.see((tensor,), column, outside=outside)
         elif after and not addresses & self.inputs:
             self.see((tensor,), "parameters", outside=outside)
         if tensor.is_leaf and tensor.grad is not None:

@@ -3,7 +3,7 @@
 A results file is one JSON object, one file for each kind of device (`results/cpu.json`,
 `results/nvidia-h200.json`):
 
-    schema       the version of this form, 1
+    schema       the version of this form, 2 (1 had no column `kept`)
     environment  device, gpu, gpu_bytes, torch, driver, python, threads, commit, date
     records      one for each comparison: notebook, technique, scale, sizes, variants
     claims       one for each claim that a notebook tested: notebook, number, says, verdict, found

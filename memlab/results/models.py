@@ -13,8 +13,8 @@ from memlab.forms import Count, Machine, Model, Text, in_words
 from memlab.ledger import COLUMNS, PHASES
 
 #: The version of the form of a results file. It grows when a reader of the old form would misread
-#: the new one.
-SCHEMA = 1
+#: the new one. Version 1 did not know the column `kept`.
+SCHEMA = 2
 
 NotNegative = Annotated[float, Field(ge=0)]
 
@@ -157,14 +157,17 @@ class Results(Model):
         data = json.loads(text)
         if not isinstance(data, dict):
             raise ValueError(f"a results file is a JSON object, not {type(data).__name__}")
-        if (version := data.pop("schema", None)) != SCHEMA:
-            raise ValueError(f"its schema is version {version!r}; this memlab reads {SCHEMA}")
+        version = data.pop("schema", None)
+        if version not in range(1, SCHEMA + 1):
+            raise ValueError(f"its schema is version {version!r}; this memlab reads up to {SCHEMA}")
 
         # A record in the file says of its environment only what differs from the file's.
         shared = data.get("environment")
         for kept in [*data.get("records", ()), *data.get("claims", ())]:
             if isinstance(kept, dict) and isinstance(shared, dict):
                 kept["environment"] = shared | kept.get("environment", {})
+                if version == 1:
+                    _add_kept(kept)
         try:
             return cls.model_validate(data)
         except ValidationError as error:
@@ -193,6 +196,13 @@ class Results(Model):
             "claims": [in_file(claim) for claim in self.claims],
         }
         return json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _add_kept(record: dict) -> None:
+    """Give a record of version 1 the column that it did not know: then it was in the batch."""
+    for variant in record.get("variants", ()):
+        if isinstance(variant, dict) and isinstance(variant.get("columns"), dict):
+            variant["columns"].setdefault("kept", 0)
 
 
 def listed(names: Iterable[object]) -> str:

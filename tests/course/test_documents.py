@@ -201,7 +201,7 @@ def test_a_check_finds_what_differs_and_writes_nothing(checkout):
             ("notebooks/03_x.ipynb", "<!-- memlab:results:end", "<!-- x"),
             "notebooks/03_x.ipynb: a marker stands",
         ),
-        (("results/cpu.json", '"schema": 1', '"schema": 0'), "cpu.json is not a results file"),
+        (("results/cpu.json", '"schema": 2', '"schema": 0'), "cpu.json is not a results file"),
         (("results/cpu.json", '"03_x"', '"02_x"'), "notebooks that are not there: '02_x'"),
     ],
 )

@@ -4,6 +4,7 @@ import pytest
 
 from memlab.figures import bars, drawing
 from memlab.figures.bars import bars_in_words
+from memlab.ledger import COLUMNS
 from memlab.units import GiB, MiB
 from tests.figures.reading import EVERYTHING, check_bars, ledger, letters, marks, rows
 
@@ -27,7 +28,7 @@ def test_bars_add_up_to_the_ledgers_totals():
     bottom, top = axes.get_ylim()
     assert bottom > top  # the first on top
     assert axes.get_xlabel() == "MiB at the peak"
-    assert axes.get_xlim() == pytest.approx((0, 1.16 * 700))
+    assert axes.get_xlim() == pytest.approx((0, 1.16 * 100 * len(COLUMNS)))
 
 
 def test_predictions_and_the_budget_stand_where_they_belong():

@@ -201,3 +201,20 @@ def test_the_known_peak_leaves_out_scratch_and_what_nobody_knows():
     }
     assert list(ledger.known_columns()) == list(COLUMNS)
     assert Ledger([]).known_peak_bytes == 0 and not any(Ledger([]).known_columns().values())
+
+
+def test_what_is_kept_changes_its_column_and_not_the_sum():
+    blocks = [
+        Block(100, 1, 10, 50, "activations", kept_from=30),
+        Block(7, 2, 20, 25, "temporaries"),
+        Block(60, 3, 40, 45, "temporaries"),
+    ]
+    ledger = Ledger(blocks)
+    assert ledger.columns_at(29)["activations"] == 100
+    assert ledger.columns_at(30) == dict.fromkeys(COLUMNS, 0) | {"kept": 100}
+    assert ledger.peak_columns() == dict.fromkeys(COLUMNS, 0) | {"kept": 100, "temporaries": 60}
+    assert ledger.known_columns() == ledger.peak_columns()
+    line = ledger.timeline()
+    assert line.total.tolist() == [100, 107, 100, 100, 160, 100, 0]
+    assert line.bytes["activations"].tolist() == [100, 100, 100, 0, 0, 0, 0]
+    assert line.bytes["kept"].tolist() == [0, 0, 0, 100, 100, 100, 0]

@@ -66,6 +66,7 @@ def test_the_hand_count_of_an_mlp():
         # it is the mean of.
         "activations": FLOAT * output + FLOAT * output,
         "batch": 2 * FLOAT * 256 * 1024,
+        "kept": 0,
         # While AdamW updates the second weight: sqrt(second moment), and that divided by the bias
         # correction. The variable `denom` of the bias before it lives until it is assigned again.
         # Two wrapped Python numbers: one in FP64, and one moved to FP32.

@@ -463,6 +463,7 @@ def test_inference_saves_nothing(mode):
         "optimizer_state": 0,
         "activations": 0,
         "batch": 256 * 64 * FLOAT,
+        "kept": 0,
         "temporaries": 2 * 256 * 64 * FLOAT,
         "unattributed": 0,
     }

@@ -9,7 +9,7 @@ from memlab.ledger import COLUMNS, Block, Ledger, Observation, Span
 from memlab.meters import refusals
 from memlab.meters.readings import Readings
 from memlab.meters.recording import Recorded
-from memlab.meters.sightings import Use
+from memlab.meters.uses import Use
 from memlab.units import MiB
 
 CPU = torch.device("cpu")

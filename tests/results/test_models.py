@@ -118,7 +118,7 @@ PLACE = "records[0].variants[1]"
 @pytest.mark.parametrize(
     ("change", "found"),
     [
-        (lambda d: d.update(schema=2), "its schema is version 2; this memlab reads 1"),
+        (lambda d: d.update(schema=3), "its schema is version 3; this memlab reads up to 2"),
         (lambda d: d.pop("schema"), "its schema is version None"),
         (lambda d: d.pop("records"), "records: Field required"),
         (lambda d: d.update(records={}), "records: Input should be a valid list"),
