@@ -6,7 +6,7 @@ from memlab.ledger import Event, Observation
 from memlab.meters.outside import outside
 from memlab.meters.readings import Readings
 from memlab.meters.recording import Recorded
-from memlab.meters.sightings import Use
+from memlab.meters.uses import Use
 
 #: Two memory maps, and two storages that lie in them.
 MAPS = [Event(1, 0x1000, 64), Event(2, 0x2000, 128)]
