@@ -57,12 +57,17 @@ def remedies(measurement: Measurement) -> list[Remedy]:
         _fused_optimizer(at_peak["temporaries"]),
         _in_backward(at_peak["gradients"]),
         Remedy(
-            _sum(at_peak["optimizer_state"]) * 3 // 4,
+            _sum(_in_32_bits(at_peak["activations"])) // 2,
+            "activations",
+            "mixed precision, for what is FP32 (techniques/mixed_precision.py)",
+        ),
+        Remedy(
+            _sum(_in_32_bits(at_peak["optimizer_state"])) * 3 // 4,
             "optimizer_state",
             "AdamW with its moments in 8 bits (techniques/lean_optimizers.py)",
         ),
         Remedy(
-            _sum(at_peak["parameters"]) // 2,
+            _sum(_in_32_bits(at_peak["parameters"])) // 2,
             "parameters",
             "16-bit weights (techniques/low_precision.py)",
         ),
@@ -77,6 +82,11 @@ def remedies(measurement: Measurement) -> list[Remedy]:
 
 def _sum(blocks: Sequence[Block]) -> int:
     return sum(block.bytes for block in blocks)
+
+
+def _in_32_bits(blocks: Sequence[Block]) -> list[Block]:
+    """Those in 32 bits, and those whose type was not seen."""
+    return [block for block in blocks if block.dtype in ("float32", None)]
 
 
 def _checkpointing(activations: Sequence[Block]) -> Remedy:

@@ -34,14 +34,17 @@ def test_checkpointing_takes_all_but_one_of_the_longest_list():
     found = said(measured(*blocks))
     assert found["gradient checkpointing of the 3 modules in h"] == 100 + 100 + 160 - 160
     assert found["two micro-batches in place of one batch"] == 950 // 2
+    assert found["mixed precision, for what is FP32"] == 950 // 2
 
 
 def test_each_column_has_its_technique_the_most_first():
     measurement = measured(
-        ("parameters", 400, {}),
+        ("parameters", 400, {"dtype": "float32"}),
+        ("parameters", 300, {"dtype": "bfloat16"}),
         ("gradients", 300, {}),
         ("gradients", 100, {}),
         ("optimizer_state", 800, {}),
+        ("optimizer_state", 900, {"dtype": "uint8"}),
         ("batch", 50, {}),
         ("temporaries", 70, {"phase": "optimizer"}),
         ("temporaries", 60, {"phase": "backward", "operator": "aten::_log_softmax_backward_data"}),

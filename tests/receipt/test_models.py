@@ -78,6 +78,15 @@ def test_equal_blocks_are_one_group():
     assert largest.place == "aten::addmm in h.0" and smallest.place == "aten::addmm"
 
 
+def test_the_same_part_of_each_layer_is_one_group_if_its_type_is_one():
+    seen = {"dtype": "float32", "shape": (5, 5)}
+    blocks = [Block(100, n, 0, module=f"h.{n}.mlp", operator="aten::mm", **seen) for n in range(3)]
+    blocks.append(Block(100, 9, 0, module="h.4.mlp", operator="aten::mm", dtype="bfloat16"))
+    most, other = receipt.groups(blocks)
+    assert str(most) == "3 x 100 B, FP32 (5, 5)" and most.place == "aten::mm in h.*.mlp"
+    assert str(other) == "1 x 100 B, BF16"
+
+
 def test_groups_that_are_too_small_to_be_named_are_summed():
     blocks = [Block(number, number, 0) for number in range(1, MOST_GROUPS + 3)]
     named, others = receipt.name_largest(receipt.groups(blocks))
