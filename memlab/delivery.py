@@ -8,7 +8,6 @@ from pathlib import Path
 
 from memlab import page
 from memlab.measurement import Measurement
-from memlab.receipt import groups
 
 #: How many groups of blocks are said.
 LARGEST = 5
@@ -45,12 +44,8 @@ def deliver(
 
 
 def _largest(measurement: Measurement) -> list[str]:
-    found = groups(measurement.ledger.alive_at(measurement.ledger.peak_time))[:LARGEST]
-    lines = ["Largest at the peak:"] if found else []
-    for group in found:
-        column = group.column.replace("_", " ")
-        lines.append(f"  {group}, {column}, {group.place or 'from before'}")
-    return lines
+    table = measurement.groups(LARGEST).table().to_text(headings=False)
+    return ["Largest at the peak:", *(f"  {line}" for line in table.splitlines())] if table else []
 
 
 def rank_in_words() -> str:

@@ -72,6 +72,11 @@ def remedies(measurement: Measurement) -> list[Remedy]:
             "16-bit weights (techniques/low_precision.py)",
         ),
         Remedy(
+            _sum(at_peak["kept"]),
+            "kept",
+            "letting go of it, or keeping numbers (`loss.item()`) and copies on the CPU",
+        ),
+        Remedy(
             _sum(at_peak["batch"]),
             "batch",
             "data that is streamed, not kept on the device (techniques/data_loading.py)",
