@@ -86,6 +86,27 @@ def run_gpt(model):
     return model(tokens, targets)
 
 
+def small_gpt2(**changes):
+    """A seeded GPT-2 of Hugging Face with two layers, 400 words and no dropout."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 400, "n_embd": 32, "n_head": 2, "n_layer": 2, "n_positions": 32}
+    quiet = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    no_words = {"bos_token_id": None, "eos_token_id": None}
+    config = transformers.GPT2Config(**sizes | quiet | no_words | changes)
+    return transformers.GPT2LMHeadModel(config).train()
+
+
+def small_llama(**changes):
+    """A seeded Llama of Hugging Face with two layers, 400 words and a tied embedding."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": True}
+    config = transformers.LlamaConfig(**sizes | heads | changes)
+    return transformers.LlamaForCausalLM(config).train()
+
+
 def run_hugging_face(model):
     """A Hugging Face model's loss on a seeded batch, of which the first four targets of each row
     are ignored, as those of a prompt.

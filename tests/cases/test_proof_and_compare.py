@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from memlab.compare import compare
 from memlab.measure import measure
 from memlab.proof import FirstStep, first_step, gradient_difference
-from tests.helpers import largest_difference
+from tests.helpers import largest_difference, small_gpt2
 
 # Gradients that are zero in theory ----------------------------------------------------------------
 
@@ -224,21 +224,11 @@ def test_what_workers_send_is_not_saved_but_elsewhere():
     assert compared.to_frame()["× less"].isna().tolist() == [False, True]
 
 
-def train_gpt2(transformers, mode=True, checkpointing=False):
-    config = transformers.GPT2Config(
-        vocab_size=200,
-        n_embd=32,
-        n_layer=4,
-        n_head=2,
-        n_positions=32,
-        use_cache=False,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    model = transformers.GPT2LMHeadModel(config).train(mode)
+def train_gpt2(mode=True, checkpointing=False):
+    model = small_gpt2(n_layer=4, use_cache=False).train(mode)
     if checkpointing:
         model.gradient_checkpointing_enable()
-    tokens = torch.randint(200, (4, 32))
+    tokens = torch.randint(400, (4, 32))
     for _ in range(2):
         loss = model(input_ids=tokens, labels=tokens).loss
         loss.backward()
@@ -246,10 +236,10 @@ def train_gpt2(transformers, mode=True, checkpointing=False):
         yield loss
 
 
-def test_checkpointing_that_is_switched_on_in_eval_mode(transformers, objects_frozen):
+def test_checkpointing_that_is_switched_on_in_eval_mode(objects_frozen):
     def verdict(mode):
         on_and_off = [
-            measure(train_gpt2, transformers=transformers, mode=mode, checkpointing=checkpointing)
+            measure(train_gpt2, mode=mode, checkpointing=checkpointing)
             for checkpointing in (False, True)
         ]
         return compare(*on_and_off).verdict

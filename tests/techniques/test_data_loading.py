@@ -22,7 +22,7 @@ from memlab.techniques.data_loading import (
     prefetch,
 )
 from memlab.workloads import gpt, vit
-from tests.helpers import equal
+from tests.helpers import equal, small_llama
 
 BATCH, SEQUENCE, TOKENS = 4, 16, 20_000
 CPU = torch.device("cpu")
@@ -430,27 +430,14 @@ def make_gpt():
     return gpt.GPT(gpt.tiny(layers=2))
 
 
-def make_llama():
-    transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        vocab_size=100,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        use_cache=False,
-    )
+class LlamaWithLoss(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.model = small_llama(use_cache=False)
 
-    class WithLoss(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model = transformers.LlamaForCausalLM(config)
-
-        def forward(self, tokens, targets):
-            logits = self.model(input_ids=tokens).logits
-            return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
-
-    return WithLoss()
+    def forward(self, tokens, targets):
+        logits = self.model(input_ids=tokens).logits
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
 def text_kept(path):
@@ -528,7 +515,7 @@ def test_a_gpt_on_a_streamed_text_holds_the_batches_in_flight_and_no_data_set(pa
 # The last: with transformers imported, everything that walks Python's objects takes longer.
 def test_a_llama_of_hugging_face_does_not_notice(path):
     kept, streamed = (
-        run_of(make_llama, source)
+        run_of(LlamaWithLoss, source)
         for source in (lambda: text_kept(path), lambda: text_streamed(path, 3))
     )
     assert proof.gradient_difference(proof.first_step(kept), proof.first_step(streamed)) == 0.0

@@ -35,36 +35,12 @@ from tests.helpers import (
     run_gpt,
     run_hugging_face,
     small_gpt,
+    small_gpt2,
+    small_llama,
     training_step,
 )
 
 TOKENS, HIDDEN, WORDS = 37, 16, 101  # no multiple of a tile of 20: the last tile is one word
-
-
-def gpt2(transformers, **changes):
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 400, "n_embd": 32, "n_head": 2, "n_layer": 2, "n_positions": 32}
-    quiet = {
-        "resid_pdrop": 0.0,
-        "embd_pdrop": 0.0,
-        "attn_pdrop": 0.0,
-        "bos_token_id": None,
-        "eos_token_id": None,
-    }
-    return transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(**(sizes | quiet | changes))
-    ).train()
-
-
-def llama(transformers, **changes):
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 400, "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
-    sizes |= {
-        "intermediate_size": 64,
-        "num_key_value_heads": 1,
-        "tie_word_embeddings": True,
-    } | changes
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).train()
 
 
 def loss_and_gradients(model, run):
@@ -432,10 +408,10 @@ def run_tied(model):
 MODELS = pytest.mark.parametrize(
     ("make", "run"),
     [
-        (lambda _: small_gpt(), run_gpt),
-        (gpt2, run_hugging_face),
-        (llama, run_hugging_face),
-        (functools.partial(llama, pad_token_id=3), run_hugging_face),
+        (small_gpt, run_gpt),
+        (small_gpt2, run_hugging_face),
+        (small_llama, run_hugging_face),
+        (functools.partial(small_llama, pad_token_id=3), run_hugging_face),
     ],
     ids=["gpt", "gpt2", "llama", "llama with padding"],
 )
@@ -446,8 +422,8 @@ TILED = functools.partial(tiled_linear_cross_entropy, tile_words=90)
 @MODELS
 @LOSSES
 @pytest.mark.parametrize("order", ["tied first", "loss first"])
-def test_a_model_trains_the_same(make, run, loss, order, transformers):
-    model = make(transformers)
+def test_a_model_trains_the_same(make, run, loss, order):
+    model = make()
     expected, wanted = loss_and_gradients(model, run)
     names = [name for name, _ in model.named_parameters()]
     apply = {
@@ -814,7 +790,7 @@ def make_optimizer(parameters, lr=1e-4):
     )
 
 
-def everything(make, state, blocks_of, run, dtype=torch.float32, **options):
+def everything(make, blocks_of, run, state, dtype=torch.float32, **options):
     """The fullest composition: its model and its training step."""
     with torch.device("meta"):
         model = make().to(dtype)
@@ -840,26 +816,20 @@ def everything(make, state, blocks_of, run, dtype=torch.float32, **options):
     return model, optimizer, step
 
 
-def everything_on_a_llama(transformers, state, *options, **more):
-    return everything(
-        lambda: llama(transformers),
-        state,
-        lambda model: model.model.layers,
-        run_hugging_face,
-        *options,
-        **more,
-    )
+def everything_on_a_llama(*options, **more):
+    layers_of = lambda model: model.model.layers  # noqa: E731
+    return everything(small_llama, layers_of, run_hugging_face, *options, **more)
 
 
-def test_everything_at_once_trains_to_the_weights_of_a_plain_run(transformers):
-    plain_model = llama(transformers)
+def test_everything_at_once_trains_to_the_weights_of_a_plain_run():
+    plain_model = small_llama()
     start = numbers_of(copy.deepcopy(plain_model))
     plain_step = training_step(
         make_optimizer(plain_model.parameters()), lambda: run_hugging_face(plain_model)
     )
     losses = [plain_step().detach() for _ in range(2)]
 
-    model, optimizer, step = everything_on_a_llama(transformers, start)
+    model, optimizer, step = everything_on_a_llama(start)
     torch.testing.assert_close([step(), step()], losses, rtol=1e-5, atol=0)
     moved, apart = [], []
     for (name, one), other in zip(model.named_parameters(), plain_model.parameters(), strict=True):
@@ -879,9 +849,9 @@ def test_everything_at_once_trains_to_the_weights_of_a_plain_run(transformers):
     assert codes and all(map(is_far, codes))
 
 
-def test_everything_at_once_learns_in_bf16(transformers):
-    start = numbers_of(llama(transformers))
-    model, _, step = everything_on_a_llama(transformers, start, torch.bfloat16, lr=1e-3)
+def test_everything_at_once_learns_in_bf16():
+    start = numbers_of(small_llama())
+    model, _, step = everything_on_a_llama(start, torch.bfloat16, lr=1e-3)
     losses = [step().item() for _ in range(12)]
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert losses[-1] < losses[0] - 0.5, losses
@@ -893,7 +863,7 @@ def test_everything_at_once_has_nothing_of_the_embeddings_size_near(tmp_path):
 
     def lean():
         state = torch.load(tmp_path / "weights.pt", mmap=True)
-        return everything(make, state, lambda model: model.blocks, run_gpt)[2]
+        return everything(make, lambda model: model.blocks, run_gpt, state)[2]
 
     def plainly():
         model = make()

@@ -12,7 +12,7 @@ from memlab import measure
 from memlab.techniques.lean_start import materialize
 from memlab.techniques.offloading import far_like
 from memlab.workloads import gpt
-from tests.helpers import numbers_of, small_gpt
+from tests.helpers import numbers_of, small_gpt, small_llama
 
 
 def on_meta(make, dtype=torch.float32):
@@ -22,21 +22,6 @@ def on_meta(make, dtype=torch.float32):
 
 def on_the_cpu(name, like):
     return torch.empty_like(like, device="cpu")
-
-
-@pytest.fixture
-def make_llama():
-    transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        vocab_size=400,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        tie_word_embeddings=True,
-    )
-    yield lambda: transformers.LlamaForCausalLM(config)
 
 
 def test_a_model_gets_its_numbers_and_runs_as_the_one_they_are_from():
@@ -104,8 +89,8 @@ def test_numbers_are_converted_as_they_are_copied_and_lie_where_place_says(tmp_p
         assert torch.equal(parameter, expected.state_dict()[name].bfloat16())
 
 
-def test_a_hugging_face_model_is_materialized(make_llama):
-    expected, model = make_llama(), on_meta(make_llama)
+def test_a_hugging_face_model_is_materialized():
+    expected, model = small_llama(), on_meta(small_llama)
     with pytest.raises(ValueError, match="inv_freq. If it is a buffer that is never saved, add it"):
         materialize(model, expected.state_dict(), on_the_cpu)
     materialize(model, numbers_of(expected), on_the_cpu)

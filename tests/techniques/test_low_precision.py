@@ -18,7 +18,7 @@ from memlab.techniques.low_precision import (
     to_float8,
 )
 from memlab.workloads import gpt, vit
-from tests.helpers import a_resnet, a_unet, a_whisper, training_step
+from tests.helpers import a_resnet, a_unet, a_whisper, small_llama, training_step
 
 BOTH = [StochasticRoundingAdamW, MasterWeightAdamW]
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -33,16 +33,7 @@ def small_vit():
 
 
 def llama():
-    transformers = pytest.importorskip("transformers")
-    sizes = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-    }
-    return transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(vocab_size=64, use_cache=False, **sizes)
-    )
+    return small_llama(use_cache=False)
 
 
 def loss_of(model):
