@@ -52,8 +52,12 @@ class Models:
             self._models.setdefault(part, self._label(module))
 
     def replaced(self) -> frozenset[str]:
-        """The names of the called modules whose forward was replaced, from outside their class."""
-        return frozenset(self.names[module] for module in self.called if "forward" in vars(module))
+        """The names of the modules whose forward was replaced, from outside their class, in the
+        models of which something was called.
+        """
+        called = {self.of(module) for module in self.called}
+        modules = [module for module in self._models if self.of(module) in called]
+        return frozenset(self.names[module] for module in modules if "forward" in vars(module))
 
     def evaluating(self) -> bool:
         """Whether all called modules are in eval() mode."""

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from memlab.compare import compare
 from memlab.measure import measure
 from memlab.proof import FirstStep, first_step, gradient_difference
+from memlab.techniques.compilation_and_fusion import apply_fused_loss
 from tests.helpers import largest_difference, small_gpt2
 
 # Gradients that are zero in theory ----------------------------------------------------------------
@@ -234,6 +235,31 @@ def train_gpt2(mode=True, checkpointing=False):
         loss.backward()
         model.zero_grad()
         yield loss
+
+
+def train_round_the_head(fused_loss=False, autocast=False):
+    """As trainers do that compute the logits from the head's weight themselves."""
+    model = small_gpt2(use_cache=False)
+    if fused_loss:
+        apply_fused_loss(model)
+    tokens, targets = torch.randint(400, (2, 4, 32))
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            features = model.transformer(input_ids=tokens).last_hidden_state
+            logits = F.linear(features, model.lm_head.weight)
+        loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+        loss.backward()
+        model.zero_grad()
+        yield loss
+
+
+def test_a_loss_that_goes_round_the_head_it_was_applied_to(objects_frozen):
+    plain, fused = (measure(train_round_the_head, fused_loss=fused) for fused in (False, True))
+    saved_nothing = compare(plain, fused).verdict
+    assert "the tensors seen were in FP32" in saved_nothing
+    assert saved_nothing.endswith("what was applied to lm_head was never called.")
+    rounded = measure(train_round_the_head, autocast=True)
+    assert "the tensors seen were in BF16 and FP32" in compare(rounded, rounded).verdict
 
 
 def test_checkpointing_that_is_switched_on_in_eval_mode(objects_frozen):
