@@ -23,7 +23,7 @@ _STYLE = """
 @media (prefers-color-scheme: dark) {
   :root { --back: #171717; --text: #dcdcdc; --soft: #9aa0a6; --line: #3c4043; --card: #232527; } }
 body { background: var(--back); color: var(--text); font: 16px/1.5 system-ui, sans-serif;
-       margin: 2rem auto; max-width: 58rem; padding: 0 1.25rem; }
+       margin: 2rem auto; max-width: 60rem; padding: 0 1.25rem; }
 h1 { font-size: 1.1rem; font-weight: 600; margin: 0; overflow-wrap: anywhere; }
 h2 { font-size: 1.05rem; margin: 2.2rem 0 .6rem; }
 .peak { font-size: 2.4rem; font-weight: 650; line-height: 1.2; margin: .2rem 0 0; }
@@ -35,7 +35,7 @@ img { display: block; height: auto; max-width: 100%; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; width: 100%; }
 th { color: var(--soft); font-size: .85rem; font-weight: 500; }
 th, td { border-bottom: 1px solid var(--line); padding: .3rem 1.2rem .3rem 0; }
-td { overflow-wrap: anywhere; }
+.wide table { font-size: .85rem; white-space: nowrap; }
 .bar { background: var(--card); border-radius: .2rem; display: flex; height: 1.1rem;
        margin: .8rem 0; overflow: hidden; }
 .key { border-radius: .15rem; display: inline-block; height: .8em; margin-right: .5em;

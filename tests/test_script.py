@@ -123,6 +123,15 @@ def test_over_a_budget_the_receipt_says_where_and_what_would_help(folder, capsys
     assert "What would take bytes away" in (folder / "report.html").read_text()
 
 
+def test_a_budget_that_is_kept_changes_nothing(folder, capsys):
+    write(folder / "train.py", TRAIN)
+    assert run_script("train.py", size="64 MiB", save=folder / "receipt.json") == 0
+    assert "would take" not in capsys.readouterr().err
+    kept = receipt.load(folder / "receipt.json")
+    assert kept.known_columns["optimizer_state"] == STATE
+    assert {group.operator.partition("::")[0] for group in kept.blocks} <= {"aten", ""}
+
+
 def test_what_cannot_be_run_is_said(folder):
     with pytest.raises(FileNotFoundError, match="there is no script none.py"):
         run_script("none.py")

@@ -172,6 +172,8 @@ def read_trace(trace: dict) -> tuple[list[Event], list[Event], list[Span]]:
             start = base + round(entry["ts"] * 1000)
             end = start + round(entry["dur"] * 1000)
             name, sequence = entry["name"], entry["args"].get("Sequence number", -1)
+            if name == "PythonDispatchMode":
+                continue  # a budget's counter, say, that sees each operator: nobody's work
             kind = "operator"
             if name.startswith(_BACKWARD):
                 kind, name = "backward", name.removeprefix(_BACKWARD)
