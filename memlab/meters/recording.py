@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 import torch
 
-from memlab.ledger import Block, Observation, Span
+from memlab.ledger import Block, Observation, Span, Spans
+from memlab.ledger.building import without_building
 from memlab.meters.device import meter_for
 from memlab.meters.live import live_storages
 from memlab.meters.observer import Observer
@@ -88,6 +89,7 @@ class Recording:
         self._alive: list[Block] = []
         self._references: list[weakref.ref] = []
         self._steps_begun: int | None = None
+        self._builds_in_first_step = False
         self._nothing_to_train = False
 
     def __enter__(self) -> Recording:
@@ -154,7 +156,7 @@ class Recording:
             thread=self._thread,
             counts_alive=self._counts_alive,
             observations=observer.seen.observations,
-            spans=[*readings.spans, *observer.spans],
+            spans=self._spans(readings),
             alive=alive,
             uses=observer.seen.uses,
             before=frozenset(observer.seen.before),
@@ -165,10 +167,21 @@ class Recording:
             evaluating=observer.seen.evaluating,
         )
 
+    def _spans(self, readings: Readings) -> list[Span]:
+        spans = [*readings.spans, *self.observer.spans]
+        if not self._builds_in_first_step:
+            return spans
+        steps = Spans(span for span in spans if span.kind == "step")
+        others = [span for span in spans if span.kind != "step"]
+        return [*others, *without_building(Spans(others), steps)]
+
     # The steps of a run ---------------------------------------------------------------------------
 
     def begin_steps_at_first_call(self) -> None:
-        """Have the steps begin when a model is first called: for a run that builds as it goes."""
+        """Have the steps begin when a model is first called: for a run that builds as it goes. A
+        call that only tries the model out is told apart at the end.
+        """
+        self._builds_in_first_step = True
         self.observer.on_first_call = self.begin_steps
 
     def begin_steps(self) -> None:

@@ -1,8 +1,11 @@
 """A recording: one at a time, and a value of what was seen at its end."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from memlab.meters.recording import Recording
 
@@ -54,6 +57,34 @@ def test_steps_begin_when_a_model_is_first_called():
     first, second = (span for span in recording.recorded.spans if span.kind == "step")
     called = min(span.start for span in recording.recorded.spans if span.kind == "module")
     assert first.start <= called < first.end <= second.start
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_a_model_that_is_tried_out_is_still_being_built(reentrant):
+    """None: without a checkpoint. The trial is a model's whole forward, with gradients or not."""
+
+    def train():
+        model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+        forward = model
+        if reentrant is not None:
+            forward = partial(checkpoint, model, use_reentrant=reentrant)
+        model(torch.ones(1, 8))
+        with torch.no_grad():
+            model(torch.ones(1, 8))
+        while True:
+            loss = forward(torch.ones(1, 8, requires_grad=True)).sum()
+            loss.backward()
+            yield loss.detach()
+
+    with Recording(CPU) as recording:
+        started = train()
+        recording.begin_steps_at_first_call()
+        for _ in range(2):
+            recording.run_step(lambda: next(started))
+    spans = recording.recorded.spans
+    calls = [span for span in spans if span.kind == "module" and span.name == "Sequential"]
+    first, _ = (span for span in spans if span.kind == "step")
+    assert first.start == sorted(calls)[2].start
 
 
 def test_a_step_that_returns_a_function_is_refused():
