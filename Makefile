@@ -22,16 +22,16 @@ JOBS ?= $(if $(wildcard /dev/nvidia0),1,2)
 NBVAL := --nbval-lax --nbval-current-env --nbval-cell-timeout=3600 --nbval-sanitize-with tests/nbval_sanitize.cfg
 
 # What operators take for themselves depends on the processor's instructions and on the number of threads, and
-# nothing may rest on it. So `make test ROTATE=1` runs the tests as on another processor each day, `make test-processors` as on all of them,
-# one after the other; as on one of them: make test PROCESSOR=sse41 THREADS=4
+# nothing may rest on it. So the tests can run as on another processor: make test PROCESSOR=sse41 THREADS=4
+# `make test ROTATE=1` takes the setting whose turn it is today, `make test-processors` one after the other.
 SETTINGS := native/1 avx2/4 native/4 sse41/1
-# `make test ROTATE=1` takes the one whose turn it is today.
 TODAY := $(if $(ROTATE),$(shell echo $$(( $$(date +%s) / 86400 % $(words $(SETTINGS)) + 1 ))),1)
 PROCESSOR ?= $(firstword $(subst /, ,$(word $(TODAY),$(SETTINGS))))
 THREADS ?= $(lastword $(subst /, ,$(word $(TODAY),$(SETTINGS))))
 AS_native :=
 AS_avx2 := ONEDNN_MAX_CPU_ISA=AVX2
-AS_sse41 := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41
+# torch.compile's cache does not tell processors apart: this one needs its own.
+AS_sse41 := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/build/compiled-sse41
 # More threads than cores have to wait without keeping a core busy.
 AS_PROCESSOR = $(AS_$(PROCESSOR)) OMP_NUM_THREADS=$(THREADS) MEMLAB_TEST_THREADS=$(THREADS) OMP_WAIT_POLICY=PASSIVE
 SAY_PROCESSOR = @$(if $(filter native avx2 sse41,$(PROCESSOR)),,$(error PROCESSOR is native or avx2 or sse41, not 	'$(PROCESSOR)')) echo "==> As on the processor: $(PROCESSOR), $(THREADS) thread(s) in each process"

@@ -705,6 +705,8 @@ def address_problems(root):
     ]
     for file, text in [*text_files(root), *notebooks]:
         named = set(re.findall(r"github(?:\.com)?/([\w.-]+)/memlab\b", text))
+        if owner == "OWNER" and "\nrepository-code:" in text:
+            yield f"{file} links to the placeholder: run `make address`"
         for other in sorted(named - {owner}):
             yield f"{file} names {other}'s repository, pyproject.toml {owner}'s: run `make address`"
 
@@ -744,7 +746,8 @@ def test_the_address_has_one_source():
 def test_another_address_is_found(good_tree):
     assert list(address_problems(good_tree)) == []
     edit(good_tree / "README.md", "OWNER/memlab", "somebody/memlab")
-    assert ["make address" in p for p in address_problems(good_tree)] == [True]
+    edit(good_tree / "CITATION.cff", "# repository-code", "repository-code")
+    assert ["make address" in p for p in address_problems(good_tree)] == [True, True]
 
 
 def test_make_address_writes_the_address_everywhere(good_tree):
@@ -753,6 +756,8 @@ def test_make_address_writes_the_address_everywhere(good_tree):
     runpy.run_path(str(ROOT / "tools/address.py"))["main"](good_tree)
     assert list(address_problems(good_tree)) == []
     assert list(notebook_problems(good_tree / "notebooks/01_x.ipynb")) == []
+    citation = (good_tree / "CITATION.cff").read_text(encoding="utf-8")
+    assert citation.endswith("\nrepository-code: https://github.com/somebody/memlab\n")
 
 
 # --- What is generated ----------------------------------------------------------------------------
@@ -800,7 +805,7 @@ def good_tree(tmp_path):
     """The smallest repository in which every rule holds."""
     files = {
         "README.md": "[The repository](https://github.com/OWNER/memlab). Run `make lab`.\n",
-        "CITATION.cff": "version: 0.1.0\nrepository-code: https://github.com/OWNER/memlab\n",
+        "CITATION.cff": "version: 0.1.0\n# repository-code: https://github.com/OWNER/memlab\n",
         "Makefile": (
             "SUPPORTED := sys.exit(not (3, 11) <= version <= (3, 13))\nlab:\n\tjupyter lab\n"
         ),

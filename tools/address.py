@@ -22,6 +22,10 @@ def main(root):
     for path in [*root.glob("*.md"), root / "CITATION.cff", *(root / "notebooks").rglob("*.ipynb")]:
         old = path.read_text(encoding="utf-8")
         new = NAMED.sub(rf"\g<1>{slug}", old)
+        if path.suffix == ".cff":
+            # A comment while the address is the placeholder: no link leads nowhere.
+            comment = "# " if slug.startswith("OWNER/") else ""
+            new = re.sub(r"^(# )?(?=repository-code:)", comment, new, flags=re.MULTILINE)
         if path.suffix == ".ipynb":
             new = new.replace(source_hash(json.loads(old)), source_hash(json.loads(new)))
         if new != old:
