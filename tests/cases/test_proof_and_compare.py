@@ -36,33 +36,25 @@ class UNet(nn.Module):
         return self.out(torch.cat((fine, coarse), dim=1))
 
 
+#: Of a transformer without dropout.
+SIZES = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+
+
 def bert(transformers):
-    config = transformers.BertConfig(
-        vocab_size=200,
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=128,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-    model = transformers.BertForMaskedLM(config)
+    model = transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=200, **SIZES))
     tokens, targets = torch.randint(200, (2, 8, 32))
     return model, lambda part: model(input_ids=tokens[part], labels=targets[part]).loss
 
 
 def vit(transformers):
-    config = transformers.ViTConfig(
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=128,
-        image_size=32,
-        patch_size=4,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        num_labels=10,
-    )
+    config = transformers.ViTConfig(image_size=32, patch_size=4, num_labels=10, **SIZES)
     model = transformers.ViTForImageClassification(config)
     images, targets = torch.randn(8, 3, 32, 32), torch.randint(10, (8,))
     return model, lambda part: model(pixel_values=images[part], labels=targets[part]).loss

@@ -49,3 +49,26 @@ def test_what_the_compiler_made_is_no_model_beside_it():
     model = nn.ModuleList([layer])
     models.find([*traced.modules(), model])
     assert models.of(layer) == "ModuleList#1" and models.of(traced) == alone
+
+
+def test_a_forward_that_was_replaced_counts_where_its_model_was_called():
+    model, never_called = (nn.ModuleDict({"body": nn.ReLU(), "head": nn.ReLU()}) for _ in range(2))
+    for each in (model, never_called):
+        each["head"].forward = lambda inputs: inputs
+    models = Models()
+    models.note_called(model["body"])
+    assert models.replaced() == frozenset()
+    models.find([*model.modules(), *never_called.modules()])
+    assert models.replaced() == {"head"}
+    del model["head"].forward
+    assert models.replaced() == frozenset()
+
+
+def test_a_model_in_eval_mode():
+    model = nn.Sequential(nn.Dropout())
+    models = Models()
+    assert not models.evaluating()  # nothing was called
+    models.note_called(model)
+    assert not models.evaluating()
+    model.eval()
+    assert models.evaluating()
