@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from memlab.holders import Holder, find_holders
 from memlab.ledger import Block
 from memlab.measurement import Measurement
 from memlab.receipt import groups
@@ -159,12 +160,20 @@ def out_of_memory(measurement: Measurement, error: BaseException | None = None) 
     lines = [f"The largest column at the peak is {largest.replace('_', ' ')}, {size}:"]
     for group in groups(block for block in alive if block.column == largest)[:3]:
         lines.append(f"  {group}, {group.place or 'from before'}")
+    lines += [f"  held by {holder}" for holder in _holders(measurement, largest)]
     line = "" if error is None else line_of(error)
     if line:
         lines.append(f"It ran out at {line}")
     lines.append("What would take bytes away (each at most, from this peak):")
     lines += [f"  {remedy}" for remedy in remedies(measurement)[:4]]
     return lines
+
+
+def _holders(measurement: Measurement, column: str) -> list[Holder]:
+    """Who holds the largest blocks of a column that are still alive."""
+    alive = measurement.ledger.alive_at(measurement.ledger.peak_time)
+    held = [block.address for block in alive if block.column == column and block.died is None]
+    return find_holders(held[:8], device=measurement.environment["device"], limit=2)
 
 
 def line_of(error: BaseException) -> str:
@@ -178,7 +187,10 @@ def line_of(error: BaseException) -> str:
     """
     libraries = tuple(sysconfig.get_paths()[name] for name in ("purelib", "platlib", "stdlib"))
     here = str(Path(__file__).parent)
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if not frame.filename.startswith((*libraries, here, "<")):
-            return f"{frame.filename}:{frame.lineno}: {frame.line}"
+    # A budget's error was caused by that of the device, which knows the line.
+    for raised in (error, error.__cause__):
+        frames = traceback.extract_tb(None if raised is None else raised.__traceback__)
+        for frame in reversed(frames):
+            if not frame.filename.startswith((*libraries, here, "<")):
+                return f"{frame.filename}:{frame.lineno}: {frame.line}"
     return ""

@@ -52,28 +52,40 @@ def run_script(
     """
     main, code = _load(script, as_module)
     limit = None if size is None else parse_bytes(size)
-    error: BaseException | None = None
-    with _as_main(main, script, arguments), watch() as watched:
-        # What the script made has to be alive when the watch ends: that is how it sees who holds
-        # what. So its module and, after an error, its frames are still held here.
+    # What the script made has to be alive until the end: that is how memlab sees who holds what.
+    # So its module and, after an error, its frames are held here.
+    with _as_main(main, script, arguments):
+        with watch() as watched:
+            error = _run(code, main, limit)
+        status = _say_error(error)
         try:
-            with contextlib.nullcontext() if limit is None else budget(limit):
-                exec(code, main.__dict__)
-        except BaseException as raised:
-            error = raised
-    status = _say_error(error)
-    try:
-        measurement = watched.measurement
-    except (RuntimeError, ValueError) as refusal:
-        _say(f"memlab has no receipt of {script}: {refusal}")
-        return status
-    why = out_of_memory(measurement, error) if _ran_out(error) else []
-    over = limit is not None and measurement.peak_bytes > limit
-    if over and not why:  # seen by the ledger alone: what an operator took for itself
-        why = out_of_memory(measurement)
-        why.insert(0, f"The peak is over the budget of {format_bytes(limit)}.")
-    deliver(measurement, script, _say, report=report, save=save, why=why)
+            measurement = watched.measurement
+        except (RuntimeError, ValueError) as refusal:
+            _say(f"memlab has no receipt of {script}: {refusal}")
+            return status
+        why = out_of_memory(measurement, error) if _ran_out(error) else []
+        over = limit is not None and measurement.peak_bytes > limit
+        if over and not why:  # seen by the ledger alone: what an operator took for itself
+            why = out_of_memory(measurement)
+            why.insert(0, f"The peak is over the budget of {format_bytes(limit)}.")
+        deliver(measurement, script, _say, report=report, save=save, why=why)
     return status or int(over)
+
+
+def _run(code: CodeType, main: ModuleType, limit: int | None) -> BaseException | None:
+    """Run a script's code in its module. What ended it, if something did."""
+    try:
+        with contextlib.nullcontext() if limit is None else budget(limit):
+            exec(code, main.__dict__)
+    except BaseException as error:
+        # Without the frame of memlab, which comes first. And as Python does it, for whoever wants
+        # to look at the error: memlab does, since its frames hold what the script worked with.
+        error.__traceback__ = error.__traceback__.tb_next
+        sys.last_type = type(error)
+        sys.last_value = error
+        sys.last_traceback = error.__traceback__
+        return error
+    return None
 
 
 def _load(script: str, as_module: bool) -> tuple[ModuleType, CodeType]:
@@ -124,8 +136,6 @@ def _say_error(error: BaseException | None) -> int:
             return error.code or 0
         _say(str(error.code))
         return 1
-    # Without the frame of memlab, which comes first.
-    error.__traceback__ = error.__traceback__.tb_next
     sys.excepthook(type(error), error, error.__traceback__)
     return 130 if isinstance(error, KeyboardInterrupt) else 1
 

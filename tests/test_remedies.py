@@ -89,4 +89,7 @@ def test_the_line_is_that_of_the_users_code():
         assert line_of(error).startswith(__file__) and line_of(error).endswith("loss.backward()")
         lines = out_of_memory(measured(("kept", 9, {})), error)
         assert any("ran out at" in line for line in lines)
+        outer = MemoryError()
+        outer.__cause__ = error
+        assert line_of(outer) == line_of(error)
     assert line_of(MemoryError()) == ""

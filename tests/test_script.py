@@ -123,6 +123,17 @@ def test_over_a_budget_the_receipt_says_where_and_what_would_help(folder, capsys
     assert "What would take bytes away" in (folder / "report.html").read_text()
 
 
+def test_over_a_budget_the_receipt_says_who_holds_what(folder, capsys):
+    loop = "    while True:\n        outputs.append(layer(torch.randn(64, 256)))\n"
+    train = "def train(layer):\n    outputs = []\n" + loop + "train(torch.nn.Linear(256, 256))\n"
+    write(folder / "train.py", "import torch\n" + train)
+    assert run_script("train.py", size="2 MiB") == 1
+    assert re.search(
+        r"held by list `outputs` \(\d+ entries\) in train\(\) at train\.py:3",
+        capsys.readouterr().err,
+    )
+
+
 def test_a_budget_that_is_kept_changes_nothing(folder, capsys):
     write(folder / "train.py", TRAIN)
     assert run_script("train.py", size="64 MiB", save=folder / "receipt.json") == 0
