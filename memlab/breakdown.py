@@ -81,17 +81,18 @@ def tabulate_columns(columns: Mapping[str, int], peak: int) -> Table:
     return Table(rows, numbers={"at the peak", "share"})
 
 
-def split_by_dtype(blocks: Iterable[Block], columns: Mapping[str, int]) -> Breakdown:
+def split_by_dtype(blocks: Iterable[Block], columns: Mapping[str, int], at: int) -> Breakdown:
     """The bytes of some blocks by column and data type.
 
     Args:
         blocks: those of one moment.
         columns: the bytes by column at that moment. What a column has beyond its blocks was in no
             tensor that was seen.
+        at: that moment (nanoseconds).
     """
     sizes: dict[tuple[str, str], int] = {}
     for block in blocks:
-        key = (block.column, format_type(block.dtype))
+        key = (block.column_at(at), format_type(block.dtype))
         sizes[key] = sizes.get(key, 0) + block.bytes
     unseen = format_type(None)
     for column, size in columns.items():

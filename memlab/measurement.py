@@ -114,27 +114,31 @@ class Measurement:
         """
         return activations_at_backward(self.ledger)
 
-    def largest(self, count: int | None = 10) -> list[Block]:
-        """The largest blocks alive at the peak (None: all), and who made them where."""
+    def largest(self, count: int = 10) -> list[Block]:
+        """The largest blocks alive at the peak: what they are, and who made them where."""
         return self.ledger.alive_at(self.ledger.peak_time)[:count]
 
-    def groups(self, count: int = 10) -> breakdown.Groups:
-        """The largest groups of equal blocks alive at the peak; they print as a table."""
-        return breakdown.Groups(groups(self.largest(None))[:count])
+    def groups(self, count: int = 10, at: int | None = None) -> breakdown.Groups:
+        """The largest groups of equal blocks at the peak, or `at` a moment; they print as a table."""
+        at = self.ledger.peak_time if at is None else at
+        return breakdown.Groups(groups(self.ledger.alive_at(at), at)[:count])
 
-    def by_dtype(self) -> breakdown.Breakdown:
-        """Bytes at the peak by column and data type, as far as a tensor was seen in a block."""
-        return breakdown.split_by_dtype(self.largest(None), self.columns)
+    def by_dtype(self, at: int | None = None) -> breakdown.Breakdown:
+        """Bytes by column and data type, as far as a tensor was seen in a block; `at` as above."""
+        columns = self.columns if at is None else self.ledger.columns_at(at)
+        at = self.ledger.peak_time if at is None else at
+        return breakdown.split_by_dtype(self.ledger.alive_at(at), columns, at)
 
-    def by_model(self) -> breakdown.Breakdown:
-        """Parameters and buffers at the peak by model: trained, frozen and buffers apart."""
-        return breakdown.split_by_model(self.largest(None))
+    def by_model(self, at: int | None = None) -> breakdown.Breakdown:
+        """Parameters by model, trained and frozen apart, and buffers; `at` as above."""
+        at = self.ledger.peak_time if at is None else at
+        return breakdown.split_by_model(self.ledger.alive_at(at))
 
     def receipt(self) -> Receipt:
         """What is worth keeping of this measurement: to compare a later one with."""
         ledger = self.ledger
         known = [block for block in ledger.alive_at(ledger.known_peak_time) if block.is_known]
-        named, others = name_largest(groups(known))
+        named, others = name_largest(groups(known, ledger.known_peak_time))
         return Receipt(
             environment=Machine(**self.environment),
             peak_bytes=self.peak_bytes,

@@ -26,17 +26,24 @@ def test_equal_blocks_are_summed_over_the_layers():
 
 
 def test_bytes_by_column_and_data_type():
-    columns = dict.fromkeys(COLUMNS, 0) | {"parameters": 300, "gradients": 100, "unattributed": 7}
+    columns = dict.fromkeys(COLUMNS, 0) | {
+        "parameters": 300,
+        "gradients": 100,
+        "kept": 9,
+        "unattributed": 7,
+    }
     blocks = [
         block(200, dtype="bfloat16"),
         block(100, dtype="float32"),
         block(60, "gradients", dtype="float32"),
         block(40, "gradients"),
+        block(9, "activations", dtype="float32", kept_from=5),
     ]
-    found = split_by_dtype(blocks, columns)
+    found = split_by_dtype(blocks, columns, at=6)
     assert found.bytes == {
         "parameters": {"BF16": 200, "FP32": 100, "type not seen": 0},
         "gradients": {"BF16": 0, "FP32": 60, "type not seen": 40},
+        "kept": {"BF16": 0, "FP32": 9, "type not seen": 0},
         # of the allocator's counter, in no block
         "unattributed": {"BF16": 0, "FP32": 0, "type not seen": 7},
     }

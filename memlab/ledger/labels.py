@@ -92,7 +92,9 @@ def _place(blocks: list[Block], spans: Spans, phases: Spans) -> None:
         operator = outermost.at(block.born)
         if operator is None or operator.name in ALLOCATORS:
             # Memory that a function written in Python, or a compiled one, asked for by itself.
-            operator = functions.at(block.born) or operator
+            function = functions.at(block.born)
+            if function is not None and "dynamo" not in function.name:  # (not the compiler)
+                operator = function
         module = modules.at(block.born)
         node = nodes.at(block.born)
         block.phase = phase.kind if phase else "other"
@@ -127,6 +129,8 @@ def _label(blocks: list[Block], observations: Iterable[Observation]) -> list[Obs
             continue
         rank = rank_of(seen)
         if rank <= best.get(id(block), len(PRIORITY)):
+            if rank < best.get(id(block), rank + 1):
+                block.name = block.model = block.role = ""  # those of something weaker
             best[id(block)] = rank
             block.column = seen.column
             block.name = seen.name or block.name

@@ -20,6 +20,7 @@ from torch.optim.optimizer import (
 )
 
 from memlab.ledger import Span
+from memlab.meters.compiled import note_read
 from memlab.meters.live import tensors_in
 from memlab.meters.sightings import Sightings
 
@@ -147,6 +148,7 @@ class Observer:
 
     def _enter_optimizer(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         if torch.compiler.is_compiling():
+            note_read()
             return
         self._optimizer, self._failed_in, self._backward_of = type(optimizer).__name__, "", ""
         self.threads.setdefault(threading.get_ident(), f"{self._optimizer}.step()")

@@ -169,6 +169,7 @@ class Recording:
 
     def _spans(self, readings: Readings) -> list[Span]:
         spans = [*readings.spans, *self.observer.spans]
+        spans = add_compiled_steps(spans, moments_read(self._start))
         if not self._builds_in_first_step:
             return spans
         steps = Spans(span for span in spans if span.kind == "step")

@@ -121,12 +121,13 @@ def load(path: str | Path) -> Receipt:
         raise ValueError(f"{path} is not a receipt: {error}") from error
 
 
-def groups(blocks: Iterable[Block]) -> list[Group]:
+def groups(blocks: Iterable[Block], at: int | None = None) -> list[Group]:
     """Sum equal blocks: those of one size, type and shape that the same operator made in the same
     module, or in the same one of each layer (`blocks.*.mlp`).
 
     Args:
         blocks: from a ledger.
+        at: the moment (nanoseconds) of which the columns are (None: that of their birth).
 
     Returns:
         The groups, that with the most bytes first.
@@ -136,8 +137,9 @@ def groups(blocks: Iterable[Block]) -> list[Group]:
     for block in blocks:
         # A module that has a name says enough: the names of its parameters would part equal blocks.
         place = (block.module, "" if block.module else block.name)
-        made = (block.bytes, block.column, block.operator, block.dtype, block.shape)
-        alike = (made, *(_LAYER.sub("*", part) for part in place))
+        column = block.column if at is None else block.column_at(at)
+        made = (block.bytes, column, block.operator, block.dtype, block.shape)
+        alike = (made, *(_LAYER.sub("*", name) if "." in name else name for name in place))
         counts[alike] = counts.get(alike, 0) + 1
         places.setdefault(alike, set()).add(place)
 
