@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from memlab.ledger import COLUMNS, Block, format_type
-from memlab.receipt import Group
+from memlab.ledger import COLUMNS, Ledger, format_type
+from memlab.receipt import Group, groups
 from memlab.show import Table
 from memlab.units import format_bytes
 
@@ -81,17 +81,30 @@ def tabulate_columns(columns: Mapping[str, int], peak: int) -> Table:
     return Table(rows, numbers={"at the peak", "share"})
 
 
-def split_by_dtype(blocks: Iterable[Block], columns: Mapping[str, int], at: int) -> Breakdown:
-    """The bytes of some blocks by column and data type.
+def largest_groups(ledger: Ledger, count: int, at: int | None = None) -> Groups:
+    """The largest groups of equal blocks.
 
     Args:
-        blocks: those of one moment.
+        ledger: of a run.
+        count: how many groups.
+        at: a moment (nanoseconds; None: the peak).
+    """
+    at = ledger.peak_time if at is None else at
+    return Groups(groups(ledger.alive_at(at), at)[:count])
+
+
+def split_by_dtype(ledger: Ledger, columns: Mapping[str, int], at: int | None = None) -> Breakdown:
+    """The bytes of a moment by column and data type.
+
+    Args:
+        ledger: of a run.
         columns: the bytes by column at that moment. What a column has beyond its blocks was in no
             tensor that was seen.
-        at: that moment (nanoseconds).
+        at: that moment (nanoseconds; None: the peak).
     """
+    at = ledger.peak_time if at is None else at
     sizes: dict[tuple[str, str], int] = {}
-    for block in blocks:
+    for block in ledger.alive_at(at):
         key = (block.column_at(at), format_type(block.dtype))
         sizes[key] = sizes.get(key, 0) + block.bytes
     unseen = format_type(None)
@@ -103,12 +116,14 @@ def split_by_dtype(blocks: Iterable[Block], columns: Mapping[str, int], at: int)
     return _arrange("column", [name for name in COLUMNS if columns[name]], types, sizes)
 
 
-def split_by_model(blocks: Iterable[Block]) -> Breakdown:
-    """The parameters and buffers among some blocks by model, trained and frozen apart.
+def split_by_model(ledger: Ledger, at: int | None = None) -> Breakdown:
+    """The parameters by model, trained and frozen apart, and the buffers.
 
     Args:
-        blocks: those of one moment.
+        ledger: of a run.
+        at: a moment (nanoseconds; None: the peak).
     """
+    blocks = ledger.alive_at(ledger.peak_time if at is None else at)
     parameters = [block for block in blocks if block.column == "parameters"]
     labels = sorted({block.model for block in parameters}, key=_in_order)
     names = _names_of(labels)

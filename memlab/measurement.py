@@ -119,20 +119,17 @@ class Measurement:
         return self.ledger.alive_at(self.ledger.peak_time)[:count]
 
     def groups(self, count: int = 10, at: int | None = None) -> breakdown.Groups:
-        """The largest groups of equal blocks at the peak, or `at` a moment; they print as a table."""
-        at = self.ledger.peak_time if at is None else at
-        return breakdown.Groups(groups(self.ledger.alive_at(at), at)[:count])
+        """The largest groups of equal blocks at the peak (or `at` a moment); it prints as a table."""
+        return breakdown.largest_groups(self.ledger, count, at)
 
     def by_dtype(self, at: int | None = None) -> breakdown.Breakdown:
         """Bytes by column and data type, as far as a tensor was seen in a block; `at` as above."""
         columns = self.columns if at is None else self.ledger.columns_at(at)
-        at = self.ledger.peak_time if at is None else at
-        return breakdown.split_by_dtype(self.ledger.alive_at(at), columns, at)
+        return breakdown.split_by_dtype(self.ledger, columns, at)
 
     def by_model(self, at: int | None = None) -> breakdown.Breakdown:
         """Parameters by model, trained and frozen apart, and buffers; `at` as above."""
-        at = self.ledger.peak_time if at is None else at
-        return breakdown.split_by_model(self.ledger.alive_at(at))
+        return breakdown.split_by_model(self.ledger, at)
 
     def receipt(self) -> Receipt:
         """What is worth keeping of this measurement: to compare a later one with."""

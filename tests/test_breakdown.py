@@ -1,8 +1,7 @@
 """What stands behind the columns, of blocks that are made up."""
 
-from memlab.breakdown import Groups, split_by_dtype, split_by_model
-from memlab.ledger import COLUMNS, Block
-from memlab.receipt import groups
+from memlab.breakdown import largest_groups, split_by_dtype, split_by_model
+from memlab.ledger import COLUMNS, Block, Ledger
 from memlab.units import KiB
 
 
@@ -15,7 +14,7 @@ def test_equal_blocks_are_summed_over_the_layers():
     blocks = [block(2048000, "temporaries", module="lm_head", **logits) for _ in range(8)]
     blocks += [block(4 * KiB, "activations", module=f"h.{i}.mlp", dtype="bfloat16") for i in (3, 9)]
     blocks.append(block(4 * KiB, "activations", module="h.3.mlp"))
-    largest = Groups(groups(blocks))
+    largest = largest_groups(Ledger(blocks), 10)
     rows = [[*row.values()] for row in largest.table().rows]
     assert rows == [
         ["15.62 MiB", "8 x 1.95 MiB", "FP32 (64, 8000)", "temporaries", "aten::to", "lm_head"],
@@ -39,7 +38,7 @@ def test_bytes_by_column_and_data_type():
         block(40, "gradients"),
         block(9, "activations", dtype="float32", kept_from=5),
     ]
-    found = split_by_dtype(blocks, columns, at=6)
+    found = split_by_dtype(Ledger(blocks), columns, at=6)
     assert found.bytes == {
         "parameters": {"BF16": 200, "FP32": 100, "type not seen": 0},
         "gradients": {"BF16": 0, "FP32": 60, "type not seen": 40},
@@ -60,7 +59,7 @@ def test_parameters_by_model_trained_frozen_and_buffers_apart():
         block(5, "gradients", model="GPT#5"),
         block(2),
     ]
-    found = split_by_model(blocks)
+    found = split_by_model(Ledger(blocks))
     headings = ["trained", "frozen", "buffers", "not known"]
     rows = {model: list(row.values()) for model, row in found.bytes.items()}
     assert all(list(row) == headings for row in found.bytes.values())

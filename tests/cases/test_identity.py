@@ -35,12 +35,8 @@ def test_a_compiled_optimizer_step_is_the_optimizers_phase_and_its_state_is_stat
     assert measured.columns["optimizer_state"] == 2 * 2_102_272 + 4 * FLOAT
     phases = [phase.kind for phase in measured.ledger.phases]
     assert phases == ["forward", "backward", "optimizer"] * 3
-    state = [block for block in measured.largest(None) if block.column == "optimizer_state"]
-    assert {block.operator for block in state} == {
-        "aten::zeros_like",
-        "aten::zeros",
-        "aten::tensor",
-    }
+    state = [block for block in measured.largest() if block.column == "optimizer_state"]
+    assert state and {block.operator for block in state} == {"aten::zeros_like"}
     assert measured.by_model().bytes == {"Sequential": {"trained": 2_102_272}}
 
 
@@ -69,7 +65,7 @@ def test_two_models_of_one_class_and_an_average():
         "Sequential (1)": [size, 0, 0],
         "Sequential (2)": [0, size, 0],
     }
-    averages = {b.name for b in measured.largest(None) if b.model.startswith("AveragedModel")}
+    averages = {b.name for b in measured.largest(1000) if b.model.startswith("AveragedModel")}
     assert "module.0.weight" in averages
 
 
@@ -97,11 +93,11 @@ def test_a_convolution_is_told_by_its_outermost_operator():
         model = nn.Conv2d(3, 8, 3)
         yield model(torch.randn(2, 3, 16, 16)).square().mean()
 
-    block = next(b for b in measure(train, steps=1).largest(None) if b.shape == (2, 8, 14, 14))
+    block = next(b for b in measure(train, steps=1).largest() if b.shape == (2, 8, 14, 14))
     assert (block.operator, block.dtype) == ("aten::conv2d", "float32")
 
 
-# The bytes of a column, by data type ---------------------------------------------------------------
+# The bytes of a column, by data type --------------------------------------------------------------
 
 
 def tiny_llama():
@@ -131,8 +127,9 @@ def test_a_model_that_is_prepared_for_low_bit_training_is_cast_to_fp32():
 
     before = bytes_of(lambda model: model)
     after = bytes_of(peft.prepare_model_for_kbit_training)
-    buffers = before["FP32"]  # the rotary embedding's frequencies
-    assert after["FP32"] == 2 * before["BF16"] + buffers and after.get("BF16", 0) == 0
+    buffers = 2 * 16 * 2  # the rotary embedding's two lists of frequencies stay
+    assert after["BF16"] == buffers
+    assert after["FP32"] == 2 * (before["BF16"] - buffers)
 
 
 def test_modules_to_save_are_a_copy_a_gradient_and_two_moments():
@@ -156,15 +153,16 @@ def test_modules_to_save_are_a_copy_a_gradient_and_two_moments():
     def columns(**options):
         measured = measure(train, **options)
         ledger = measured.ledger
-        return measured, ledger.columns_at(ledger.phases[-1].end - 1)
+        # At the end of the last step: the peak may be that of building.
+        end = ledger.phases[-1].end - 1
+        [model] = measured.by_model(end).bytes.values()
+        return ledger.columns_at(end), model
 
-    plain, before = columns()
-    both, after = columns(modules_to_save=saved)
+    before, model_before = columns()
+    after, model = columns(modules_to_save=saved)
     copies = 2 * 1000 * 64 * 2  # in BF16, as the model is
     more = {name: after[name] - before[name] for name in after}
     assert more["parameters"] == more["gradients"] == copies
     assert more["optimizer_state"] == 2 * copies + 2 * FLOAT
-    [model] = both.by_model().bytes.values()
-    [model_before] = plain.by_model().bytes.values()
     assert model["trained"] - model_before["trained"] == copies
     assert model["frozen"] == model_before["frozen"]
