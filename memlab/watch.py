@@ -29,6 +29,8 @@ class watch:  # noqa: N801 - read as a verb: `with watch(model, optimizer) as w:
         things: any number of models and optimizers. They name what is alive at the start; models
             and optimizers that are first used inside are found without being named.
         device: `"cpu"` or `"cuda"`; by default that of the first model's parameters.
+        lines: whether each block gets the line of your code that made it (`Block.line`). Costs some
+            microseconds a call of PyTorch; the bytes are the same.
 
     Raises:
         ValueError: something given is neither a model nor an optimizer.
@@ -36,7 +38,10 @@ class watch:  # noqa: N801 - read as a verb: `with watch(model, optimizer) as w:
     """
 
     def __init__(
-        self, *things: nn.Module | torch.optim.Optimizer, device: str | torch.device | None = None
+        self,
+        *things: nn.Module | torch.optim.Optimizer,
+        device: str | torch.device | None = None,
+        lines: bool = False,
     ):
         for thing in things:
             if not isinstance(thing, (nn.Module, torch.optim.Optimizer)):
@@ -48,12 +53,13 @@ class watch:  # noqa: N801 - read as a verb: `with watch(model, optimizer) as w:
             first = next(parameters, None)
             device = None if first is None or first.is_meta else first.device
         self._things = things
+        self._lines = lines
         self._device = resolve_device(device)
         self._measurement: Measurement | None = None
         self._refusal: Exception | None = None
 
     def __enter__(self) -> watch:
-        self._recording = Recording(self._device, counts_alive=True)
+        self._recording = Recording(self._device, counts_alive=True, lines=self._lines)
         self._recording.__enter__()
         try:
             observer = self._recording.observer

@@ -39,9 +39,9 @@ WITH_CUDA = ("torch._C._cuda_clearCublasWorkspaces",)
 #: A flag of PyTorch's C++ library: `cpu._log_level` finds it.
 FLAG = "FLAGS_caffe2_log_level"
 
-#: Private by their form only: what Python's named tuples have, the end of an operator's name, and a
-#: function that Python documents.
-OTHERS = {"_asdict", "_fields", "_replace", "_backward", "_current_frames"}
+#: Private by their form only: what Python's named tuples have, the end of an operator's name, and
+#: two functions that Python documents.
+OTHERS = {"_asdict", "_fields", "_replace", "_backward", "_current_frames", "_getframe"}
 
 
 def find(path: str) -> object:

@@ -61,6 +61,7 @@ class Block:
     it is: trained, frozen or a buffer.
     `kept_from`: the step that it was made for is over, and something still holds it: from this
     moment on it counts as kept, and not in its column (nanoseconds; None: it does not).
+    `line`: the line of the user's code that made it, if lines were noted: `train.py:12`.
     """
 
     bytes: int
@@ -78,6 +79,7 @@ class Block:
     model: str = ""
     role: str = ""
     kept_from: int | None = None
+    line: str = ""
 
     @property
     def is_known(self) -> bool:
@@ -92,7 +94,7 @@ class Block:
 
     def __str__(self) -> str:
         kind = format_type(self.dtype, self.shape)
-        where = self.module or self.name
+        where = f"{self.module or self.name:<24}  {self.line}"
         size = f"{self.bytes / 2**20:>10,.2f} MiB"
         return f"{size}  {self.column:<16}{kind:<22}  {self.operator:<30}  {where}".rstrip()
 

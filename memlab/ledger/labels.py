@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from memlab.ledger.blocks import Block, Event, lives
 from memlab.ledger.kept import mark_kept
 from memlab.ledger.ledger import Ledger
+from memlab.ledger.lines import note_lines
 from memlab.ledger.observations import PRIORITY, Observation, note_type, rank_of
 from memlab.ledger.phases import Phases, find_phases
 from memlab.ledger.scratch import ALLOCATORS, is_operator, tell_scratch
@@ -51,6 +52,7 @@ def build_ledger(
     _place(blocks, spans, found.phases)
     if one_clock:
         tell_scratch(blocks, spans)
+    note_lines(blocks, spans)
     missed = _label(blocks, observations)
     unseen = [block for block in blocks if block.column not in PRIORITY]
     _label_by_life(unseen, found, spans)

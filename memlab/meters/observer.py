@@ -7,6 +7,7 @@ sees parameters, buffers, inputs, gradients and optimizer state go by, and shows
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from torch.optim.optimizer import (
 
 from memlab.ledger import Span
 from memlab.meters.compiled import note_read
+from memlab.meters.lines import Lines
 from memlab.meters.live import tensors_in
 from memlab.meters.sightings import Sightings
 
@@ -34,9 +36,10 @@ class Observer:
         device: the device whose tensors are noted.
         record: False for a budget, which may be in force for a long training. Then only
             `seen.latest` is filled, and `place()` knows the module also while backward runs.
+        lines: whether the lines of the user's code are noted too (`memlab.meters.lines`).
     """
 
-    def __init__(self, device: torch.device, *, record: bool = True):
+    def __init__(self, device: torch.device, *, record: bool = True, lines: bool = False):
         self.device = device
         self._record = record
         self.seen = Sightings(device, record=record)
@@ -49,6 +52,7 @@ class Observer:
         self._local = threading.local()
         self._optimizer_started: dict[int, int] = {}
         self._handles: list = []
+        self._lines = Lines() if lines else contextlib.nullcontext()
 
     def __enter__(self) -> Observer:
         self._handles = [
@@ -60,9 +64,12 @@ class Observer:
             register_optimizer_step_pre_hook(self._enter_optimizer),
             register_optimizer_step_post_hook(self._leave_optimizer),
         ]
+        self._lines.__enter__()
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self._lines.__exit__(*exception)
+        self.spans += getattr(self._lines, "spans", ())
         for handle in self._handles:
             handle.remove()
         self._handles = []

@@ -18,6 +18,7 @@ import torch
 
 from memlab.ledger import Block, Observation, Span, Spans
 from memlab.ledger.building import without_building
+from memlab.meters.compiled import add_compiled_steps, moments_read
 from memlab.meters.device import meter_for
 from memlab.meters.live import live_storages
 from memlab.meters.observer import Observer
@@ -74,14 +75,22 @@ class Recording:
         device: the device to measure.
         counts_alive: whether what is alive at the start is part of it.
         collect: whether garbage is collected before the start.
+        lines: whether the lines of the user's code are noted (`memlab.meters.lines`).
 
     Raises:
         RuntimeError: another recording, or PyTorch's profiler, is running.
     """
 
-    def __init__(self, device: torch.device, *, counts_alive: bool = False, collect: bool = False):
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        counts_alive: bool = False,
+        collect: bool = False,
+        lines: bool = False,
+    ):
         self.device = device
-        self.observer = Observer(device)
+        self.observer = Observer(device, lines=lines)
         self.recorded: Recorded | None = None
         self._counts_alive = counts_alive
         self._collect = collect or counts_alive
