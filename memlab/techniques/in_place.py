@@ -378,6 +378,11 @@ def apply_in_place_activations(
     like the others, and turned off where they are wrong. Parameters, gradients, buffers and the
     random state stay as they are.
 
+    The trial needs memory while it runs: what a step with the example batch keeps, and the
+    gradients twice. Nothing of it stays. In a run that is measured it belongs to the building, and
+    can be the peak of it: take an example of one or two samples, or try it before the run, and set
+    the switches inside.
+
     Args:
         model: The model. Call this in the mode, train() or eval(), that it will run in: an
             activation that changes nothing in this batch, as dropout in eval(), is not known and

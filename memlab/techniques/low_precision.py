@@ -46,7 +46,8 @@ def cast_to_low_precision(
             8 significant bits is radians off.
         cast_inputs: Let the model cast its floating-point inputs of two axes and more, by position
             or name, also in lists, tuples and dicts. What has one number a row, as time steps or
-            targets, stays as it is. False leaves all to the caller.
+            targets, stays as it is. So does what goes round the model's forward, as `generate` of
+            an encoder-decoder does. False leaves all to the caller.
 
     Raises:
         ValueError: Another dtype, a model without floating-point parameters or with complex ones, a

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from memlab import compare, measure
 from memlab.techniques.gradient_checkpointing import apply_gradient_checkpointing
+from memlab.techniques.offloading import stream_parameters
 
 # The libraries stay what they were before the measurement: it walks all objects that are alive.
 pytestmark = pytest.mark.usefixtures("objects_frozen")
@@ -211,6 +212,25 @@ def test_what_adapters_in_fp32_keep_for_a_layer_of_a_bf16_model(transformers, au
         return kept[1] - kept[0]
 
     assert bytes_of_a_layer(in_fp32=True) - bytes_of_a_layer(in_fp32=False) == more_bytes
+
+
+def test_the_frozen_base_of_a_lora_is_streamed(transformers):
+    peft = pytest.importorskip("peft")
+
+    def trained(stream):
+        torch.manual_seed(0)
+        model = a_llama(transformers, layers=2, key_value_heads=4)
+        adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=list(ALL_LINEAR), r=4))
+        if stream:
+            handle = stream_parameters(model.model.layers, min_bytes=2**14)
+        torch.manual_seed(0)
+        losses = [loss.item() for loss, _ in zip(steps_of(adapted, 16), range(3), strict=False)]
+        if stream:
+            assert handle.never_used == []
+            handle.remove()
+        return losses
+
+    assert trained(stream=True) == trained(stream=False)
 
 
 # --- Checkpointing that does not work -------------------------------------------------------------

@@ -8,6 +8,8 @@ transformers = pytest.importorskip("transformers")
 
 from memlab import receipt  # noqa: E402 - after what may be missing
 from memlab.integrations.transformers import MemlabCallback  # noqa: E402
+from memlab.techniques.compilation_and_fusion import apply_fused_loss  # noqa: E402
+from memlab.techniques.gradient_checkpointing import apply_gradient_checkpointing  # noqa: E402
 from memlab.watch import watch  # noqa: E402
 from tests.helpers import count_parameters  # noqa: E402
 
@@ -170,6 +172,25 @@ def test_sft(tmp_path, trl):
     columns = callback.measurements["steps"].columns
     weights = 4 * count_parameters(training.model)
     assert columns["parameters"] == weights and columns["optimizer_state"] > 2 * weights
+
+
+def test_a_technique_that_the_trainer_goes_round_says_so(tmp_path, trl):
+    arguments = trl.SFTConfig(
+        tmp_path, per_device_train_batch_size=BATCH, max_steps=1, bf16=False, max_length=32, **QUIET
+    )
+    trained = model()
+    fused, checkpointed = apply_fused_loss(trained), apply_gradient_checkpointing(trained)
+    trl.SFTTrainer(
+        trained,
+        arguments,
+        train_dataset=data(text=[text(row, 20) for row in range(ROWS)]),
+        processing_class=tokenizer(),
+    ).train()
+    assert checkpointed.never_used == []
+    # It computes the logits of the tokens that count itself, from the output layer's weight.
+    assert fused.never_used == ["lm_head"]
+    with pytest.warns(UserWarning, match="Never used: lm_head"):
+        fused.remove()
 
 
 def test_dpo_counts_both_models(tmp_path, trl):
