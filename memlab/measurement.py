@@ -119,7 +119,7 @@ class Measurement:
         return self.ledger.alive_at(self.ledger.peak_time)[:count]
 
     def groups(self, count: int = 10, at: int | None = None) -> breakdown.Groups:
-        """The largest groups of equal blocks at the peak (or `at` a moment); it prints as a table."""
+        """The largest groups of equal blocks at the peak, or `at` a moment; a table in print."""
         return breakdown.largest_groups(self.ledger, count, at)
 
     def by_dtype(self, at: int | None = None) -> breakdown.Breakdown:
