@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from memlab import Measurement, measure, watch
-from tests.helpers import global_hooks
+from tests.helpers import global_hooks, small_gpt2
 
 FLOAT = 4
 WIDTH, BATCH = 64, 128
@@ -228,17 +228,8 @@ def test_a_loop_over_a_data_loader(training):
 
 
 def test_a_hugging_face_model_in_an_ordinary_loop():
-    transformers = pytest.importorskip("transformers")
-    config = transformers.GPT2Config(
-        vocab_size=500,
-        n_positions=64,
-        n_embd=64,
-        n_layer=2,
-        n_head=2,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    model = transformers.GPT2LMHeadModel(config)
+    dropout = {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
+    model = small_gpt2(vocab_size=500, n_positions=64, n_embd=64, **dropout)
     optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
     rows = [{"input_ids": torch.randint(500, (32,))} for _ in range(8)]
 

@@ -21,6 +21,7 @@ from memlab import measure
 from memlab.ledger import COLUMNS
 from memlab.meters.cpu import Meter, read_trace
 from memlab.workloads import gpt, vit
+from tests.helpers import small_gpt2, small_llama
 
 FLOAT = 4
 
@@ -161,32 +162,17 @@ def build_vit(expected, **options):
 
 
 def build_hugging_face_gpt2(expected, **options):
-    transformers = pytest.importorskip("transformers")
-    config = transformers.GPT2Config(
-        vocab_size=500,
-        n_positions=64,
-        n_embd=64,
-        n_layer=2,
-        n_head=2,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    model, tokens = transformers.GPT2LMHeadModel(config), torch.randint(500, (4, 32))
+    dropout = {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
+    model = small_gpt2(vocab_size=500, n_positions=64, n_embd=64, **dropout)
+    tokens = torch.randint(500, (4, 32))
     return training(model, lambda: model(input_ids=tokens, labels=tokens).loss, expected, **options)
 
 
 def build_hugging_face_llama(expected, batch=4, sequence=32, **options):
-    transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        vocab_size=500,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-    )
-    model, tokens = transformers.LlamaForCausalLM(config), torch.randint(500, (batch, sequence))
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False}
+    sizes = {"vocab_size": 500, "hidden_size": 64, "intermediate_size": 128}
+    model = small_llama(max_position_embeddings=64, **sizes, **heads)
+    tokens = torch.randint(500, (batch, sequence))
     return training(model, lambda: model(input_ids=tokens, labels=tokens).loss, expected, **options)
 
 

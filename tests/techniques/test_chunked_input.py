@@ -21,7 +21,7 @@ from memlab.techniques.chunked_input import (
     kv_cache_bytes,
 )
 from memlab.workloads import gpt, vit
-from tests.helpers import largest_difference
+from tests.helpers import largest_difference, small_gpt2, small_llama
 
 CONFIG = gpt.tiny(layers=2)  # a context of 64 tokens, 2 heads of 32
 TOKENS = torch.randint(256, (2, 40), generator=torch.Generator().manual_seed(0))
@@ -150,22 +150,14 @@ def test_half_precision():
 @pytest.mark.parametrize("name", ["GPT2", "Llama"])
 @torch.no_grad()
 def test_a_hugging_face_model_gives_the_outputs_of_the_whole(transformers, name):
-    special = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "vocab_size": 256}
+    sizes = {"vocab_size": 256, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
     if name == "GPT2":
-        config, heads = (
-            transformers.GPT2Config(n_embd=64, n_layer=2, n_head=4, n_positions=64, **special),
-            4,
-        )
-        model = transformers.GPT2LMHeadModel(config).eval()
+        model = small_gpt2(n_embd=64, n_head=4, n_positions=64, **sizes).eval()
+        heads = 4
     else:  # two heads of the keys and values for four of the queries, rotary positions
-        sizes = {
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-        }
-        config, heads = transformers.LlamaConfig(num_key_value_heads=2, **sizes, **special), 2
-        model = transformers.LlamaForCausalLM(config).eval()
+        sizes |= {"hidden_size": 64, "intermediate_size": 96, "tie_word_embeddings": False}
+        model = small_llama(num_attention_heads=4, num_key_value_heads=2, **sizes).eval()
+        heads = 2
     expected, cache = model(TOKENS, use_cache=False).logits, KVCache(40)
     given = read(model, TOKENS, cache, 7, positions="position_ids", use_cache=False)
     assert largest_difference(given, expected) < 1e-5

@@ -20,7 +20,15 @@ from memlab.techniques.gradient_checkpointing import apply_gradient_checkpointin
 from memlab.techniques.large_vocabulary import tiled_linear_cross_entropy
 from memlab.techniques.mixed_precision import apply_mixed_precision
 from memlab.workloads import gpt, vit
-from tests.helpers import largest_difference, run_gpt, run_hugging_face, small_gpt, training_step
+from tests.helpers import (
+    largest_difference,
+    run_gpt,
+    run_hugging_face,
+    small_gpt,
+    small_gpt2,
+    small_llama,
+    training_step,
+)
 
 TOKENS, HIDDEN, VOCABULARY = 37, 16, 101  # no multiple of a chunk of 5: the last chunk is short
 
@@ -621,18 +629,16 @@ def test_a_training_step_has_no_logits_at_its_peak():
 
 
 def hugging_face_model(transformers, name):
-    sizes = {"vocab_size": 400, "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
-    torch.manual_seed(0)
     if name == "gpt2":
-        config = transformers.GPT2Config(
-            vocab_size=400, n_embd=32, n_head=2, n_layer=2, n_positions=32
-        )
-        return transformers.GPT2LMHeadModel(config).eval().train()
+        return small_gpt2()
     if name == "llama":
-        config = transformers.LlamaConfig(**sizes, intermediate_size=64, num_key_value_heads=1)
-        return transformers.LlamaForCausalLM(config).train()
+        return small_llama(tie_word_embeddings=False)
+    torch.manual_seed(0)
     config = transformers.Gemma2Config(
-        **sizes,
+        vocab_size=400,
+        hidden_size=32,
+        num_attention_heads=2,
+        num_hidden_layers=2,
         intermediate_size=64,
         num_key_value_heads=1,
         head_dim=16,

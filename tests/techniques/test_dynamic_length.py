@@ -22,7 +22,7 @@ from memlab.techniques.dynamic_length import (
     places,
 )
 from memlab.workloads import gpt, vit
-from tests.helpers import largest_difference
+from tests.helpers import largest_difference, small_gpt2, small_llama
 
 CONFIG = gpt.tiny(layers=2)  # a context of 64 tokens
 LENGTHS = (11, 3, 19, 1, 16)
@@ -369,52 +369,33 @@ def test_positions_that_would_be_wrong_are_refused():
 # --- Hugging Face ---------------------------------------------------------------------------------
 
 
-def hugging_face(transformers, name):
-    torch.manual_seed(0)
+def hugging_face(name):
     special = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    sizes = {"vocab_size": 64, "initializer_range": 0.3, **special}
     if name == "GPT-2":
-        config = transformers.GPT2Config(
-            vocab_size=64,
-            n_positions=24,
-            n_embd=32,
-            n_layer=2,
-            n_head=2,
-            **special,
-            initializer_range=0.3,
-        )
-        model = transformers.GPT2LMHeadModel(config)
+        model = small_gpt2(n_positions=24, **sizes)
         return model.eval(), model.transformer.wpe
-    config = transformers.LlamaConfig(
-        vocab_size=64,
-        max_position_embeddings=24,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.3,
-        **special,
-    )
-    model = transformers.LlamaForCausalLM(config)
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False}
+    model = small_llama(max_position_embeddings=24, **heads, **sizes)
     return model.eval(), model.model.rotary_emb
 
 
 @pytest.mark.parametrize("name", ["GPT-2", "Llama"])
 def test_hugging_face_models_read_documents_apart_as_with_their_own_collator(transformers, name):
     documents = random_documents(high=64)
-    model, positions = hugging_face(transformers, name)
+    model, positions = hugging_face(name)
     for document in documents:
         (summed(model(document[None, :-1]).logits, document[None, 1:]) / sum(LENGTHS)).backward()
     expected = gradients(model)
 
-    model, positions = hugging_face(transformers, name)
+    model, positions = hugging_face(name)
     row = pack(documents)  # longer than n_positions, which the documents are not
     with documents_apart(row.lengths, positions=positions):
         loss = summed(model(row.tokens, use_cache=False).logits, row.targets) / sum(LENGTHS)
     loss.backward()
     assert largest_difference(gradients(model), expected) < 1e-4
 
-    model, _ = hugging_face(transformers, name)
+    model, _ = hugging_face(name)
     collate = transformers.DataCollatorWithFlattening(return_tensors="pt")
     flat = collate([{"input_ids": document.tolist()} for document in documents])
     theirs = model(**flat, use_cache=False).loss  # with a cache it would not look for documents
@@ -453,7 +434,7 @@ def test_an_encoder_sees_both_ways_within_a_document(transformers):
 def test_gradient_checkpointing_of_hugging_face_with_backward_inside(transformers):
     expected = None
     for recompute in (False, True):
-        model, positions = hugging_face(transformers, "Llama")
+        model, positions = hugging_face("Llama")
         model.train()
         if recompute:
             # The second name is the older one, which newer versions warn about.

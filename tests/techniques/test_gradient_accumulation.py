@@ -25,7 +25,7 @@ from memlab.techniques.gradient_accumulation import (
 )
 from memlab.techniques.gradient_checkpointing import apply_gradient_checkpointing
 from memlab.workloads import gpt, vit
-from tests.helpers import a_t5, a_unet, a_whisper, equal
+from tests.helpers import a_t5, a_unet, a_whisper, equal, small_gpt2, small_llama
 
 BATCH, SEQUENCE, HIDDEN = 5, 8, 16
 GPT = gpt.GPTConfig(vocabulary_size=32, context_length=SEQUENCE, layers=2, heads=2, hidden=HIDDEN)
@@ -51,28 +51,11 @@ def make_vit():
 
 
 def make_hugging_face(name):
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
+    sizes = {"vocab_size": 32, "use_cache": False}
     if name == "llama":
-        sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
-        config = transformers.LlamaConfig(
-            vocab_size=32, hidden_size=HIDDEN, intermediate_size=32, use_cache=False, **sizes
-        )
-        return transformers.LlamaForCausalLM(config).train()
-    config = transformers.GPT2Config(
-        vocab_size=32,
-        n_positions=SEQUENCE,
-        n_embd=HIDDEN,
-        n_layer=2,
-        n_head=2,
-        use_cache=False,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        resid_pdrop=0.0,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    return transformers.GPT2LMHeadModel(config).train()
+        no_tie = {"intermediate_size": 32, "tie_word_embeddings": False}
+        return small_llama(hidden_size=HIDDEN, **sizes, **no_tie)
+    return small_gpt2(n_embd=HIDDEN, n_positions=SEQUENCE, **sizes)
 
 
 def ragged(lengths=(8, 1, 5, 2, 7)):

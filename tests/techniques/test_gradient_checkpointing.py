@@ -14,7 +14,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from memlab.techniques.gradient_checkpointing import MATRIX_PRODUCTS, apply_gradient_checkpointing
 from memlab.workloads import gpt, vit
-from tests.helpers import a_resnet, a_t5, a_unet, a_whisper, equal, saved_bytes
+from tests.helpers import (
+    a_resnet,
+    a_t5,
+    a_unet,
+    a_whisper,
+    equal,
+    saved_bytes,
+    small_gpt2,
+    small_llama,
+)
 
 HIDDEN, BATCH, SEQUENCE = 32, 2, 8
 UNIT = BATCH * SEQUENCE * HIDDEN * 4  # bytes of one (batch, sequence, hidden) tensor in FP32
@@ -178,20 +187,16 @@ def test_without_grad_the_blocks_are_called_once_and_compute_the_same():
 def model_and_run(name):
     tokens = torch.randint(50, (BATCH, SEQUENCE))
     if name in ("gpt2", "llama"):
-        transformers = pytest.importorskip("transformers")
-        sizes = {"vocab_size": 50, "bos_token_id": None, "eos_token_id": None}
         if name == "gpt2":
-            config = transformers.GPT2Config(
-                n_layer=4, n_head=2, n_embd=HIDDEN, n_positions=SEQUENCE, **sizes
+            dropout = {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
+            model = small_gpt2(
+                vocab_size=50, n_layer=4, n_embd=HIDDEN, n_positions=SEQUENCE, **dropout
             )
-            model = transformers.GPT2LMHeadModel(config)
         else:
             layout = {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
-            config = transformers.LlamaConfig(
-                hidden_size=HIDDEN, intermediate_size=48, **layout, **sizes
-            )
-            model = transformers.LlamaForCausalLM(config)
-        return model.train(), lambda: model(input_ids=tokens, use_cache=False).logits
+            sizes = {"hidden_size": HIDDEN, "intermediate_size": 48, "tie_word_embeddings": False}
+            model = small_llama(vocab_size=50, **layout, **sizes)
+        return model, lambda: model(input_ids=tokens, use_cache=False).logits
     if name == "gpt":
         model = gpt.GPT(gpt.tiny(dropout=0.1))
         return model, lambda: model(tokens)

@@ -12,7 +12,7 @@ from torch import nn
 from memlab import measure
 from memlab.techniques.in_place import InPlaceAdamW, apply_in_place_activations
 from memlab.workloads import gpt, vit
-from tests.helpers import equal
+from tests.helpers import equal, small_gpt2
 
 SMALL_GPT = gpt.tiny(layers=2, tied_embeddings=False)
 
@@ -33,12 +33,8 @@ def vit_run():
 
 
 def hugging_face_run():
-    transformers = pytest.importorskip("transformers")
-    sizes = {"vocab_size": 50, "n_positions": 8, "bos_token_id": None, "eos_token_id": None}
-    config = transformers.GPT2Config(
-        n_layer=1, n_head=2, n_embd=32, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, **sizes
-    )
-    model, tokens = transformers.GPT2LMHeadModel(config), torch.randint(50, (2, 8))
+    model = small_gpt2(vocab_size=50, n_positions=8, n_layer=1)
+    tokens = torch.randint(50, (2, 8))
     return model, lambda: model(input_ids=tokens, labels=tokens, use_cache=False).loss
 
 

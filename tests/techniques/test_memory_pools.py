@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from memlab import measure, proof
 from memlab.techniques.memory_pools import Plan, Pool, Request, plan
 from memlab.workloads import gpt, vit
-from tests.helpers import training_step
+from tests.helpers import small_llama, training_step
 
 # --- Plans ----------------------------------------------------------------------------------------
 
@@ -325,26 +325,16 @@ def vit_run():
     return training(lambda: vit.ViT(config), lambda model: F.cross_entropy(model(x), labels))
 
 
-def llama_config(transformers):
-    return transformers.LlamaConfig(
-        vocab_size=64,
-        max_position_embeddings=32,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
-    )
+def a_llama():
+    heads = {"num_key_value_heads": 2, "tie_word_embeddings": False}
+    words = {"vocab_size": 64, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    return small_llama(max_position_embeddings=32, **heads, **words)
 
 
 def hugging_face_run():
-    transformers = pytest.importorskip("transformers")
-    config, tokens = llama_config(transformers), torch.arange(32).reshape(2, 16)
+    tokens = torch.arange(32).reshape(2, 16)
     return training(
-        lambda: transformers.LlamaForCausalLM(config),
+        a_llama,
         lambda model: model(tokens, labels=tokens).loss,
     )
 
@@ -438,9 +428,7 @@ def test_a_hugging_face_model_generates_the_same_from_a_cache_in_a_pool():
     lie.
     """
     transformers = pytest.importorskip("transformers")
-    config = llama_config(transformers)
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
+    model = a_llama().eval().requires_grad_(False)
     prompt, pool, texts = torch.arange(8)[None], Pool(2**16), []
     for pooled in (False, True):
         cache, tokens, text, leases = transformers.DynamicCache(), prompt, [], []

@@ -19,6 +19,7 @@ from memlab.techniques.mixed_precision import (
     bf16_support,
     precision_support,
 )
+from tests.helpers import small_gpt2
 
 BATCH, INPUTS, HIDDEN, OUTPUTS = 16, 24, 32, 8
 
@@ -274,11 +275,7 @@ def test_outputs_keep_their_form():
 
 
 def test_a_hugging_face_model_keeps_its_output_type():
-    transformers = pytest.importorskip("transformers")
-    sizes = {"vocab_size": 50, "n_positions": 8, "bos_token_id": None, "eos_token_id": None}
-    model = transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(n_layer=2, n_head=2, n_embd=32, **sizes)
-    )
+    model = small_gpt2(vocab_size=50, n_positions=8)
     tokens = torch.randint(50, (2, 8))
     plain = model.eval()(input_ids=tokens, labels=tokens, use_cache=False)
     apply_mixed_precision(model)

@@ -25,7 +25,7 @@ from memlab.techniques.offloading import (
     stream_parameters,
 )
 from memlab.workloads import gpt, vit
-from tests.helpers import equal, is_far
+from tests.helpers import equal, is_far, small_llama
 
 SMALL = gpt.GPTConfig(vocabulary_size=64, context_length=32, layers=3, heads=2, hidden=32)
 TOKENS, HIDDEN = 4 * 32, 32
@@ -51,11 +51,7 @@ def a_vit(device="cpu"):
 
 
 def a_llama(device="cpu"):
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "use_cache": False}
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads)).to(device)
+    model = small_llama(vocab_size=64, use_cache=False, tie_word_embeddings=False).to(device)
     tokens = torch.randint(64, (2, 16), device=device)
     return model, list(model.model.layers), lambda: model(input_ids=tokens, labels=tokens).loss
 
