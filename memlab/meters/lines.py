@@ -61,7 +61,7 @@ class Lines(TorchFunctionMode):
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        super().__exit__(*exception)
+        super().__exit__(None, None, None)
 
     def _enter_module(self, module: nn.Module, inputs: tuple) -> None:
         if self._backwards and self._recomputed is None:
