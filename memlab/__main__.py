@@ -28,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 size=asked.budget,
                 report=asked.report,
                 save=asked.save,
+                lines=asked.lines,
             )
         if asked.command == "measure":
             return run_measure(
@@ -124,6 +125,9 @@ def _add_commands_of_receipts(commands) -> None:
     )
     run_parser.add_argument(
         "--budget", metavar="SIZE", help='allow at most "8 GiB", and say what would help'
+    )
+    run_parser.add_argument(
+        "--lines", action="store_true", help="say which lines made most of the peak (slower)"
     )
     run_parser.add_argument(
         "--report", type=Path, metavar="FILE", help="write the receipt as one HTML page"

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from memlab import page
 from memlab.measurement import Measurement
+from memlab.show import Table
+from memlab.units import format_bytes
 
 #: How many groups of blocks are said.
 LARGEST = 5
@@ -33,8 +35,8 @@ def deliver(
         why: why it did not fit, in lines, where it did not.
     """
     title += rank_in_words()
-    lines = [f"memlab: the receipt of {title}", str(measurement), *_largest(measurement), *why]
-    say("\n".join(lines))
+    lines = [f"memlab: the receipt of {title}", str(measurement), *_largest(measurement)]
+    say("\n".join([*lines, *_made_at(measurement), *why]))
     if save is not None:
         measurement.save(of_this_rank(save))
         say(f"kept in {of_this_rank(save)}")
@@ -46,6 +48,22 @@ def deliver(
 def _largest(measurement: Measurement) -> list[str]:
     table = measurement.groups(LARGEST).table().to_text(headings=False)
     return ["Largest at the peak:", *(f"  {line}" for line in table.splitlines())] if table else []
+
+
+def _made_at(measurement: Measurement) -> list[str]:
+    """The lines of the user's code that made most of the peak, if lines were noted."""
+    sizes: dict[str, int] = {}
+    for block in measurement.largest(None):
+        if block.line:
+            sizes[block.line] = sizes.get(block.line, 0) + block.bytes
+    most = sorted(sizes, key=lambda line: (-sizes[line], line))[:LARGEST]
+    rows = [{"bytes": format_bytes(sizes[line]), "line": line} for line in most]
+    table = Table(rows, numbers={"bytes"}).to_text(headings=False)
+    return (
+        ["Lines that made most of it:", *(f"  {line}" for line in table.splitlines())]
+        if rows
+        else []
+    )
 
 
 def rank_in_words() -> str:

@@ -31,6 +31,7 @@ def run_script(
     size: str | None = None,
     report: Path | None = None,
     save: Path | None = None,
+    lines: bool = False,
 ) -> int:
     """Run a script as Python would, watch all of it, and print its receipt.
 
@@ -41,6 +42,7 @@ def run_script(
         size: a budget, such as "8 GiB" (`memlab.budget`).
         report: where to write the receipt as one HTML page.
         save: where to keep the receipt (`memlab.receipt`).
+        lines: whether to say which lines of the script made most of the peak. Costs some time.
 
     Returns:
         The exit status that the script would have had: 1 after an exception, 130 after Control-C.
@@ -55,7 +57,7 @@ def run_script(
     # What the script made has to be alive until the end: that is how memlab sees who holds what.
     # So its module and, after an error, its frames are held here.
     with _as_main(main, script, arguments):
-        with watch() as watched:
+        with watch(lines=lines) as watched:
             error = _run(code, main, limit)
         status = _say_error(error)
         try:

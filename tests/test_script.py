@@ -123,6 +123,14 @@ def test_over_a_budget_the_receipt_says_where_and_what_would_help(folder, capsys
     assert "What would take bytes away" in (folder / "report.html").read_text()
 
 
+def test_the_lines_are_said_that_made_most(folder, capsys):
+    write(folder / "train.py", TRAIN)
+    assert run_script("train.py", lines=True) == 0
+    assert re.search(
+        r"Lines that made most of it:\n +[\d.]+ KiB  train\.py:\d+\n", capsys.readouterr().err
+    )
+
+
 def test_over_a_budget_the_receipt_says_who_holds_what(folder, capsys):
     loop = "    while True:\n        outputs.append(layer(torch.randn(64, 256)))\n"
     train = "def train(layer):\n    outputs = []\n" + loop + "train(torch.nn.Linear(256, 256))\n"
@@ -159,11 +167,19 @@ def test_the_arguments_of_the_script_come_after_two_dashes(folder, monkeypatch, 
     assert commands.main(["run", "train.py", "--budget", "8 GiB", "--", "--lr", "--", "1"]) == 0
     [((name, arguments), options)] = asked
     assert (name, arguments) == ("train.py", ["--lr", "--", "1"])
-    assert options == {"as_module": False, "size": "8 GiB", "report": None, "save": None}
+    assert options["size"] == "8 GiB" and options["save"] is None and not options["lines"]
     with pytest.raises(SystemExit) as end:
         commands.main(["run", "train.py", "--lr", "1"])
     assert end.value.code == 2
     assert "python -m memlab run train.py -- --lr 1" in capsys.readouterr().err
+
+
+def test_the_receipt_of_the_readme_is_that_of_its_script(folder, capsys):
+    blocks = re.findall(r"```(?:python|text)\n(.*?)```", (PACKAGE / "README.md").read_text(), re.S)
+    number = next(n for n, block in enumerate(blocks) if block.startswith("memlab: the receipt"))
+    write(folder / "train.py", blocks[number - 1])
+    assert run_script("train.py") == 0
+    assert capsys.readouterr().err == blocks[number]
 
 
 @pytest.mark.slow

@@ -50,12 +50,19 @@ class Stretches:
         self._watch: watch | None = None
 
     def begin(self, name: str, model: nn.Module | None) -> None:
-        """Begin to watch a stretch, unless one is being watched or this one was."""
+        """Begin to watch a stretch, unless one is being watched or this one was.
+
+        The training goes on where it cannot be watched.
+        """
         if self.watching or name in self._begun:
             return
         self._begun.add(name)
         started = watch() if model is None else watch(model)
-        started.__enter__()
+        try:
+            started.__enter__()
+        except RuntimeError as refusal:  # under `python -m memlab run`, or a profiler
+            print(f"memlab does not watch the {name}: {refusal}")
+            return
         self.watching = name
         self._watch = started
 

@@ -11,6 +11,7 @@ lightning = pytest.importorskip("lightning.pytorch")
 
 from memlab import receipt  # noqa: E402 - after what may be missing
 from memlab.integrations.lightning import MemlabCallback  # noqa: E402
+from memlab.watch import watch  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning")
 
@@ -82,3 +83,11 @@ def test_after_an_error_the_receipt_is_printed(tmp_path, capsys):
         fit(tmp_path, callback, Module(fails_at=1))
     assert callback.measurements["steps"].columns["optimizer_state"] == 2 * WEIGHTS + 4 * 4
     assert "memlab: the receipt of the steps" in capsys.readouterr().out
+
+
+def test_inside_another_measurement_the_training_goes_on(tmp_path, capsys):
+    callback = MemlabCallback()
+    with watch() as watched:
+        fit(tmp_path, callback)
+    assert callback.measurements == {} and watched.measurement.columns["parameters"] == WEIGHTS
+    assert "memlab does not watch the steps: a measurement is running" in capsys.readouterr().out
