@@ -198,8 +198,11 @@ def optimizer_in_backward(model: nn.Module, make_optimizer: Callable) -> "Optimi
     Raises:
         ValueError: The model has nothing to train, a gradient left, or an optimizer in backward
             already.
-        TypeError: `make_optimizer` returns anything but an optimizer of that one parameter.
+        TypeError: `model` is no module, or `make_optimizer` returns anything but an optimizer of
+            that one parameter.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, but it is {model!r:.80}.")
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     taken = _stepped_in_backward()
     if not named:
@@ -244,10 +247,14 @@ class OptimizerInBackward:
                 )
             this()._step(name, parameter)
 
-        self._hooks = [
-            parameter.register_post_accumulate_grad_hook(functools.partial(hook, name))
-            for name, parameter in named.items()
-        ]
+        self._hooks = []
+        try:
+            for name, parameter in named.items():
+                named_hook = functools.partial(hook, name)
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(named_hook))
+        except BaseException:
+            self.remove()
+            raise
         _in_backward.add(self)
 
     def _step(self, name: str, parameter: Tensor) -> None:

@@ -35,8 +35,10 @@ def materialize(
     Raises:
         ValueError: A model that is not on the meta device, a name that the state lacks (a buffer
             that is not saved, for one), or another shape.
-        TypeError: `place` returned another shape or dtype.
+        TypeError: `model` is no module, or `place` returned another shape or dtype.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, but it is {model!r:.80}.")
     named = [*model.named_parameters(), *model.named_buffers()]
     _check_state(named, state)
     made = {}

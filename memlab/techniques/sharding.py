@@ -143,7 +143,8 @@ def shard_training(
         make_optimizer: Called with this rank's part of each parameter, in the order of
             `model.parameters()`: the parameter itself at stage 0, else a flat slice
             `(numbers / ranks,)`. The optimizer has to treat each number by itself, as SGD, Adam and
-            AdamW do.
+            AdamW do. It is called once before, with parameters that have no numbers: what fails
+            then has changed nothing.
         stage: 0 to 3, as in the table above.
         blocks: For stage 3, the modules that are made whole one at a time, or their class; None
             takes all lists (ModuleList, ModuleDict, Sequential) of modules of one class. What is in
@@ -164,9 +165,10 @@ def shard_training(
     blocks = list(_find_blocks(model, blocks).values()) if stage == 3 else []
     if model in blocks:
         raise ValueError(f"The {type(model).__name__} cannot be a block of itself: pass its parts.")
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    _try_optimizer(make_optimizer, parameters, stage)
     for tensor in (*model.parameters(), *model.buffers()):
         dist.broadcast(tensor.detach(), group=group, group_src=0)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     pieces = [_Piece(parameter, stage, group) for parameter in parameters]
     _pieces_of[model] = pieces
     if stage == 3:
@@ -197,6 +199,17 @@ def _check_sharding(model: nn.Module, stage: int) -> None:
         raise ValueError(
             f"This {name} has no weights to train on a real device, so it cannot be sharded."
         )
+
+
+def _try_optimizer(make_optimizer: Callable, parameters: list[nn.Parameter], stage: int) -> None:
+    """Let an optimizer that cannot be made fail before anything of the model is changed: try it on
+    parameters without a number.
+    """
+    empty = [
+        nn.Parameter(parameter.new_empty((0, *parameter.shape[1:]) if stage == 0 else (0,)))
+        for parameter in parameters
+    ]
+    _check_optimizer(make_optimizer(empty), empty)
 
 
 def _check_optimizer(optimizer: torch.optim.Optimizer, shards: list[nn.Parameter]) -> None:

@@ -133,6 +133,11 @@ ARGUMENTS = {
     "apply_attention": (WINDOW,),
     "apply_chunked_feed_forward": ("mlp", 5),
     "apply_layer_major_micro_batches": (1,),
+    "materialize": ({}, lambda name, like: like),
+    "optimizer_in_backward": (torch.optim.SGD,),
+    "prune_heads": (0.5,),
+    "prune_mlp": (0.5,),
+    "score_units": ("heads",),
 }
 
 # Most of these tests look at what is there, and run nothing.
@@ -305,7 +310,9 @@ def test_one_that_fails_half_way_has_changed_nothing(name, monkeypatch):
     assert number > 0 and structure(model) != before
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [*CASES, *sorted(ARGUMENTS.keys() - CASES.keys()), "cast_to_low_precision"]
+)
 def test_a_name_is_no_model(name):
     [function] = [function for other, function in public_functions() if other == name]
     with pytest.raises(TypeError, match=r"must be a (list of )?torch\.nn\.Module"):

@@ -381,6 +381,29 @@ def test_what_cannot_be_stepped_in_backward_is_refused():
             optimizer_in_backward(nn.Linear(2, 2), wrong)
 
 
+def test_hooks_that_fail_half_way_are_taken_off_and_the_next_try_works(monkeypatch):
+    model = make_gpt()
+    register = torch.Tensor.register_post_accumulate_grad_hook
+    left = iter(range(3))
+
+    def perhaps(parameter, hook):
+        if next(left, None) is None:
+            raise MemoryError("no room")
+        return register(parameter, hook)
+
+    with monkeypatch.context() as context:
+        context.setattr(torch.Tensor, "register_post_accumulate_grad_hook", perhaps)
+        with pytest.raises(MemoryError):
+            optimizer_in_backward(model, adamw)
+    model(*ragged()).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    model.zero_grad()
+    optimizer = optimizer_in_backward(model, adamw)
+    model(*ragged()).backward()
+    optimizer.step()
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
 def test_a_lost_result_is_an_error_and_not_a_step_that_does_not_happen():
     model = make_gpt()
     optimizer_in_backward(model, adamw)

@@ -322,6 +322,21 @@ def test_an_optimizer_that_would_compute_something_else_is_refused(fake):
         shard_training(nn.Linear(2, 2), lambda shards: sgd(shards[:1]), 1)
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_an_optimizer_that_cannot_be_made_has_changed_nothing_and_the_next_try_works(fake, stage):
+    fake(1)
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    before = [(parameter, parameter.detach().clone()) for parameter in model.parameters()]
+    state = {name: len(value) for name, value in vars(model[0]).items() if isinstance(value, dict)}
+    with pytest.raises(TypeError, match="unexpected keyword argument"):
+        shard_training(model, lambda shards: sgd(shards, rate=1), stage)
+    for (parameter, value), now in zip(before, model.parameters(), strict=True):
+        assert now is parameter and torch.equal(now, value)
+    hooks = {name: len(value) for name, value in vars(model[0]).items() if isinstance(value, dict)}
+    assert hooks == state
+    shard_training(model, sgd, stage)
+
+
 # --- The launcher ---------------------------------------------------------------------------------
 
 
