@@ -19,6 +19,7 @@ from memlab.ledger import (
 )
 from memlab.meters import refusals
 from memlab.meters.device import environment
+from memlab.meters.gradients import Missing
 from memlab.meters.never_called import never_called
 from memlab.meters.outside import outside
 from memlab.meters.recording import Recorded, no_garbage_collection
@@ -38,14 +39,12 @@ class Measurement:
         columns: bytes by column at the moment of the peak; they sum to `peak_bytes`.
         phase: the phase that held the peak: forward, backward, optimizer or other.
         reserved_bytes: the most that the allocator held from the driver, whole process (CPU: None).
-        device_bytes: what the driver says is in use on the whole device at the end of the run (None
-            on the CPU).
+        device_bytes: what the driver says is in use on the whole device at the end (CPU: None).
         bytes_after_step: bytes alive after each step. In a loop that leaks they grow. (Empty for
             `watch`, which knows no steps.)
         seconds: median and spread of one step, from separate runs with nothing switched on (None:
             not asked for).
-        losses: what each step returned, when it returned a number or a tensor with one element
-            (else None).
+        losses: what each step returned: numbers, or tensors with one element (else None).
         outside_bytes: the most bytes at once of tensors that the run used and this device's
             allocator did not hand out during it, as far as they were seen: memory maps, shared
             memory (a data loader's workers), NumPy arrays, what other threads made. Not counted in
@@ -55,6 +54,7 @@ class Measurement:
         never_called: the modules whose forward was replaced, as a technique does it, and that were
             never called.
         evaluating: whether all modules were in eval() mode.
+        without_gradient: parameters that need a gradient and got none (None: all or none got one).
         workspace_bytes: what cuBLAS held for itself, as it does for every model (None on the CPU).
             Reserved, not in the peak.
         environment: device, GPU, torch, driver, Python.
@@ -76,6 +76,7 @@ class Measurement:
     outside_shared_bytes: int = 0
     never_called: tuple[str, ...] = ()
     evaluating: bool = False
+    without_gradient: Missing | None = None
     workspace_bytes: int | None = None
     _timeline: Timeline | None = field(default=None, repr=False, compare=False)
 
@@ -177,6 +178,8 @@ class Measurement:
                 " did not hand out (memory maps, shared memory, NumPy, other threads, or from"
                 " before the run)"
             )
+        if self.without_gradient is not None:
+            notes.append(str(self.without_gradient))
         return notes
 
     def _headline(self) -> str:
@@ -184,10 +187,7 @@ class Measurement:
         return f"Peak {size}, in {self.phase}, on {self.environment.get('gpu') or 'cpu'}"
 
     def __str__(self) -> str:
-        lines = [
-            *self._table().to_text(headings=False).splitlines(),
-            *self._notes(),
-        ]
+        lines = [*self._table().to_text(headings=False).splitlines(), *self._notes()]
         return "\n  ".join([self._headline(), *lines])
 
     __repr__ = __str__
@@ -246,4 +246,5 @@ def measurement_of(recorded: Recorded) -> Measurement:
         outside_shared_bytes=beside.shared_bytes,
         never_called=never_called(recorded.replaced, ledger.modules),
         evaluating=recorded.evaluating,
+        without_gradient=recorded.missing,
     )

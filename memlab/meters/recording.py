@@ -20,6 +20,7 @@ from memlab.ledger import Block, Observation, Span, Spans
 from memlab.ledger.building import without_building
 from memlab.meters.compiled import add_compiled_steps, moments_read
 from memlab.meters.device import meter_for
+from memlab.meters.gradients import Missing
 from memlab.meters.live import live_storages
 from memlab.meters.observer import Observer
 from memlab.meters.readings import Readings
@@ -47,6 +48,7 @@ class Recorded:
         start, end: the first and the last moment.
         nothing_to_train: whether a model ran with gradients enabled, and nothing needed one.
         replaced: the names of the modules whose forward was replaced, as techniques do it.
+        missing: the parameters that need a gradient and got none, where others did.
         evaluating: whether all modules were in eval() mode at the end.
     """
 
@@ -66,6 +68,7 @@ class Recorded:
     nothing_to_train: bool = False
     replaced: frozenset[str] = frozenset()
     evaluating: bool = False
+    missing: Missing | None = None
 
 
 class Recording:
@@ -173,6 +176,7 @@ class Recording:
             threads=dict(observer.threads),
             nothing_to_train=self._nothing_to_train,
             replaced=observer.seen.replaced,
+            missing=observer.seen.missing,
             evaluating=observer.seen.evaluating,
         )
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import time
 import warnings
-import weakref
 from collections.abc import Iterable
 
 import torch
@@ -17,6 +16,7 @@ from torch import nn
 
 from memlab.ledger import Observation
 from memlab.meters.beside import targets_of
+from memlab.meters.gradients import Gradients, Missing
 from memlab.meters.live import (
     live_objects,
     plain_tensors,
@@ -60,7 +60,8 @@ class Sightings:
         self.evaluating = False
         self._record = record
         self._notes = Notes()
-        self._parameters: dict[int, weakref.ref] = {}
+        self.gradients = Gradients()
+        self.missing: Missing | None = None  # at the end
 
     @property
     def observations(self) -> list[Observation]:
@@ -128,33 +129,30 @@ class Sightings:
             )
         self.see((parameter,), "parameters", name, model=model, role=role_of(parameter))
         self.devices.add(parameter.device)
-        known = self._parameters.get(id(parameter))
-        if known is None or known() is None:  # the id of what is gone is given out again
-            self._parameters[id(parameter)] = weakref.ref(parameter)
+        self.gradients.note_parameter(parameter)
 
     def used_parameters(self) -> list[torch.Tensor]:
         """The parameters that a module or an optimizer used while the observer was on, as far as
         they still live.
         """
-        return [
-            parameter
-            for reference in self._parameters.values()
-            if (parameter := reference()) is not None
-        ]
+        return self.gradients.parameters()
 
     def see_gradients(self) -> None:
         """Note the gradients of all parameters seen."""
         for parameter in self.used_parameters():
-            if parameter.grad is not None:
-                self.see((parameter.grad,), "gradients")
+            self._see_gradient(parameter)
+
+    def _see_gradient(self, parameter: torch.Tensor) -> None:
+        if parameter.grad is not None:
+            self.see((parameter.grad,), "gradients")
+            self.gradients.note(parameter)
 
     def see_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Note an optimizer's parameters, their gradients and its state."""
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 self._see_parameter(parameter, "")
-                if parameter.grad is not None:
-                    self.see((parameter.grad,), "gradients")
+                self._see_gradient(parameter)
         self.see(state_of(optimizer), "optimizer_state")
 
     def look_around(self, *, before: bool = False, after: bool = False) -> None:
@@ -189,6 +187,7 @@ class Sightings:
             targets = targets_of(self.inputs, things)
             self.see(targets, "batch", "target", outside=False)
             self.replaced = self.models.replaced()
+            self.missing = self.gradients.missing()
             self.evaluating = self.models.evaluating()
 
     def _look_at_holder(self, thing: object) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from memlab import measure, watch
 
@@ -166,3 +167,71 @@ def test_modules_to_save_are_a_copy_a_gradient_and_two_moments():
     assert more["optimizer_state"] == 2 * copies + 2 * FLOAT
     assert model["trained"] - model_before["trained"] == copies
     assert model["frozen"] == model_before["frozen"]
+
+
+# What learning adds, and what got no gradient -----------------------------------------------------
+
+
+def test_reentrant_checkpointing_over_a_frozen_embedding_trains_the_head_alone():
+    """The first block is given nothing that needs a gradient, so none of the blocks gets one."""
+
+    def train():
+        embedding = nn.Embedding(100, 32).requires_grad_(False)
+        blocks = nn.ModuleList(nn.Linear(32, 32) for _ in range(6))
+        head = nn.Linear(32, 100)
+        trained = [*blocks.parameters(), *head.parameters()]
+        optimizer = torch.optim.SGD(trained)
+        for tokens in torch.randint(100, (2, 16)):
+            hidden = embedding(tokens)
+            for block in blocks:
+                hidden = checkpoint(block, hidden, use_reentrant=True)
+            loss = F.cross_entropy(head(hidden), tokens)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            yield loss
+
+    measured = measure(train)
+    block = FLOAT * (32 * 32 + 32)
+    head = FLOAT * (32 * 100 + 100)
+    assert measured.without_gradient == (12, 14, 6 * block, 6 * block + head)
+    assert "12 of 14 parameters that need a gradient got none" in str(measured)
+    assert measured.timeline.bytes["gradients"].max() == head
+
+
+def test_an_expert_that_is_hit_first_adds_a_gradient_and_two_moments():
+    """Experts in a list: the memory creeps until each of them was hit."""
+    size = FLOAT * 32 * 32
+
+    def train(hit=(0, 0, 1, 2, 2)):
+        experts = nn.ModuleList(nn.Linear(32, 32, bias=False) for _ in range(3))
+        optimizer = torch.optim.Adam(experts.parameters(), foreach=False)
+        for expert in hit:
+            loss = experts[expert](torch.ones(4, 32)).mean()
+            loss.backward()
+            optimizer.step()
+            yield loss
+
+    measured = measure(train, steps=5)
+    ends = [p.end - 1 for p in measured.ledger.phases if p.kind == "optimizer"]
+    columns = [measured.ledger.columns_at(end) for end in ends]
+    assert [found["gradients"] for found in columns] == [n * size for n in (1, 1, 2, 3, 3)]
+    state = 2 * size + FLOAT  # two moments and the number of steps
+    assert [found["optimizer_state"] for found in columns] == [n * state for n in (1, 1, 2, 3, 3)]
+
+
+def test_fused_experts_indexed_in_a_loop_make_a_whole_gradient_for_each():
+    """The backward of `select` makes a tensor of the size of all experts, each time."""
+
+    def train():
+        experts = nn.Parameter(torch.randn(4, 32, 32))
+        inputs = torch.ones(8, 32)
+        loss = sum((inputs @ experts[number]).mean() for number in range(4))
+        loss.backward()
+        yield loss
+
+    whole = FLOAT * 4 * 32 * 32
+    made = [
+        b for b in measure(train, steps=1).ledger.blocks if b.operator == "aten::select_backward"
+    ]
+    assert [block.bytes for block in made] == [whole] * 4
