@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import gc
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 
 from memlab.budget import active_budget
-from memlab.measurement import Measurement, measurement_of
+from memlab.holders import Holder, find_holders
+from memlab.join import measurement_of
+from memlab.ledger import steps_in
+from memlab.measurement import Measurement
 from memlab.meters import refusals
 from memlab.meters.device import resolve_device
 from memlab.meters.live import live_storages, objects_set_aside
 from memlab.meters.recording import Recording
+from memlab.meters.steps import StepCounter
 from memlab.run import check_run, loss_of, start_run
 from memlab.timing import time_together
+from memlab.verdict import growth_of
 
 
 def measure(
@@ -83,10 +87,10 @@ def _measure(
     budget = active_budget()
     alive_before = budget.alive() if budget is not None else 0
     recording = Recording(device, collect=budget is not None, lines=lines)
-    step_ends: list[int] = []
+    counter = StepCounter()
     try:
-        with recording:
-            losses = _take_steps(recording, run, options, steps, step_ends)
+        with recording, counter:
+            losses, holders = _take_steps(recording, counter, run, options, steps)
     except RuntimeError as error:
         if "does not require grad" in str(error):
             raise ValueError(
@@ -97,11 +101,15 @@ def _measure(
     recorded = recording.recorded
     measurement = measurement_of(recorded)
     refusals.refuse_nothing_to_train(recorded)
+    spans = [span for span in recorded.spans if span.kind == "step"]
+    counted = [
+        step._replace(start=span.start) for step, span in zip(counter.counted, spans, strict=True)
+    ]
+    measurement.steps = tuple(steps_in(measurement.ledger, counted))
     if recorded.readings.complete:
-        ledger = measurement.ledger
-        measurement.bytes_after_step = tuple(
-            sum(ledger.columns_at(moment).values()) for moment in step_ends
-        )
+        measurement.bytes_after_step = tuple(step.bytes_after for step in measurement.steps)
+        measurement.growth = tuple(growth_of(measurement.ledger, measurement.steps))
+    measurement.holders = holders if measurement.verdict.kind == "creep" else ()
     measurement.losses = tuple(losses) if len(losses) == steps else None
     refusals.refuse_leaks(recorded, measurement.ledger, live_storages(device).keys())
     if budget is not None and budget.device == device:
@@ -111,28 +119,52 @@ def _measure(
 
 def _take_steps(
     recording: Recording,
+    counter: StepCounter,
     run: Callable,
     options: Mapping[str, object],
     steps: int,
-    step_ends: list[int],
-) -> list[float]:
-    """Build the run, take its steps and free it; the losses of those that returned one."""
+) -> tuple[list[float], tuple[Holder, ...]]:
+    """Build the run, take its steps and free it.
+
+    Returns:
+        The losses of the steps that returned one, and who holds what grew.
+    """
     losses: list[float] = []
+    alive_after: list[Collection[int]] = []
     started = start_run(run, options)
     try:
         if started.builds_in_first_step:
             recording.begin_steps_at_first_call()
         else:
             recording.begin_steps()
-        for _ in range(steps):
+        for number in range(steps):
             result = recording.run_step(started.step)
             loss = loss_of(result)
             if loss is not None:
                 losses.append(loss)
             del result
-            step_ends.append(time.time_ns())
+            counter.end_step()
+            if steps - number <= 3:
+                alive_after.append(set(live_storages(recording.device)))
         recording.observer.seen.look_around(after=True)
+        holders = _holders_of_growth(alive_after, recording.device)
     finally:
         started.close()
     gc.collect()
-    return losses
+    return losses, holders
+
+
+def _holders_of_growth(
+    alive_after: Sequence[Collection[int]], device: torch.device
+) -> tuple[Holder, ...]:
+    """Who holds what the last step but one made, and the last one left there.
+
+    Args:
+        alive_after: the addresses that tensors held after each of the last three steps.
+        device: where they are.
+    """
+    if len(alive_after) < 3:
+        return ()
+    before, made, left = (set(addresses) for addresses in alive_after)
+    grown = (made & left) - before
+    return tuple(find_holders(grown, device=device)) if grown else ()

@@ -8,25 +8,21 @@ from pathlib import Path
 
 from memlab import breakdown
 from memlab.forms import Machine
+from memlab.holders import Holder
 from memlab.ledger import (
     COLUMNS,
     Block,
     Ledger,
-    Observation,
+    Step,
     Timeline,
     activations_at_backward,
-    build_ledger,
 )
-from memlab.meters import refusals
-from memlab.meters.device import environment
 from memlab.meters.gradients import Missing
-from memlab.meters.never_called import never_called
-from memlab.meters.outside import outside
-from memlab.meters.recording import Recorded, no_garbage_collection
 from memlab.receipt import Receipt, groups, name_largest
 from memlab.show import Table
 from memlab.timing import Seconds
 from memlab.units import format_bytes
+from memlab.verdict import Growth, Verdict, host_growth, verdict_of
 
 
 @dataclass
@@ -37,11 +33,14 @@ class Measurement:
         peak_bytes: the most bytes allocated at once during the run. Exact on the CPU; on CUDA the
             allocator's counter, less `workspace_bytes`.
         columns: bytes by column at the moment of the peak; they sum to `peak_bytes`.
-        phase: the phase that held the peak: forward, backward, optimizer or other.
+        phase: the phase that held the peak: forward, backward, optimizer, building or other.
         reserved_bytes: the most that the allocator held from the driver, whole process (CPU: None).
         device_bytes: what the driver says is in use on the whole device at the end (CPU: None).
-        bytes_after_step: bytes alive after each step. In a loop that leaks they grow. (Empty for
-            `watch`, which knows no steps.)
+        bytes_after_step: bytes alive after each step. In a loop that leaks they grow. (Empty where
+            a step was not recorded in full.)
+        steps: what each step needed and left. `watch` records some of a long loop's steps in full.
+        growth: what each step leaves behind, and nobody owns.
+        holders: who holds it, in words.
         seconds: median and spread of one step, from separate runs with nothing switched on (None:
             not asked for).
         losses: what each step returned: numbers, or tensors with one element (else None).
@@ -69,6 +68,9 @@ class Measurement:
     reserved_bytes: int | None = None
     device_bytes: int | None = None
     bytes_after_step: tuple[int, ...] = ()
+    steps: tuple[Step, ...] = ()
+    growth: tuple[Growth, ...] = ()
+    holders: tuple[Holder, ...] = ()
     seconds: Seconds | None = None
     losses: tuple[float, ...] | None = None
     outside_bytes: int = 0
@@ -114,6 +116,19 @@ class Measurement:
         It is what a forward leaves, wherever the peak lies.
         """
         return activations_at_backward(self.ledger)
+
+    @property
+    def building_peak_bytes(self) -> int | None:
+        """The most bytes before the first step; None where no step is known."""
+        ledger = self.ledger
+        if ledger.built is None or not ledger.blocks:
+            return None
+        return ledger.highest(ledger.start, ledger.built)[0]
+
+    @property
+    def verdict(self) -> Verdict:
+        """What the steps say: steady, growing, or as large as the longest batch."""
+        return verdict_of(self.steps, self.growth, self.building_peak_bytes, self.holders)
 
     def largest(self, count: int = 10) -> list[Block]:
         """The largest blocks alive at the peak: what they are, and who made them where."""
@@ -180,6 +195,8 @@ class Measurement:
             )
         if self.without_gradient is not None:
             notes.append(str(self.without_gradient))
+        if host := host_growth(self.steps):
+            notes.append(f"host: {format_bytes(host)} more on the heap after each step")
         return notes
 
     def _headline(self) -> str:
@@ -187,64 +204,19 @@ class Measurement:
         return f"Peak {size}, in {self.phase}, on {self.environment.get('gpu') or 'cpu'}"
 
     def __str__(self) -> str:
-        lines = [*self._table().to_text(headings=False).splitlines(), *self._notes()]
-        return "\n  ".join([self._headline(), *lines])
+        lines = [
+            *self._table().to_text(headings=False).splitlines(),
+            *self._notes(),
+        ]
+        verdict = [self.verdict.sentence] if len(self.steps) > 1 else []
+        return "\n".join(["\n  ".join([self._headline(), *lines]), *verdict])
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
         notes = "".join(f"<div>{html.escape(note)}</div>" for note in self._notes())
-        return f"<div><b>{html.escape(self._headline())}</b></div>{self._table().to_html()}{notes}"
-
-
-@no_garbage_collection()
-def measurement_of(recorded: Recorded) -> Measurement:
-    """Join what was recorded to a measurement.
-
-    Args:
-        recorded: what the meter and the observer saw.
-
-    Raises:
-        ValueError: the run used a model from before it, or on another device.
-        RuntimeError: it trained in another thread than the one that is measured.
-    """
-    readings = recorded.readings
-    ledger = Ledger([], start=recorded.start, end=recorded.end)
-    missed: list[Observation] = []
-    if readings.complete:  # half a history is none
-        ledger, missed = build_ledger(
-            readings.events,
-            recorded.observations,
-            recorded.spans,
-            recorded.alive,
-            start=recorded.start,
-            end=recorded.end,
-            one_clock=readings.one_clock,
-        )
-    refusals.refuse_foreign_parameters(recorded, missed)
-    refusals.refuse_another_device(recorded)
-    refusals.refuse_other_threads(recorded)
-    peak, columns = ledger.peak_bytes, ledger.peak_columns()
-    if readings.peak_allocated is not None:
-        # The counter is the truth. What the history does not explain (rounding, other libraries)
-        # is unattributed.
-        before = 0 if recorded.counts_alive else readings.allocated_before
-        peak = max(readings.peak_allocated - before, sum(columns.values()))
-        columns["unattributed"] += peak - sum(columns.values())
-    beside = outside(recorded, missed)
-    return Measurement(
-        peak_bytes=peak,
-        columns=columns,
-        phase=ledger.peak_phase,
-        ledger=ledger,
-        environment=environment(recorded.device),
-        reserved_bytes=readings.reserved_bytes,
-        device_bytes=readings.device_bytes,
-        workspace_bytes=readings.workspace_bytes,
-        outside_bytes=beside.bytes,
-        outside_memory_bytes=beside.memory_bytes,
-        outside_shared_bytes=beside.shared_bytes,
-        never_called=never_called(recorded.replaced, ledger.modules),
-        evaluating=recorded.evaluating,
-        without_gradient=recorded.missing,
-    )
+        verdict = ""
+        if len(self.steps) > 1:
+            verdict = f"<div>{html.escape(self.verdict.sentence)}</div>"
+        headline = f"<div><b>{html.escape(self._headline())}</b></div>"
+        return f"{headline}{self._table().to_html()}{notes}{verdict}"

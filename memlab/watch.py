@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 from torch import nn
 
-from memlab.measurement import Measurement, measurement_of
+from memlab.holders import find_holders
+from memlab.ledger import Shapes, Span, numbers_in
+from memlab.measurement import Measurement
 from memlab.meters.device import resolve_device
+from memlab.meters.heap import heap_in_use
+from memlab.meters.live import live_storages, objects_set_aside
 from memlab.meters.recording import Recording
+from memlab.meters.steps import StepCounter
 from memlab.run import describe
+from memlab.stretches import Stretches
+from memlab.units import KiB
+
+#: So many calls of modules are recorded in one go: what is recorded takes the host's memory, up to
+#: 200 KB for each of them.
+CALLS_AT_ONCE = 200
+
+#: Less than this is what a heap breathes.
+LEAST_BY_HEAP = 256 * KiB
+
+#: From then on two steps of so many are recorded in full.
+EVERY = 100
 
 
 class watch:  # noqa: N801 - read as a verb: `with watch(model, optimizer) as w:`
@@ -25,15 +44,22 @@ class watch:  # noqa: N801 - read as a verb: `with watch(model, optimizer) as w:
     is alive at the start, only what Python holds is known. On the CPU the thread that enters is
     measured, as by `measure`.
 
+    It may go on for as long as a training does. The first steps are recorded in full (two or more,
+    until modules were called 200 times), then two of every hundred, and each step with a larger
+    batch than all before. Of the others it knows the batch's shape and the host's heap after it. A
+    step ends when its optimizer has stepped and a module is called again; or call `w.step()`.
+
     Args:
         things: any number of models and optimizers. They name what is alive at the start; models
-            and optimizers that are first used inside are found without being named.
+            and optimizers that are first used inside are found without being named. None of them is
+            kept alive.
         device: `"cpu"` or `"cuda"`; by default that of the first model's parameters.
+        every: of so many steps two are recorded in full. 1 records all of them.
         lines: whether each block gets the line of your code that made it (`Block.line`). Costs some
             microseconds a call of PyTorch; the bytes are the same.
 
     Raises:
-        ValueError: something given is neither a model nor an optimizer.
+        ValueError: something given is neither a model nor an optimizer, or `every` is no number.
         RuntimeError: another measurement, or PyTorch's profiler, is running.
     """
 
@@ -41,51 +67,57 @@ class watch:  # noqa: N801 - read as a verb: `with watch(model, optimizer) as w:
         self,
         *things: nn.Module | torch.optim.Optimizer,
         device: str | torch.device | None = None,
+        every: int = EVERY,
         lines: bool = False,
     ):
         for thing in things:
             if not isinstance(thing, (nn.Module, torch.optim.Optimizer)):
                 raise ValueError(f"watch() takes models and optimizers, not {describe(thing)}")
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ValueError(f"every has to be a whole number of at least 1, not {every!r}")
         if device is None:
             parameters = (
                 p for thing in things if isinstance(thing, nn.Module) for p in thing.parameters()
             )
             first = next(parameters, None)
             device = None if first is None or first.is_meta else first.device
-        self._things = things
+        self._things = [weakref.ref(thing) for thing in things]
         self._lines = lines
         self._device = resolve_device(device)
+        self._every = every
         self._measurement: Measurement | None = None
         self._refusal: Exception | None = None
+        self._recording: Recording | None = None
 
     def __enter__(self) -> watch:
-        self._recording = Recording(self._device, counts_alive=True, lines=self._lines)
-        self._recording.__enter__()
+        self._measurement = self._refusal = None
+        self._stretches = Stretches()
+        self._counter = StepCounter(self._step_ended, self._called)
+        self._largest = 0
+        self._first_step = 1
+        self._unseen = self._heap = 0
+        self._counter.__enter__()
         try:
-            observer = self._recording.observer
-            observer.seen.look_around(before=True)
-            for thing in self._things:
-                if isinstance(thing, nn.Module):
-                    for name, module in thing.named_modules():
-                        observer.seen.see_module(module, name)
-                else:
-                    observer.seen.see_optimizer(thing)
-            observer.seen.see_gradients()
+            self._record()
         except BaseException:
-            self._recording.__exit__()
+            self._counter.__exit__()
             raise
+        self._counter.begin()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._measurement = self._refusal = None
-        try:
-            self._recording.observer.seen.look_around(after=True)
-            self._recording.__exit__()
-            self._measurement = measurement_of(self._recording.recorded)
-        except (RuntimeError, ValueError) as error:
-            self._refusal = error  # the training goes on: whoever asks for the measurement is told
-        self._things = ()  # a finished watch keeps no model alive
-        del self._recording
+        self._counter.end_last_step()
+        self._counter.__exit__()
+        if self._recording is not None:
+            self._stop()
+        if self._refusal is None:
+            self._measurement = self._stretches.measurement(self._counter.counted)
+            self._find_holders()
+        del self._stretches, self._counter
+
+    def step(self) -> None:
+        """Say that a step is over, where the optimizer does not tell it."""
+        self._counter.end_step()
 
     @property
     def measurement(self) -> Measurement:
@@ -102,3 +134,107 @@ class watch:  # noqa: N801 - read as a verb: `with watch(model, optimizer) as w:
                 "there is no measurement yet: read it after the `with watch(...)` block has ended"
             )
         return self._measurement
+
+    # Stretches ------------------------------------------------------------------------------------
+
+    def _record(self) -> None:
+        """Begin to record in full."""
+        is_first = self._counter.number == 1
+        with objects_set_aside():
+            # Garbage is collected once: it takes as long as some steps.
+            recording = Recording(
+                self._device, counts_alive=True, collect=is_first, lines=self._lines
+            )
+            recording.__enter__()
+            try:
+                seen = recording.observer.seen
+                seen.look_around(before=True)
+                for thing in filter(None, [reference() for reference in self._things]):
+                    if isinstance(thing, nn.Module):
+                        for name, module in thing.named_modules():
+                            seen.see_module(module, name)
+                    else:
+                        seen.see_optimizer(thing)
+                seen.see_gradients()
+                self._note_unseen(recording)
+            except BaseException:
+                recording.__exit__()
+                raise
+        self._recording = recording
+        self._first_step = self._counter.number
+
+    def _record_again(self) -> None:
+        """Begin to record in the midst of a training, which goes on whatever happens."""
+        if self._refusal is None:
+            try:
+                self._record()
+            except (RuntimeError, ValueError) as error:
+                self._refusal = error
+
+    def _note_unseen(self, recording: Recording) -> None:
+        """Count what is alive and no tensor of Python holds, such as what a graph saved.
+
+        What was left of it when the last stretch ended is known to the byte. What came to it since
+        then, only the heap tells, where other things lie as well.
+        """
+        if self._unseen:
+            recording.note_unseen(self._unseen, "kept", "a graph's, or what else C++ holds")
+        since = self._heap_beside() - self._heap
+        if self._heap and since >= LEAST_BY_HEAP:
+            name = "from steps not recorded in full, by the heap"
+            recording.note_unseen(since, "unattributed", name)
+
+    def _heap_beside(self) -> int:
+        """The bytes on the host's heap that no tensor of Python holds (0: not known)."""
+        heap = heap_in_use()
+        return 0 if heap is None else heap - self._held()
+
+    def _held(self) -> int:
+        return sum(storage.nbytes() for storage in live_storages(self._device).values())
+
+    def _stop(self) -> None:
+        """End a stretch and read it."""
+        recording, self._recording = self._recording, None
+        counted = self._counter.counted[self._first_step - 1 :]
+        try:
+            recording.observer.seen.look_around(after=True)
+            for step in counted:
+                recording.observer.spans.append(Span(step.start, step.end, "step"))
+            held = self._held()
+            recording.__exit__()
+            ledger = self._stretches.add(recording.recorded, counted).ledger
+            alive = sum(block.bytes for block in ledger.alive_at(ledger.end))
+            self._unseen = max(0, alive - held)
+            self._heap = self._heap_beside()
+        except (RuntimeError, ValueError) as error:
+            self._refusal = error  # the training goes on: whoever asks for the measurement is told
+
+    def _step_ended(self) -> None:
+        ended = self._counter.number - 1
+        if self._recording is not None and self._every > 1:
+            steps = ended - self._first_step + 1
+            is_first = self._first_step == 1
+            calls = len(self._recording.observer.spans)
+            if steps >= 2 and not (is_first and calls < CALLS_AT_ONCE):
+                self._stop()
+        if self._recording is None and (ended + 1) % self._every == 0:
+            self._record_again()
+
+    def _called(self, module: nn.Module, inputs: tuple, shapes: Shapes) -> None:
+        """Record a step with a larger batch than all before."""
+        size = max(map(numbers_in, shapes))
+        is_larger = size > self._largest
+        self._largest = max(size, self._largest)
+        if is_larger and self._recording is None:
+            self._record_again()
+            if self._recording is not None:
+                self._counter.begin()
+                self._recording.observer.enter_module(module, inputs)
+
+    def _find_holders(self) -> None:
+        measurement = self._measurement
+        if measurement is None or measurement.verdict.kind != "creep":
+            return
+        addresses = [address for growth in measurement.growth for address in growth.addresses]
+        held = live_storages(self._device).keys() & set(addresses)
+        measurement.holders = tuple(find_holders(held or addresses, device=self._device))

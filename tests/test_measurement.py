@@ -2,8 +2,8 @@
 
 import torch
 
+from memlab.join import measurement_of
 from memlab.ledger import Block, Event, Observation, Span
-from memlab.measurement import measurement_of
 from memlab.meters.readings import Readings
 from memlab.meters.recording import Recorded
 

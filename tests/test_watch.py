@@ -154,7 +154,9 @@ def test_outputs_that_a_variable_keeps_from_the_iteration_before(training):
         loop()
     assert w.measurement.columns["unattributed"] == 0
     # In forward the old outputs are still there, beside what is saved.
-    assert w.measurement.timeline.bytes["activations"].max() == 4 * INPUTS
+    line = w.measurement.timeline
+    assert (line.bytes["activations"] + line.bytes["kept"]).max() == 4 * INPUTS + FLOAT
+    assert w.measurement.ledger.columns_at(w.measurement.ledger.start)["kept"] == INPUTS + FLOAT
 
 
 def test_a_model_that_is_made_inside_is_found():

@@ -18,21 +18,28 @@ from memlab.ledger.ledger import Ledger, Timeline
 from memlab.ledger.observations import PRIORITY, Observation, rank_of
 from memlab.ledger.phases import PHASES
 from memlab.ledger.spans import Span, Spans
+from memlab.ledger.steps import Counted, Shapes, Step, left_by, numbers_in, steps_in
 
 __all__ = [
     "COLUMNS",
     "PHASES",
     "PRIORITY",
     "Block",
+    "Counted",
     "Event",
     "Ledger",
     "Observation",
+    "Shapes",
     "Span",
     "Spans",
+    "Step",
     "Timeline",
     "activations_at_backward",
     "build_ledger",
     "format_type",
+    "left_by",
     "lives",
+    "numbers_in",
     "rank_of",
+    "steps_in",
 ]

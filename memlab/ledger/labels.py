@@ -54,6 +54,10 @@ def build_ledger(
         tell_scratch(blocks, spans)
     note_lines(blocks, spans)
     missed = _label(blocks, observations)
+    if not (found.phases and found.phases[0].kind == "backward"):
+        # The record does not begin within a step: what autograd made before is left from another.
+        for block in alive:
+            block.column = "kept" if block.column == "activations" else block.column
     unseen = [block for block in blocks if block.column not in PRIORITY]
     _label_by_life(unseen, found, spans)
     mark_kept(unseen, found, spans)
@@ -62,6 +66,7 @@ def build_ledger(
         list(found.phases),
         start,
         end,
+        built=min((span.start for span in spans.of("step")), default=None),
         modules=frozenset(span.name for span in spans.of("module")),
         recomputed=found.recomputed,
         recomputations=len(found.recomputations),

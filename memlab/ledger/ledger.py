@@ -40,6 +40,8 @@ class Timeline:
 class Ledger:
     """Every block that lived during a run, by column, with the phases of the run.
 
+    `built` is the moment at which the first step began (nanoseconds; None: no step is known).
+
     `modules` are those that ran, by name, and `recomputed` those of them that ran in a backward
     again. `recomputations` says how often a stretch of forward ran again there.
     """
@@ -48,6 +50,7 @@ class Ledger:
     phases: list[Span] = field(default_factory=list)
     start: int = 0
     end: int = 0
+    built: int | None = None
     modules: frozenset[str] = frozenset()
     recomputed: frozenset[str] = frozenset()
     recomputations: int = 0
@@ -123,9 +126,22 @@ class Ledger:
         return columns
 
     def phase_at(self, time: int) -> str:
-        """The phase at a moment (nanoseconds): forward, backward, optimizer or other."""
+        """The phase at a moment (nanoseconds): forward, backward, optimizer, other, or building
+        before the first step.
+        """
         phase = Spans(self.phases).at(time)
-        return phase.kind if phase else "other"
+        if phase is None:
+            return "building" if self.built is not None and time < self.built else "other"
+        return phase.kind
+
+    def highest(self, start: int, end: int) -> tuple[int, int]:
+        """The most bytes alive at once from one moment to another (nanoseconds), and when."""
+        first, last = np.searchsorted(self._times, [start, end])
+        before = int(self._total[first - 1]) if first else 0
+        if last <= first or self._total[first:last].max() <= before:
+            return before, start
+        index = int(first + self._total[first:last].argmax())
+        return int(self._total[index]), int(self._times[index])
 
     def alive_at(self, time: int) -> list[Block]:
         """The blocks alive at a moment (nanoseconds), largest first, each with its column of that

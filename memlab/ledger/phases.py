@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from memlab.ledger.spans import Span, Spans
 
-#: The phases of a training step.
-PHASES = ("forward", "backward", "optimizer", "other")
+#: The phases of a training step, and what came before the first one.
+PHASES = ("forward", "backward", "optimizer", "building", "other")
 
 
 class Phases(NamedTuple):

@@ -101,5 +101,6 @@ def variables_of(frame: types.FrameType) -> dict[str, object]:
     copy = frame.f_locals
     variables = dict(copy)
     if type(copy) is dict and frame.f_code.co_flags & inspect.CO_OPTIMIZED:
-        copy.clear()
+        if sys.getrefcount(copy) <= 3:  # the frame's and ours; else somebody called `locals()`
+            copy.clear()
     return variables

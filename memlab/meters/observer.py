@@ -56,7 +56,7 @@ class Observer:
 
     def __enter__(self) -> Observer:
         self._handles = [
-            register_module_forward_pre_hook(self._enter_module),
+            register_module_forward_pre_hook(self.enter_module),
             # `always_call`: a checkpoint's recomputation stops early by an exception, and the call
             # has to be closed. (Not `with_kwargs`: PyTorch 2.13 does not take that back when the
             # hook is removed.)
@@ -84,7 +84,7 @@ class Observer:
             self._local.stack = []
         return self._local.stack
 
-    def _enter_module(self, module: nn.Module, inputs: tuple) -> None:
+    def enter_module(self, module: nn.Module, inputs: tuple) -> None:
         if torch.compiler.is_compiling():
             return
         if self.on_first_call is not None:

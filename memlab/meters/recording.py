@@ -77,7 +77,8 @@ class Recording:
     Args:
         device: the device to measure.
         counts_alive: whether what is alive at the start is part of it.
-        collect: whether garbage is collected before the start.
+        collect: whether garbage is collected before the start; by default where what is alive
+            counts.
         lines: whether the lines of the user's code are noted (`memlab.meters.lines`).
 
     Raises:
@@ -89,14 +90,14 @@ class Recording:
         device: torch.device,
         *,
         counts_alive: bool = False,
-        collect: bool = False,
+        collect: bool | None = None,
         lines: bool = False,
     ):
         self.device = device
         self.observer = Observer(device, lines=lines)
         self.recorded: Recorded | None = None
         self._counts_alive = counts_alive
-        self._collect = collect or counts_alive
+        self._collect = counts_alive if collect is None else collect
         self._meter = meter_for(device)
         self._alive: list[Block] = []
         self._references: list[weakref.ref] = []
@@ -138,6 +139,17 @@ class Recording:
             # The references to storages from before have done their work.
             self._references.clear()
 
+    def note_unseen(self, size: int, column: str, name: str) -> None:
+        """Count bytes from before that no tensor of Python holds, such as a graph's.
+
+        Args:
+            size: how many.
+            column: what they are.
+            name: the same in words.
+        """
+        address = -1 - len(self._alive)
+        self._alive.append(Block(size, address, self._start - 1, column=column, name=name))
+
     def _note_alive(self) -> None:
         """Note the storages from before; where they are counted, see each one's end."""
         before = time.time_ns()
@@ -156,7 +168,7 @@ class Recording:
 
     def _gather(self, readings: Readings, end: int) -> Recorded:
         alive = self._alive
-        if self._counts_alive and readings.alive is not None:
+        if self._counts_alive and readings.alive is not None:  # a GPU's
             # The allocator's own map says it better: it knows also what Python does not hold.
             alive = [Block(b.bytes, b.address, self._start - 1) for b in readings.alive]
         observer = self.observer

@@ -1,0 +1,63 @@
+"""Joins what was recorded to a measurement."""
+
+from __future__ import annotations
+
+from memlab.ledger import Ledger, Observation, build_ledger
+from memlab.measurement import Measurement
+from memlab.meters import refusals
+from memlab.meters.device import environment
+from memlab.meters.never_called import never_called
+from memlab.meters.outside import outside
+from memlab.meters.recording import Recorded, no_garbage_collection
+
+
+@no_garbage_collection()
+def measurement_of(recorded: Recorded) -> Measurement:
+    """Join what was recorded to a measurement.
+
+    Args:
+        recorded: what the meter and the observer saw.
+
+    Raises:
+        ValueError: the run used a model from before it, or on another device.
+        RuntimeError: it trained in another thread than the one that is measured.
+    """
+    readings = recorded.readings
+    ledger = Ledger([], start=recorded.start, end=recorded.end)
+    missed: list[Observation] = []
+    if readings.complete:  # half a history is none
+        ledger, missed = build_ledger(
+            readings.events,
+            recorded.observations,
+            recorded.spans,
+            recorded.alive,
+            start=recorded.start,
+            end=recorded.end,
+            one_clock=readings.one_clock,
+        )
+    refusals.refuse_foreign_parameters(recorded, missed)
+    refusals.refuse_another_device(recorded)
+    refusals.refuse_other_threads(recorded)
+    peak, columns = ledger.peak_bytes, ledger.peak_columns()
+    if readings.peak_allocated is not None:
+        # The counter is the truth. What the history does not explain (rounding, other libraries)
+        # is unattributed.
+        before = 0 if recorded.counts_alive else readings.allocated_before
+        peak = max(readings.peak_allocated - before, sum(columns.values()))
+        columns["unattributed"] += peak - sum(columns.values())
+    beside = outside(recorded, missed)
+    return Measurement(
+        peak_bytes=peak,
+        columns=columns,
+        phase=ledger.peak_phase,
+        ledger=ledger,
+        environment=environment(recorded.device),
+        reserved_bytes=readings.reserved_bytes,
+        device_bytes=readings.device_bytes,
+        workspace_bytes=readings.workspace_bytes,
+        outside_bytes=beside.bytes,
+        outside_memory_bytes=beside.memory_bytes,
+        outside_shared_bytes=beside.shared_bytes,
+        never_called=never_called(recorded.replaced, ledger.modules),
+        evaluating=recorded.evaluating,
+    )

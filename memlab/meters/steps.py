@@ -1,0 +1,118 @@
+"""Counts the steps of a loop, so cheaply that it can go on for as long as a training does."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from memlab.ledger import Counted, Shapes
+from memlab.meters.heap import heap_in_use
+from memlab.meters.live import tensors_in
+
+# The shapes that one step's note has room for: a step may have a thousand micro-batches.
+_MOST_SHAPES = 64
+
+
+class StepCounter:
+    """Notes for each step its time, the shapes that the outermost module received, and the heap
+    after it.
+
+    A step is over when its optimizer has stepped and a module is called again: so what the loop
+    does after the optimizer belongs to it. With several optimizers it is the first one that counts.
+    A loop that knows better calls `end_step`, and from then on only that counts.
+
+    Args:
+        ended: called after each step, before the next one begins.
+        called: called with the shapes of each call of the outermost module, before it runs.
+    """
+
+    def __init__(
+        self,
+        ended: Callable[[], None] = lambda: None,
+        called: Callable[[nn.Module, tuple, Shapes], None] = lambda module, inputs, shapes: None,
+    ):
+        self.counted: list[Counted] = []
+        self._on_end = ended
+        self._on_call = called
+        self._optimizer: weakref.ref | None = None
+        self._stepped = False
+        self._by_hand = False
+        self._root: int | None = None
+        self._has_shapes = False
+        self._shapes: list[tuple[int, ...]] = []
+        self._handles: list = []
+
+    def __enter__(self) -> StepCounter:
+        self._start = time.time_ns()
+        self._handles = [
+            register_module_forward_pre_hook(self._called),
+            register_optimizer_step_post_hook(self._optimizer_stepped),
+        ]
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    @property
+    def number(self) -> int:
+        """The number of the step that runs now."""
+        return len(self.counted) + 1
+
+    def begin(self) -> None:
+        """Have the step that runs begin now: what came before built it."""
+        self._start = time.time_ns()
+
+    def end_step(self) -> None:
+        """Note that a step is over."""
+        self._by_hand = True
+        self._end()
+
+    def end_last_step(self) -> None:
+        """Note the last step, after which no module was called."""
+        if self._stepped and not self._by_hand:
+            self._end()
+
+    def _end(self) -> None:
+        now = time.time_ns()
+        shapes = tuple(self._shapes[:_MOST_SHAPES])
+        self.counted.append(Counted(self.number, self._start, now, shapes, heap_in_use()))
+        self._stepped, self._root, self._has_shapes = False, None, False
+        self._shapes.clear()
+        self._on_end()
+        # What was done with the step that is over does not count for the next one.
+        self._start = time.time_ns()
+
+    def _optimizer_stepped(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        if torch.compiler.is_compiling():
+            return
+        first = self._optimizer() if self._optimizer is not None else None
+        if first is None:
+            self._optimizer = weakref.ref(optimizer)
+        elif first is not optimizer:
+            return
+        self._stepped = True
+
+    def _called(self, module: nn.Module, inputs: tuple) -> None:
+        if torch.compiler.is_compiling():
+            return
+        if self._stepped and not self._by_hand:
+            self._end()
+        if self._root is None:
+            self._root = id(module)
+        elif self._has_shapes and id(module) != self._root:
+            return
+        # A model that is called with keywords shows its shapes when its first part is called.
+        shapes = tuple(tuple(tensor.shape) for tensor in tensors_in(inputs))[::-1]
+        if shapes:
+            self._has_shapes = True
+            if len(self._shapes) < _MOST_SHAPES:
+                self._shapes += shapes
+            self._on_call(module, inputs, shapes)
