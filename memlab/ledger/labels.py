@@ -54,7 +54,8 @@ def build_ledger(
         tell_scratch(blocks, spans)
     note_lines(blocks, spans)
     missed = _label(blocks, observations)
-    if not (found.phases and found.phases[0].kind == "backward"):
+    modules = spans.of("module")
+    if modules and (not found.backwards or modules[0].start < found.backwards[0].start):
         # The record does not begin within a step: what autograd made before is left from another.
         for block in alive:
             block.column = "kept" if block.column == "activations" else block.column
