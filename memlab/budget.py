@@ -5,6 +5,7 @@ would.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -123,9 +124,18 @@ class Budget:
 
     def _columns(self) -> dict[str, int]:
         """Bytes alive by column, as far as what they are was seen."""
-        self._observer.seen.look_around()
         held_at = {held.address: held for held in self._enforced.held()}
-        return _by_column(held_at, self._observer.seen.latest.values())
+        self._observer.seen.look_around(before=True)
+        seen = [
+            found
+            for found in self._observer.seen.latest.values()
+            if found.column != "kept" or self._is_from_before(held_at.get(found.address))
+        ]
+        return _by_column(held_at, seen, newest_is_parameter=_builds_a_module())
+
+    def _is_from_before(self, held: Held | None) -> bool:
+        """Whether it was there before the model was called: else it is what the call works with."""
+        return held is not None and held.since < self._observer.last_call
 
     def _passed(self, asked: int, operator: str) -> OverBudget:
         place = f"{operator} {self._observer.place()}"
@@ -136,7 +146,20 @@ class Budget:
         return OverBudget(self.limit, asked, place, self._columns(), detail=detail)
 
 
-def _by_column(held_at: dict[int, Held], observations: Iterable[Observation]) -> dict[str, int]:
+def _builds_a_module() -> bool:
+    """Whether one of PyTorch's modules is just being made."""
+    frame = sys._getframe()
+    while frame is not None:
+        of_a_module = frame.f_globals.get("__name__", "").startswith("torch.nn.modules.")
+        if of_a_module and frame.f_code.co_name == "__init__":
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _by_column(
+    held_at: dict[int, Held], observations: Iterable[Observation], newest_is_parameter: bool = False
+) -> dict[str, int]:
     """Sum what is held at each address by what was seen there."""
     seen: dict[int, Observation] = {}
     for found in observations:
@@ -145,9 +168,12 @@ def _by_column(held_at: dict[int, Held], observations: Iterable[Observation]) ->
             if address not in seen or rank_of(found) <= rank_of(seen[address]):
                 seen[address] = found
     columns = dict.fromkeys(COLUMNS, 0)
+    newest = max(held_at.values(), key=lambda held: held.since, default=None)
     for address, held in held_at.items():
         # What nobody saw is what the run made: where gradients are enabled, nearly all of it is
         # for the backward.
         unseen = "activations" if held.with_grad else "temporaries"
+        if held is newest and newest_is_parameter:
+            unseen = "parameters"
         columns[seen[address].column if address in seen else unseen] += held.bytes
     return columns

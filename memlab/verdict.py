@@ -178,7 +178,8 @@ def _creep(
     holder = holders[0].path if holders else ""
     if holder:
         words += f", held by {holder}"
-        advice = next((h.frees for h in holders if h.kind == "graph"), holders[0].frees)
+        of_graph = (h.frees for h in holders if h.kind == "graph" and holder in h.path)
+        advice = next(of_graph, holders[0].frees)
         words += f" ({advice})" if advice else ""
     if len(changes) == 1:
         words += f". {len(steps)} steps cannot tell whether that goes on: measure more"

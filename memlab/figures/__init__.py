@@ -10,6 +10,7 @@ Every figure carries an alternative text and its title says what happened.
 
 from memlab.figures.bars import bars
 from memlab.figures.compound import comparison, curves, ladder, ledgers, trade
+from memlab.figures.steps import steps
 from memlab.figures.style import (
     PALETTE,
     Drawing,
@@ -35,6 +36,7 @@ __all__ = [
     "ledgers",
     "legend",
     "stack",
+    "steps",
     "style",
     "timeline",
     "trade",

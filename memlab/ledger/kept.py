@@ -8,7 +8,7 @@ best weights: no switch of the training makes them smaller, only the line that k
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from memlab.ledger.blocks import Block
 from memlab.ledger.phases import Phases
@@ -19,12 +19,15 @@ from memlab.ledger.spans import FOREVER, Span, Spans
 _GROWN = 3
 
 
-def mark_kept(blocks: Iterable[Block], found: Phases, spans: Spans) -> None:
+def mark_kept(
+    blocks: Iterable[Block], found: Phases, spans: Spans, loose: Collection[int] = ()
+) -> None:
     """Mark what is kept among the blocks that nobody saw.
 
     - What a step made counts in its column until the step ends, and is kept from then on.
     - What was made between the phases and is alive when the forward of a *later* step begins is
-      kept from its birth: a batch would have gone by then.
+      kept from its birth: a batch would have gone by then. So is what is like a block that is
+      there when the steps are over, and lies beside no module's input, as targets would.
     - What an evaluation collects is kept from its birth: made outside its modules, and larger from
       one call to the next.
 
@@ -32,6 +35,8 @@ def mark_kept(blocks: Iterable[Block], found: Phases, spans: Spans) -> None:
         blocks: those that have their column by their life.
         found: the phases of the run.
         spans: what ran.
+        loose: the identities of those that Python holds when the steps are over, and that lie
+            beside no module's input.
     """
     if not found.phases:
         return
@@ -46,7 +51,7 @@ def mark_kept(blocks: Iterable[Block], found: Phases, spans: Spans) -> None:
         if block.scratch:
             continue
         phase = found.phases.at(block.born)
-        if phase is None and block.column in ("batch", "unattributed"):
+        if phase is None and block.column == "batch":
             between.append(block)
         elif end := ends.after(block.born):
             block.kept_from = end if _alive_at(block, end) else None
@@ -55,7 +60,8 @@ def mark_kept(blocks: Iterable[Block], found: Phases, spans: Spans) -> None:
         if outside and evaluates and ends.calls:
             evaluated.append(block)
 
-    _judge_between_phases(between, ends, forwards)
+    like_loose = {_kind(block) for block in between if id(block) in loose}
+    _judge_between_phases(between, ends, forwards, like_loose)
     for block in _collected(evaluated):
         block.column = "kept"
         block.kept_from = None
@@ -91,8 +97,15 @@ def _ends(found: Phases, spans: Spans) -> _Ends:
     return _Ends(steps, calls)
 
 
-def _judge_between_phases(blocks: list[Block], ends: _Ends, forwards: list[int]) -> None:
-    """Part the batches from what is kept, among what was made between the phases.
+def _kind(block: Block) -> tuple[str, str, int]:
+    """Blocks of one kind are made at one place, and equally large."""
+    return block.operator, block.module, block.bytes
+
+
+def _judge_between_phases(
+    blocks: list[Block], ends: _Ends, forwards: list[int], like_loose: Collection[tuple]
+) -> None:
+    """Part the batches from what is kept, among what was made before a forward.
 
     For the last step nothing follows that could tell: there a block is what most bytes of the same
     operator were before.
@@ -104,7 +117,9 @@ def _judge_between_phases(blocks: list[Block], ends: _Ends, forwards: list[int])
         end = ends.after(used_by) if used_by is not None else None
         later = _first_from(forwards, end) if end is not None else None
         place = (block.operator, block.module)
-        if later is None:
+        if _kind(block) in like_loose:
+            block.column = "kept"
+        elif later is None:
             unsure.append(block)
         elif _alive_at(block, later):
             block.column = "kept"
@@ -113,10 +128,7 @@ def _judge_between_phases(blocks: list[Block], ends: _Ends, forwards: list[int])
             known[place] = known.get(place, 0) - block.bytes
 
     for block in unsure:
-        place = (block.operator, block.module)
-        outlives = block.died is None or ends.after(block.born) is None
-        # (Nothing ended at all: a single forward, say. Then it is the batch.)
-        if known.get(place, 1 if outlives and block.column == "unattributed" else -1) > 0:
+        if known.get((block.operator, block.module), 0) > 0:
             block.column = "kept"
 
 

@@ -53,7 +53,7 @@ def build_ledger(
     if one_clock:
         tell_scratch(blocks, spans)
     note_lines(blocks, spans)
-    missed = _label(blocks, observations)
+    missed, loose = _label(blocks, observations)
     modules = spans.of("module")
     if modules and (not found.backwards or modules[0].start < found.backwards[0].start):
         # The record does not begin within a step: what autograd made before is left from another.
@@ -61,7 +61,7 @@ def build_ledger(
             block.column = "kept" if block.column == "activations" else block.column
     unseen = [block for block in blocks if block.column not in PRIORITY]
     _label_by_life(unseen, found, spans)
-    mark_kept(unseen, found, spans)
+    mark_kept(unseen, found, spans, loose)
     ledger = Ledger(
         blocks,
         list(found.phases),
@@ -114,8 +114,16 @@ def _place(blocks: list[Block], spans: Spans, phases: Spans) -> None:
             block.module = module_of.get(node.sequence, "")
 
 
-def _label(blocks: list[Block], observations: Iterable[Observation]) -> list[Observation]:
-    """Give a block the column of what was seen in it. One look labels the block's whole life."""
+def _label(
+    blocks: list[Block], observations: Iterable[Observation]
+) -> tuple[list[Observation], set[int]]:
+    """Give a block the column of what was seen in it. One look labels the block's whole life.
+
+    Returns:
+        The observations that fall on no block; and the identities of the blocks of which only this
+        is known, that Python holds them when the steps are over.
+    """
+    loose: set[int] = set()
     by_address: dict[int, list[Block]] = {}
     for block in blocks:
         by_address.setdefault(block.address, []).append(block)
@@ -129,6 +137,8 @@ def _label(blocks: list[Block], observations: Iterable[Observation]) -> list[Obs
                 missed.append(seen)
             continue
         note_type(block, seen, best_type)
+        if seen.column == "unattributed":
+            loose.add(id(block))
         if seen.column not in PRIORITY:
             continue
         # What a module is given is the batch only if it was there before the model ran; else it is
@@ -144,7 +154,7 @@ def _label(blocks: list[Block], observations: Iterable[Observation]) -> list[Obs
             block.name = seen.name or block.name
             block.model = seen.model or block.model
             block.role = seen.role or block.role
-    return missed
+    return missed, loose
 
 
 def _tenant(lives: Sequence[Block], time: int, slack: int = 50_000) -> Block | None:

@@ -72,13 +72,20 @@ def _held_together(inputs: list[torch.Tensor]) -> Iterator[list[object]]:
             yield list(holder)
         elif isinstance(holder, list) and len(holder) <= _MOST_IN_A_LIST:
             yield holder
-        elif isinstance(holder, types.GeneratorType):
+        elif isinstance(holder, types.GeneratorType) or _has_attributes(holder):
             yield gc.get_referents(holder)
     for closure in gc.get_referrers(*cells) if cells else ():
         if isinstance(closure, tuple):
             yield [content for cell in closure for content in gc.get_referents(cell)]
     for frame in _frames_of_the_caller():
         yield list(variables_of(frame).values())
+
+
+def _has_attributes(thing: object) -> bool:
+    """Whether it is an object of somebody's class, which holds its attributes by itself."""
+    return hasattr(type(thing), "__dict__") and not isinstance(
+        thing, (list, torch.Tensor, torch.nn.Module, types.FunctionType, types.FrameType)
+    )
 
 
 def _frames_of_the_caller() -> Iterator[types.FrameType]:

@@ -48,6 +48,8 @@ class Observer:
         self.forward_with_grad = False
         #: Called once, when a model is about to run for the first time.
         self.on_first_call: Callable[[], None] | None = None
+        #: When the outermost module was called last (nanoseconds).
+        self.last_call = 0
         self._failed_in = self._optimizer = self._backward_of = ""
         self._local = threading.local()
         self._optimizer_started: dict[int, int] = {}
@@ -94,7 +96,10 @@ class Observer:
         name = self.seen.names.get(module, type(module).__name__)
         self._failed_in = self._optimizer = self._backward_of = ""
         self.threads.setdefault(threading.get_ident(), name)
-        self.stack.append((name, time.time_ns(), id(module)))
+        now = time.time_ns()
+        if not self.stack:
+            self.last_call = now
+        self.stack.append((name, now, id(module)))
         self.forward_with_grad |= torch.is_grad_enabled()
         self.seen.see_module(module, name)
         for tensor in tensors_in(inputs):

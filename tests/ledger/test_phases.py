@@ -17,8 +17,8 @@ def test_the_phases_of_two_steps():
     ]
     moments = (0, 99, 100, 250, 300, 342, 399, 400, 425, 450, 499, 500, 1100)
     assert [ledger.phase_at(moment) for moment in moments] == [
-        "other",
-        "other",
+        "building",
+        "building",
         "forward",
         "forward",
         "backward",
@@ -31,7 +31,7 @@ def test_the_phases_of_two_steps():
         "other",
         "forward",
     ]
-    assert {span.kind for span in ledger.phases} | {"other"} == set(PHASES)
+    assert {span.kind for span in ledger.phases} | {"other", "building"} == set(PHASES)
 
 
 def test_without_a_module_the_forward_begins_with_the_step():

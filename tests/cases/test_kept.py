@@ -1,0 +1,260 @@
+"""What is kept, since when, and whether it grows: the cases D2, D3, D5 to D7, D13 and D15, C3."""
+
+import copy
+import gc
+
+import pytest
+import torch
+from torch import nn
+
+from memlab import budget, measure, watch
+from memlab.meters.device import bytes_alive
+from memlab.meters.refusals import OverBudget
+
+FLOAT = 4
+BATCH, WIDTH = 32, 64
+INPUTS = BATCH * WIDTH * FLOAT
+LAYER = (WIDTH * WIDTH + WIDTH) * FLOAT
+MODEL = 2 * LAYER
+
+
+def network():
+    return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH))
+
+
+class Loop:
+    """A training, and what somebody keeps of it after each step."""
+
+    def __init__(self, keep, steps=5):
+        self.model = network()
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
+        self.keep = keep
+        self.steps = steps
+        self.kept = []
+
+    def run(self):
+        for _ in range(self.steps):
+            inputs = torch.randn(BATCH, WIDTH)
+            targets = torch.randn(BATCH, WIDTH)
+            loss = (self.model(inputs) - targets).square().mean()
+            loss.backward()
+            self.keep(self)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            del inputs, targets, loss
+
+    def watched(self):
+        with watch(self.model, self.optimizer) as w:
+            self.run()
+        return w.measurement
+
+
+def came(measured, columns):
+    """The bytes of what is kept, without what lay in this process before."""
+    return columns["kept"] - measured.ledger.columns_at(measured.ledger.start)["kept"]
+
+
+def copy_of_the_weights(loop):
+    loop.kept.append(copy.deepcopy(loop.model.state_dict()))
+
+
+def best_weights(loop):
+    loop.kept[:] = [{name: p.detach().clone() for name, p in loop.model.named_parameters()}]
+
+
+def sums_of_gradients(loop):
+    gradients = [parameter.grad.clone() for parameter in loop.model.parameters()]
+    if loop.kept:
+        gradients = [before.add_(new) for before, new in zip(loop.kept[0], gradients, strict=True)]
+    loop.kept[:] = [gradients]
+
+
+@pytest.mark.parametrize("keep", [copy_of_the_weights, best_weights, sums_of_gradients])
+def test_d2_copies_of_weights_and_sums_of_gradients_are_kept(keep):
+    measured = Loop(keep).watched()
+    after = measured.steps[-1].columns_after
+    copies = 5 if keep is copy_of_the_weights else 1
+    assert came(measured, after) == copies * MODEL
+    assert after["batch"] == 0
+    assert measured.columns["batch"] <= 2 * INPUTS
+    assert measured.verdict.kind == ("creep" if copies > 1 else "steady")
+
+
+def test_d2_a_replay_buffer_from_before_and_what_is_added_to_it_are_kept():
+    buffer = [torch.randn(BATCH, WIDTH) for _ in range(10)]
+    loop = Loop(lambda loop: buffer.append(torch.randn(BATCH, WIDTH)))
+    measured = loop.watched()
+    assert measured.ledger.columns_at(measured.ledger.start)["kept"] >= 10 * INPUTS
+    assert came(measured, measured.steps[-1].columns_after) == 5 * INPUTS
+    assert measured.verdict.bytes_a_step == INPUTS
+    assert "list `buffer` (15 entries)" in measured.verdict.holder
+
+
+def test_d2_features_that_a_hook_leaks_are_kept():
+    features = []
+    loop = Loop(lambda loop: None)
+    loop.model[1].register_forward_hook(lambda module, inputs, output: features.append(output))
+    measured = loop.watched()
+    # (What the last step made is an activation until it is over.)
+    assert came(measured, measured.columns) == 4 * INPUTS
+    verdict = measured.verdict
+    assert (verdict.kind, verdict.column, verdict.operator) == ("creep", "kept", "aten::tanh")
+    assert verdict.bytes_a_step == INPUTS
+    assert "`features`" in verdict.holder
+
+
+def test_d2_an_optimizer_that_keeps_its_state_on_itself():
+    class Momentum(torch.optim.Optimizer):
+        def __init__(self, parameters):
+            super().__init__(parameters, {})
+            self.moments = [torch.zeros_like(p) for p in self.param_groups[0]["params"]]
+
+        def step(self):
+            for parameter, moment in zip(self.param_groups[0]["params"], self.moments, strict=True):
+                moment.mul_(0.9).add_(parameter.grad)
+                parameter.data.sub_(moment, alpha=0.1)
+
+    loop = Loop(lambda loop: None)
+    loop.optimizer = Momentum(loop.model.parameters())
+    measured = loop.watched()
+    assert measured.columns["optimizer_state"] == MODEL
+    assert came(measured, measured.columns) == 0
+
+
+def evaluation(calls, collect):
+    """An evaluation that keeps its outputs, put together anew after each batch or in a list."""
+    model = network().eval()
+    outputs = None if collect == "cat" else []
+    with torch.no_grad():
+        for _ in range(calls):
+            output = model(torch.randn(BATCH, WIDTH))
+            if collect == "list":
+                outputs.append(output)
+            else:
+                outputs = output if outputs is None else torch.cat([outputs, output])
+    return outputs
+
+
+@pytest.mark.parametrize("collect", ["cat", "list"])
+def test_d3_an_evaluation_keeps_its_predictions(collect):
+    calls = 6
+    with watch() as w:
+        evaluation(calls, collect)
+    measured = w.measurement
+    if collect == "list":
+        assert came(measured, measured.columns) == (calls - 1) * INPUTS
+        return
+    # The old ones and the new ones, in the last `cat`; its last output is the model's.
+    assert came(measured, measured.columns) == (2 * calls - 1) * INPUTS
+    assert measured.largest(1)[0].operator == "aten::cat"
+
+
+def test_d5_watch_keeps_nothing_alive():
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+    model(torch.randn(BATCH, WIDTH)).mean().backward()
+    optimizer.step()
+    gc.collect()
+    with watch(model, optimizer):
+        before = bytes_alive(torch.device("cpu"))
+        del model, optimizer
+        freed = before - bytes_alive(torch.device("cpu"))
+    assert freed == 4 * MODEL + 4 * FLOAT  # a step count for each parameter
+
+
+def test_d7_a_loss_with_its_graph_is_held_by_a_list():
+    losses = []
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with watch(model, optimizer) as w:
+        for _ in range(6):
+            loss = model(torch.randn(BATCH, WIDTH)).square().mean()
+            loss.backward(retain_graph=True)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss)
+    verdict = w.measurement.verdict
+    # The inputs, two outputs of a layer (Tanh's, and the last one's for the square), and the loss.
+    assert verdict.bytes_a_step == 3 * INPUTS + FLOAT
+    assert verdict.kind == "creep"
+    assert verdict.holder.startswith("list `losses` (6 entries)")
+    assert verdict.sentence in str(w.measurement)
+    assert "loss.item()" in verdict.sentence
+
+
+def test_d13_a_data_set_in_a_list_is_kept():
+    def train():
+        data = [torch.randn(BATCH, WIDTH) for _ in range(50)]
+        model = network()
+        for inputs in data:
+            loss = model(inputs).mean()
+            loss.backward()
+            yield loss
+
+    with pytest.raises(OverBudget, match="kept") as raised, budget("500 KiB"):
+        measure(train, steps=3)
+    assert max(raised.value.columns, key=raised.value.columns.get) == "kept"
+
+
+def test_d13_features_that_an_evaluation_keeps_are_kept():
+    def evaluate():
+        model = network().eval()
+        features = []
+
+        @torch.no_grad()
+        def step():
+            for _ in range(100):
+                features.append(model(torch.randn(BATCH, WIDTH)))
+
+        return step
+
+    with pytest.raises(OverBudget) as raised, budget("500 KiB"):
+        measure(evaluate, steps=1)
+    assert max(raised.value.columns, key=raised.value.columns.get) == "kept"
+
+
+def test_d13_a_layer_that_is_being_built_is_parameters():
+    def build():
+        return nn.Linear(1000, 1000)
+
+    with pytest.raises(OverBudget) as raised, budget("2 MiB"):
+        build()
+    assert max(raised.value.columns, key=raised.value.columns.get) == "parameters"
+
+
+def test_d15_the_peak_of_building_and_that_of_the_steps_stand_apart():
+    def train():
+        model = network().to(torch.bfloat16)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(3):
+            inputs = torch.randn(1, WIDTH, dtype=torch.bfloat16)
+            loss = model(inputs).float().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            yield loss
+
+    measured = measure(train, steps=3)
+    # In FP32 at first, and one layer's weight in both types.
+    assert measured.building_peak_bytes >= MODEL
+    of_steps = max(step.peak_bytes for step in measured.steps)
+    if measured.building_peak_bytes > of_steps:
+        assert (measured.phase, measured.verdict.kind) == ("building", "building")
+
+
+def test_c3_whole_outputs_are_kept_from_step_to_step():
+    def train():
+        model = network()
+        outputs = []
+        for _ in range(5):
+            output = model(torch.randn(BATCH, WIDTH))
+            output.mean().backward()
+            outputs.append(output)
+            yield None
+
+    measured = measure(train, steps=5)
+    assert measured.verdict.bytes_a_step == INPUTS
+    assert [step.columns_after["kept"] for step in measured.steps] == [
+        INPUTS * number for number in range(1, 6)
+    ]
+    assert "list `outputs`" in measured.verdict.holder
