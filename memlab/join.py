@@ -8,7 +8,8 @@ from memlab.meters import refusals
 from memlab.meters.device import environment
 from memlab.meters.never_called import never_called
 from memlab.meters.outside import outside
-from memlab.meters.recording import Recorded, no_garbage_collection
+from memlab.meters.recorded import Recorded
+from memlab.meters.recording import no_garbage_collection
 
 
 @no_garbage_collection()
@@ -60,4 +61,5 @@ def measurement_of(recorded: Recorded) -> Measurement:
         outside_shared_bytes=beside.shared_bytes,
         never_called=never_called(recorded.replaced, ledger.modules),
         evaluating=recorded.evaluating,
+        without_gradient=recorded.missing,
     )

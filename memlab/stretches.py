@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from memlab.join import measurement_of
 from memlab.ledger import Counted, Step, steps_in
 from memlab.measurement import Measurement
-from memlab.meters.recording import Recorded
+from memlab.meters.recorded import Recorded
 from memlab.verdict import Growth, growth_of
 
 

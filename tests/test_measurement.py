@@ -5,7 +5,7 @@ import torch
 from memlab.join import measurement_of
 from memlab.ledger import Block, Event, Observation, Span
 from memlab.meters.readings import Readings
-from memlab.meters.recording import Recorded
+from memlab.meters.recorded import Recorded
 
 CPU = torch.device("cpu")
 

@@ -7,37 +7,24 @@ import gc
 import inspect
 import sys
 import types
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
-
-from memlab.meters.live import storages
 
 # A longer list is a collection, of which one was given to a module.
 _MOST_IN_A_LIST = 4
 
 
-def targets_of(inputs: Collection[int], things: Iterable[object]) -> list[torch.Tensor]:
+def targets_beside(inputs: list[torch.Tensor]) -> list[torch.Tensor]:
     """Return the tensors that are held together with a module's inputs and have their first size,
     as targets have.
 
-    Together are those of one tuple, one short list, one dictionary, one closure, or the variables
-    of one function (a generator that waits, or one that runs and called memlab).
+    Together are those of one tuple, one short list, one dictionary, one object, one closure, or the
+    variables of one function (a generator that waits, or one that runs and called memlab).
 
     Args:
-        inputs: the addresses of what modules were given, `(batch, ...)`.
-        things: what is alive.
+        inputs: what modules were given, `(batch, ...)`.
     """
-    given = []
-    for thing in things:
-        with contextlib.suppress(Exception):  # a stranger, as below
-            if isinstance(thing, torch.Tensor):
-                if any(storage.data_ptr() in inputs for storage in storages(thing)):
-                    given.append(thing)
-    return _beside(given)
-
-
-def _beside(inputs: list[torch.Tensor]) -> list[torch.Tensor]:
     if not inputs:
         return []
     ids = {id(tensor) for tensor in inputs}

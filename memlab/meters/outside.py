@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from memlab.ledger import Block, Ledger, Observation, lives
-from memlab.meters.recording import Recorded
+from memlab.meters.recorded import Recorded
 from memlab.meters.uses import Use
 
 

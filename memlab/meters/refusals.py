@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 
 from memlab.ledger import COLUMNS, Ledger, Observation
-from memlab.meters.recording import Recorded
+from memlab.meters.recorded import Recorded
 from memlab.units import KiB, format_bytes
 
 # Small constants that PyTorch keeps for good once they were needed are not a leak.

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from memlab.ledger import Observation
-from memlab.meters.beside import targets_of
+from memlab.meters.beside import targets_beside
 from memlab.meters.gradients import Gradients, Missing
 from memlab.meters.live import (
     live_objects,
@@ -46,13 +46,13 @@ class Sightings:
         self.device = device
         self.latest: dict[tuple[int, str], Observation] = {}
         self._uses = Uses()
-        #: Where the parameters of the models were.
-        self.devices: set[torch.device] = set()
+        self.devices: set[torch.device] = set()  # where the parameters of the models were
         #: The addresses of what was alive before, memory maps apart.
         self.before: set[int] = set()
         self.maps_before: set[int] = set()
         #: The addresses of what a module was given.
         self.inputs: set[int] = set()
+        self._given: dict[int, weakref.ref] = {}
         #: The modules by model, with their names in it.
         self.models = Models()
         self.names = self.models.names
@@ -184,7 +184,8 @@ class Sightings:
                         self._look_at_holder(thing)
         self.see_gradients()
         if after:
-            targets = targets_of(self.inputs, things)
+            given = [reference() for reference in list(self._given.values())]
+            targets = targets_beside([tensor for tensor in given if tensor is not None])
             self.see(targets, "batch", "target", outside=False)
             self.replaced = self.models.replaced()
             self.missing = self.gradients.missing()
@@ -234,8 +235,9 @@ class Sightings:
     def see_input(self, tensor: torch.Tensor) -> None:
         """Note what a module was given."""
         self.see((tensor,), "batch", "input")
-        with contextlib.suppress(Exception):  # no memory of its own
+        with contextlib.suppress(Exception):
             self.inputs.update(storage.data_ptr() for storage in storages(tensor))
+            self._given[id(tensor)] = weakref.ref(tensor)  # an address is soon another's
 
     @property
     def uses(self) -> list[Use]:

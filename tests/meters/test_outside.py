@@ -5,7 +5,7 @@ import torch
 from memlab.ledger import Event, Observation
 from memlab.meters.outside import outside
 from memlab.meters.readings import Readings
-from memlab.meters.recording import Recorded
+from memlab.meters.recorded import Recorded
 from memlab.meters.uses import Use
 
 #: Two memory maps, and two storages that lie in them.

@@ -8,7 +8,7 @@ import torch
 from memlab.ledger import COLUMNS, Block, Ledger, Observation, Span
 from memlab.meters import refusals
 from memlab.meters.readings import Readings
-from memlab.meters.recording import Recorded
+from memlab.meters.recorded import Recorded
 from memlab.meters.uses import Use
 from memlab.units import MiB
 
