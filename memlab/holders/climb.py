@@ -20,6 +20,8 @@ DEEPEST = 12
 #: How many objects' referrers are looked for at once. Python compares every reference in the
 #: process with each of them.
 MOST_AT_ONCE = 64
+#: How many objects are looked for on each step up.
+MOST = 256
 
 _FUNCTIONS = (types.FunctionType, types.GeneratorType, types.CoroutineType, type)
 
@@ -70,15 +72,16 @@ class Climb:
         own = (self, self.__dict__, self.things, self.parents, self.graphs, self.graphs.__dict__)
         self._skip = skip | self.roots.spaces | set(map(id, own))
         self._skip |= set(map(id, (*vars(self).values(), *vars(self.graphs).values())))
-        self._skip |= set(map(id, vars(self.graphs)["_next"].values()))
+        self._skip |= set(map(id, self.graphs.lists))
         frontier = list(self.things.values())
         done: set[int] = set()
         for _ in range(DEEPEST):
             if not frontier:
                 return
-            self.complete &= len(frontier) <= MOST_AT_ONCE
+            self.complete &= len(frontier) <= MOST
             done.update(map(id, frontier))
-            self._look_for_referrers(frontier[:MOST_AT_ONCE], {id(frontier), id(done)})
+            for first in range(0, min(len(frontier), MOST), MOST_AT_ONCE):
+                self._look_for_referrers(frontier[first : first + MOST_AT_ONCE], {id(frontier)})
             above = {parent for child in done for parent in self.parents.get(child, ())}
             frontier = [self.things[i] for i in above - done if not self._has_end(self.things[i])]
         self.complete = False
@@ -103,7 +106,11 @@ class Climb:
             if (module := self._modules.get(id(child))) is not None:
                 self.link(child, module)
         # What a module holds is known, and so is the module above it.
-        children = [child for child in children if id(child) not in self._modules]
+        children = [
+            child
+            for child in children
+            if id(child) not in self._modules and not _is_of_memlab(child)
+        ]
         skip.add(id(children))
         found = gc.get_referrers(*children) if children else []
         for parent in found:

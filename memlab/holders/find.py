@@ -59,8 +59,9 @@ def find_holders(
 
     What holds any tensor of the same storage counts: a view keeps all of it. Searched are the
     objects that Python's garbage collector knows, the variables of running functions in all
-    threads, and autograd's graphs. Not seen is what only C++ holds, what a running function has not
-    yet given a name, and what was set aside by `gc.freeze`, names of modules apart.
+    threads, and autograd's graphs. Not seen is what only C++ holds, a NumPy array of the same
+    memory, what a running function has not yet given a name, and what was set aside by `gc.freeze`,
+    names of modules apart.
 
     It walks through all objects of the process, once for each step up from a tensor to a name.
     Measured for a variable: 0.2 s with 200,000 objects, 0.4 s with 490,000 (transformers imported).

@@ -48,7 +48,12 @@ def line_that_frees(way: Way, place: Place) -> str | None:
     if place.kind == "closure":
         # The tensor, its cell, the function's tuple of cells, the function.
         return root_frees if len(way.things) == 4 else None
-    return f"{place.code} = None" if place.code and place.noun == "attribute" else None
+    if place.noun != "attribute":
+        return None
+    if place.code:
+        return f"{place.code} = None"
+    # An object in a list, say. A module is no such thing: nobody throws a layer away for it.
+    return None if isinstance(way.things[1], torch.nn.Module) else _clears(way.above())
 
 
 def _instead_of(owner: object) -> str | None:
@@ -67,6 +72,8 @@ def _clears(way: Way) -> str | None:
         if not issubclass(type(thing), (dict, *LISTS)):
             return None
         if code := place_of_thing(way.above(steps)).code:
-            is_fixed = issubclass(type(thing), (tuple, frozenset))
-            return f"del {code}" if is_fixed and code.isidentifier() else f"{code}.clear()"
+            if not issubclass(type(thing), (tuple, frozenset)):
+                return f"{code}.clear()"
+            if code.isidentifier():
+                return f"del {code}"
     return None

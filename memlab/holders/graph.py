@@ -73,6 +73,11 @@ class Graphs:
                     owners.append(owner)
                 nodes.extend(self._next.get(id(node), ()))
 
+    @property
+    def lists(self) -> list[list]:
+        """Its own lists."""
+        return [*self._next.values(), *self._owners.values()]
+
     def owners(self, node: object) -> list[object]:
         """The tensors (and nodes) whose graph a node belongs to; none for anything else."""
         return self._owners.get(id(node), [])

@@ -125,6 +125,11 @@ def name_in(values: dict, thing: object) -> str:
     return next((str(name) for name, value in list(values.items()) if value is thing), "")
 
 
+def key_of(values: dict, thing: object) -> object:
+    """The key of a value in a dictionary, or None."""
+    return next((key for key, value in list(dict.items(values)) if value is thing), None)
+
+
 def attribute_of(owner: object, thing: object) -> str:
     with contextlib.suppress(Exception):
         values = vars(owner) if is_a(owner, type) else owner.__dict__

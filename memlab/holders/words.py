@@ -19,6 +19,7 @@ from memlab.holders.way import (
     attribute_of,
     is_a,
     is_of_last_error,
+    key_of,
     name_in,
     stopped_frame,
 )
@@ -107,7 +108,9 @@ def place_of_thing(way: Way) -> Place:
     if issubclass(kind, dict) and is_a(way.above(2).owner, torch.Tensor):
         return Place("hook", f"a hook of {words(way.above(2))}")
     if issubclass(kind, dict):
-        return Place("dict", f"in {words(above)}")
+        code, key = place_of_thing(above).code, key_of(holder, thing)
+        code = f"{code}[{key!r}]" if code and type(key) in (str, int) else None
+        return Place("dict", f"in {words(above)}", code=code)
     if issubclass(kind, LISTS):
         return Place("list", f"in {words(above)}")
     return _place_at_object(thing, holder, above)

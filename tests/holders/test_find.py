@@ -53,6 +53,18 @@ def test_two_tensors_in_one_list_are_one_holder():
     assert str(Holder("`x`", "variable")) == "`x`"
 
 
+def test_many_graphs_are_one_holder():
+    weight = torch.ones(4, requires_grad=True)
+    losses = [(weight * step).exp().sum() for step in range(100)]
+    saved = [loss.grad_fn.next_functions[0][0]._raw_saved_result.data for loss in losses]
+    addresses = [tensor.data_ptr() for tensor in saved]
+    del saved
+    [holder] = find_holders(addresses, device="cpu")
+    assert holder.path.startswith(
+        "the graph of a tensor in list `losses` (100 entries) in test_many"
+    )
+
+
 @pytest.mark.parametrize("thing", ["text", [None], [[torch.ones(1)]], [True]])
 def test_anything_else_is_refused(thing):
     with pytest.raises(ValueError, match="takes tensors or addresses of storages, not a"):

@@ -20,6 +20,8 @@ LINES = {
     "a set": "kept.clear()",
     "a queue of an object": "kept.buffer.clear()",
     "an object": "kept.saved = None",
+    "objects in a list": "kept.clear()",
+    "a list in a dict": "kept['losses'].clear()",
     "slots": "kept.x = None",
     "a generator": "kept.close()",
     "a coroutine": "kept.close()",

@@ -153,6 +153,11 @@ CASES = {
         "dict",
         "dict (1 entry) in list `kept` (1 entry)",
     ),
+    "a list in a dict": (
+        lambda: {"losses": [made()]},
+        "list",
+        "list (1 entry) in dict `kept` (1 entry)",
+    ),
     "a model's output": (lambda: Output(x=made()), "dict", "Output `kept` (1 entry)"),
     "a tuple": (lambda: (made(), 1, 2), "list", "tuple `kept` (3 entries)"),
     "a set": (lambda: {made()}, "list", "set `kept` (1 entry)"),
