@@ -355,7 +355,7 @@ def in_micro_batches(function: Callable, micro_batch_size: int, /, *args, **kwar
 
     Each slice is a checkpoint: only the arguments are kept for backward, which runs a slice again
     and passes through it before the next. Dropout draws a mask for each slice, so with the same
-    seed the masks are others than without slices.
+    seed the masks can be others than without slices.
 
     Args:
         function: It returns a tensor (batch, ...), or a tuple of them. Of a loss, return one number
@@ -446,8 +446,8 @@ def apply_layer_major_micro_batches(
 
     Call the model and `backward` once, with the whole batch. What is outside the blocks stays
     whole: where the vocabulary is large, call `in_micro_batches` for the output layer and its loss.
-    Dropout draws its masks slice by slice and block by block: they are others than those of a plain
-    step with the same seed, and the gradients are those of these masks.
+    Dropout draws its masks slice by slice: with the same seed they are others than those of a plain
+    step (but on a CPU where a block has a single dropout), and so are the gradients.
 
     Args:
         model: The model whose blocks are changed.

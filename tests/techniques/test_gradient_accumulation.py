@@ -574,6 +574,23 @@ def test_blocks_called_by_names_and_blocks_of_several_lists_go_in_micro_batches(
     assert difference(expected, gradients(model)) < FLOAT
 
 
+def test_dropout_draws_other_masks_as_soon_as_there_is_more_than_one_slice():
+    model = nn.Sequential(nn.Sequential(nn.Dropout(0.5), nn.Linear(HIDDEN, 8), nn.Dropout(0.5)))
+    batch = torch.randn(BATCH, SEQUENCE, HIDDEN)
+
+    def run():
+        torch.manual_seed(0)
+        return model(batch)
+
+    expected = run()
+    with apply_layer_major_micro_batches(model, BATCH):
+        assert torch.equal(run(), expected)
+    with apply_layer_major_micro_batches(model, 2):
+        masks = run() == 0
+    assert not torch.equal(masks, expected == 0)
+    assert masks.float().mean() == pytest.approx(0.5, abs=0.1)
+
+
 def test_the_first_argument_may_have_its_name():
     x = torch.randn(BATCH, 3)
     doubled = in_micro_batches(lambda values, factor: values * factor, 2, factor=2.0, values=x)

@@ -229,27 +229,32 @@ def test_what_is_saved_less_is_one_tensor_or_none(make, less):
     assert ("saves 2,048 bytes" if less else "a temporary at most") in verdict.reason
 
 
+def three_leaky_relus(example_rows):
+    """A run that tries its activations with so many rows while it builds; 0: not at all."""
+    torch.manual_seed(0)
+    layers = [part for _ in range(3) for part in (nn.Linear(64, 64), nn.LeakyReLU(0.1))]
+    model = nn.Sequential(*layers, nn.Linear(64, 1))
+    x = torch.randn(256, 64)
+    if example_rows:
+        assert len(apply_in_place_activations(model, x[:example_rows]).names) == 3
+    while True:
+        model.zero_grad()
+        loss = model(x).mean()
+        loss.backward()
+        yield loss
+
+
+def test_the_trial_costs_memory_while_it_runs_and_nothing_of_it_stays():
+    small, large = (
+        measure(three_leaky_relus, device="cpu", example_rows=rows) for rows in (2, 256)
+    )
+    assert large.bytes_after_step == small.bytes_after_step
+    # The steps' own peak is there with the small example; with the large one the trial's is above.
+    assert small.phase == "backward" and large.known_bytes > small.known_bytes
+
+
 def test_the_ledger_sees_the_bytes_that_the_verdicts_count():
-    def build(in_place):
-        def build_run():
-            torch.manual_seed(0)
-            layers = [part for _ in range(3) for part in (nn.Linear(64, 64), nn.LeakyReLU(0.1))]
-            model = nn.Sequential(*layers, nn.Linear(64, 1))
-            x = torch.randn(256, 64)
-            if in_place:
-                assert len(apply_in_place_activations(model, x[:2]).names) == 3
-
-            def step():
-                model.zero_grad()
-                loss = model(x).mean()
-                loss.backward()
-                return loss
-
-            return step
-
-        return build_run
-
-    beside, over = measure(build(False), device="cpu"), measure(build(True), device="cpu")
+    beside, over = (measure(three_leaky_relus, device="cpu", example_rows=rows) for rows in (0, 2))
     unit = 4 * 256 * 64
     assert beside.losses == over.losses
     assert beside.columns["activations"] - over.columns["activations"] == 3 * unit
