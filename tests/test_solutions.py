@@ -253,25 +253,18 @@ def test_the_exercises_are_unsolved_as_committed(path):
     assert unsolved_problems(notebook) == []
 
 
-def check_solutions(path, folder):
-    assert solution_problems(nbformat.read(path, as_version=4), path.name, folder) == []
+def class_of(path):
+    @pytest.mark.slow
+    class TestSolutions:
+        def test_the_solutions_pass(self, tmp_path):
+            assert solution_problems(nbformat.read(path, as_version=4), path.name, tmp_path) == []
+
+    return TestSolutions
 
 
-# Two classes, since `pytest --dist=loadscope` gives each class to one process.
-
-
-@pytest.mark.slow
-class TestOneHalf:
-    @pytest.mark.parametrize("path", NOTEBOOKS[::2], ids=lambda path: path.stem)
-    def test_the_solutions_pass(self, path, tmp_path):
-        check_solutions(path, tmp_path)
-
-
-@pytest.mark.slow
-class TestTheOtherHalf:
-    @pytest.mark.parametrize("path", NOTEBOOKS[1::2], ids=lambda path: path.stem)
-    def test_the_solutions_pass(self, path, tmp_path):
-        check_solutions(path, tmp_path)
+# A class a notebook, since `pytest --dist=loadscope` gives each class to one process: so they end
+# at about the same time.
+globals().update({f"Test_{path.stem}": class_of(path) for path in NOTEBOOKS})
 
 
 # The test itself, on a small notebook that stands in for the course's -----------------------------
