@@ -18,7 +18,7 @@ def test_the_phases_of_two_steps():
     moments = (0, 99, 100, 250, 300, 342, 399, 400, 425, 450, 499, 500, 1100)
     assert [ledger.phase_at(moment) for moment in moments] == [
         "building",
-        "building",
+        "other",
         "forward",
         "forward",
         "backward",

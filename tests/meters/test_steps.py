@@ -1,0 +1,108 @@
+"""Counting steps: where one ends, and what shapes it was given."""
+
+import torch
+from torch import nn
+
+from memlab.meters.steps import StepCounter
+
+
+def network():
+    return nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+
+
+def train(model, optimizer, rows, micro_batches=1):
+    for count in rows:
+        for _ in range(micro_batches):
+            model(torch.randn(count, 8)).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def shapes_of(counter):
+    return [step.shapes for step in counter.counted]
+
+
+def test_a_step_ends_when_a_module_is_called_after_the_optimizer():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with StepCounter() as counter:
+        train(model, optimizer, [4, 2, 3])
+        assert len(counter.counted) == 2
+        counter.end_last_step()
+        counter.end_last_step()
+    assert [step.number for step in counter.counted] == [1, 2, 3]
+    assert shapes_of(counter) == [((4, 8),), ((2, 8),), ((3, 8),)]
+    for before, after in zip(counter.counted, counter.counted[1:], strict=False):
+        assert before.start < before.end <= after.start
+
+
+def test_micro_batches_are_one_step():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with StepCounter() as counter:
+        train(model, optimizer, [4, 2], micro_batches=3)
+        counter.end_last_step()
+    assert shapes_of(counter) == [((4, 8),) * 3, ((2, 8),) * 3]
+
+
+def test_with_two_optimizers_the_first_one_counts():
+    model, other = network(), network()
+    first = torch.optim.SGD(model.parameters(), lr=0.1)
+    second = torch.optim.SGD(other.parameters(), lr=0.1)
+    with StepCounter() as counter:
+        for _ in range(3):
+            train(model, first, [4])
+            train(other, second, [4])
+        counter.end_last_step()
+    assert len(counter.counted) == 3
+
+
+def test_an_optimizer_in_backward_ends_no_step_within_it():
+    model = network()
+    parameters = list(model.parameters())
+    optimizers = {p: torch.optim.SGD([p], lr=0.1) for p in parameters}
+    for parameter in parameters:
+        parameter.register_post_accumulate_grad_hook(lambda p: optimizers[p].step())
+    with StepCounter() as counter:
+        for _ in range(3):
+            model(torch.randn(4, 8)).mean().backward()
+        counter.end_last_step()
+    assert len(counter.counted) == 3
+
+
+def test_who_ends_steps_by_hand_is_not_helped():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with StepCounter() as counter:
+        counter.end_step()
+        train(model, optimizer, [4, 2, 3])
+        counter.end_last_step()
+        counter.end_step()
+    assert shapes_of(counter) == [(), ((4, 8), (2, 8), (3, 8))]
+
+
+def test_a_model_called_with_keywords_shows_the_shapes_of_its_first_part():
+    class Wrapper(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = network()
+
+        def forward(self, inputs):
+            return self.inner(inputs)
+
+    seen = []
+    model = Wrapper()
+    with StepCounter(called=lambda module, inputs, shapes: seen.append(shapes)) as counter:
+        model(inputs=torch.randn(4, 8))
+        counter.end_step()
+    assert shapes_of(counter) == [((4, 8),)]
+    assert seen == [((4, 8),)]
+
+
+def test_it_leaves_no_hook_behind():
+    ended = []
+    with StepCounter(ended=lambda: ended.append(1)):
+        pass
+    model = network()
+    train(model, torch.optim.SGD(model.parameters(), lr=0.1), [4, 4])
+    assert ended == []

@@ -1,0 +1,125 @@
+"""The verdict: one sentence of what the steps say."""
+
+import pytest
+
+from memlab.holders import Holder
+from memlab.ledger import COLUMNS, Block, Ledger, Step
+from memlab.units import MiB
+from memlab.verdict import Growth, growth_of, host_growth, verdict_of
+
+HOLDER = Holder("list `losses` (4 entries) at train.py:3", "list", "losses.clear()")
+
+
+def steps(peaks, left, shapes=None, column="kept", host=None):
+    """Steps that were recorded in full; what grows is in one column."""
+    found = []
+    for number, (peak, after) in enumerate(zip(peaks, left, strict=True), 1):
+        columns = dict.fromkeys(COLUMNS, 0) | {"parameters": left[0], column: after - left[0]}
+        shape = () if shapes is None else ((shapes[number - 1], 16),)
+        heap = None if host is None else host[number - 1]
+        found.append(Step(number, 0, 1, shape, heap, peak, "forward", after, columns, after))
+    return found
+
+
+def test_a_steady_run():
+    verdict = verdict_of(steps([90, 100, 100, 100], [50, 60, 60, 60]))
+    assert (verdict.kind, verdict.bytes_a_step) == ("steady", 0)
+    assert verdict.sentence == "Steady: from step 2 to step 4 nothing grows."
+
+
+def test_a_creep_says_column_operator_module_and_holder():
+    growth = [Growth("activations", "aten::linear", "head", MiB)]
+    run = steps([9 * MiB] * 4, [5 * MiB, 6 * MiB, 7 * MiB, 8 * MiB])
+    verdict = verdict_of(run, growth, holders=[HOLDER])
+    assert (verdict.kind, verdict.column, verdict.bytes_a_step) == ("creep", "kept", MiB)
+    assert (verdict.operator, verdict.module, verdict.holder) == (
+        "aten::linear",
+        "head",
+        HOLDER.path,
+    )
+    assert verdict.sentence == (
+        "It grows by 1.00 MiB a step (1,048,576 bytes): kept, activations made by aten::linear in"
+        " head, held by list `losses` (4 entries) at train.py:3 (losses.clear())."
+    )
+
+
+def test_a_creep_of_gradients_and_state_needs_no_holder():
+    verdict = verdict_of(
+        steps([9 * MiB] * 4, [5 * MiB, 6 * MiB, 7 * MiB, 8 * MiB], None, "gradients")
+    )
+    assert (verdict.kind, verdict.column) == ("creep", "gradients")
+
+
+def test_two_steps_cannot_tell_whether_it_goes_on():
+    run = steps([9 * MiB] * 2, [5 * MiB, 6 * MiB])
+    assert verdict_of(run).kind == "steady"  # a loop's variable
+    verdict = verdict_of(run, [Growth("batch", "aten::randn", "", MiB)])
+    assert verdict.kind == "creep"
+    assert verdict.sentence.endswith("2 steps cannot tell whether that goes on: measure more.")
+
+
+def test_a_creep_that_ended():
+    run = steps([9 * MiB] * 6, [MiB * size for size in (5, 6, 7, 8, 8, 8)])
+    verdict = verdict_of(run)
+    assert verdict.kind == "creep ended"
+    assert verdict.sentence == "It grew by 2.00 MiB until step 4, and not after that."
+
+
+def test_what_comes_and_goes_is_no_creep():
+    run = steps([9 * MiB] * 6, [MiB * size for size in (5, 6, 5, 7, 6, 6)])
+    assert verdict_of(run).kind == "steady"
+
+
+def test_after_the_last_step_a_loops_variables_may_be_gone():
+    run = steps([9 * MiB] * 5, [MiB * size for size in (5, 6, 7, 8, 8)])
+    assert verdict_of(run).kind == "creep"
+
+
+def test_the_longest_batch_holds_the_peak():
+    run = steps([90, 100, 300, 100, 100, 300], [50] * 6, [4, 4, 32, 4, 4, 32])
+    verdict = verdict_of(run)
+    assert verdict.kind == "longest batch"
+    assert verdict.sentence == (
+        "The longest batch holds the peak: it follows (32, 16), steps 3, 6; the other steps need"
+        " 100 B."
+    )
+
+
+def test_the_usual_batch_is_not_the_longest():
+    assert verdict_of(steps([90, 300, 300, 100], [50] * 4, [4, 32, 32, 4])).kind == "steady"
+
+
+def test_the_peak_of_building():
+    verdict = verdict_of(steps([90, 100], [50, 50]), building_peak=400)
+    assert verdict.kind == "building"
+    assert "400 B, is that of building; the steps need 100 B" in verdict.sentence
+    assert verdict_of(steps([90, 100], [50, 50]), building_peak=80).kind == "steady"
+
+
+def test_one_step_alone_says_nothing():
+    assert verdict_of(steps([90], [50])).kind == "unknown"
+    assert verdict_of([]).kind == "unknown"
+    assert verdict_of(steps([90], [50]), building_peak=400).kind == "building"
+
+
+def test_what_the_steps_leave_is_summed_by_place():
+    blocks = []
+    for number in range(1, 5):
+        born = 10 * number + 1
+        for address in (1, 2):
+            block = Block(64, 10 * number + address, born, None, "activations", "forward", "head")
+            block.operator, block.kept_from = "aten::linear", 10 * number + 10
+            blocks.append(block)
+    ledger = Ledger(blocks, start=0, end=60)
+    run = [Step(number, 10 * number, 10 * number + 10) for number in range(1, 5)]
+    [growth] = growth_of(ledger, run)
+    assert (growth.column, growth.place) == ("activations", "aten::linear in head")
+    assert growth.bytes_a_step == 128
+    assert growth.addresses == (21, 22, 31, 32)
+
+
+@pytest.mark.parametrize("a_step, said", [(40_000, 40_000), (100, None)])
+def test_the_hosts_heap_is_read_from_steps_that_were_not_recorded(a_step, said):
+    cheap = [Step(number, 0, 1, (), 10**6 + a_step * number) for number in range(3, 20)]
+    assert host_growth([*steps([90, 100], [50, 50], host=[0, 10**6]), *cheap]) == said
+    assert host_growth(steps([90] * 12, [50] * 12, host=list(range(0, 12 * 10**6, 10**6)))) is None
