@@ -114,7 +114,7 @@ class Climb:
         skip.add(id(children))
         found = gc.get_referrers(*children) if children else []
         for parent in found:
-            if id(parent) in skip or _is_of_memlab(parent):
+            if id(parent) in skip or _is_of_memlab(parent) or _runs(parent):
                 continue
             for child in gc.get_referents(parent):
                 if id(child) in ids:
@@ -193,6 +193,11 @@ class Climb:
                 return False
             todo.extend(parents)
         return self.complete
+
+
+def _runs(thing: object) -> bool:
+    """Whether an object is a generator that runs now: its frame is among the running ones."""
+    return type(thing) is types.GeneratorType and thing.gi_running
 
 
 def _is_of_memlab(thing: object) -> bool:

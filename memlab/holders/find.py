@@ -18,7 +18,7 @@ from memlab.holders.roots import find_roots
 from memlab.holders.way import Way, without_dictionaries
 from memlab.holders.words import place_of_thing, words, words_of_tensor
 from memlab.meters.device import resolve_device
-from memlab.meters.live import live_objects, storages
+from memlab.meters.live import live_objects, objects_brought_back, storages
 
 #: Of more storages than these, the holders are not looked for.
 MOST_STORAGES = 64
@@ -89,7 +89,7 @@ def find_holders(
             kind = type(thing).__name__
             raise ValueError(f"find_holders() takes tensors or addresses of storages, not a {kind}")
     found: dict[str, tuple[float, Holder]] = {}
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), objects_brought_back():
         warnings.simplefilter("ignore")  # asking some tensors for their gradient warns
         for place, addresses in wanted.items():
             addresses = dict(list(addresses.items())[:MOST_STORAGES])

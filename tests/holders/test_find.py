@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from memlab.holders import Holder, find_holders
+from memlab.meters.live import live_objects, objects_set_aside
 
 pytestmark = pytest.mark.usefixtures("objects_frozen")
 
@@ -140,3 +141,28 @@ def test_what_the_collector_has_not_found_is_a_cycle():
         gc.enable()
         gc.collect()
     assert find_holders([address], device="cpu") == []
+
+
+KEPT = []
+
+
+def test_inside_a_run_that_is_measured():
+    """Its objects from before are set aside; and a generator that runs is no suspended one."""
+    gc.unfreeze()  # the objects of this file's tests: `objects_set_aside` does nothing else
+    found = []
+
+    def train():
+        loss = torch.ones(3)
+        KEPT.append(loss)
+        found.append(find_holders(loss))
+        KEPT.clear()
+        yield
+
+    with objects_set_aside():
+        next(train())
+        tensor = torch.ones(1)
+        assert any(thing is tensor for thing in live_objects(torch.Tensor))
+        assert gc.get_freeze_count() > 1000
+    assert gc.get_freeze_count() == 0
+    assert [holder.kind for holder in found[0]] == ["variable", "list"]
+    assert found[0][1].path.startswith("list `KEPT` (1 entry) in module tests.holders.test_find")
