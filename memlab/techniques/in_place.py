@@ -379,9 +379,8 @@ def apply_in_place_activations(
     random state stay as they are.
 
     The trial needs memory while it runs: what a step with the example batch keeps, and the
-    gradients twice. Nothing of it stays. In a run that is measured it belongs to the building, and
-    can be the peak of it: take an example of one or two samples, or try it before the run, and set
-    the switches inside.
+    gradients twice. Nothing of it stays. In a run that is measured it counts, and can be the peak:
+    take an example of one or two samples.
 
     Args:
         model: The model. Call this in the mode, train() or eval(), that it will run in: an
