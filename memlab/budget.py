@@ -94,7 +94,7 @@ class Budget:
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
         self._observer.__exit__()
         ran_out = isinstance(error, torch.OutOfMemoryError) and not isinstance(error, OverBudget)
-        columns = self._columns() if ran_out else {}
+        columns = self.columns() if ran_out else {}
         self._enforced.stop()
         if ran_out:
             place = f"An operator {self._observer.place(failed=True)}"
@@ -122,8 +122,8 @@ class Budget:
             peak, columns = measurement.peak_bytes, measurement.columns
         refuse_over_budget(self.limit, peak + alive_before, columns, measurement.ledger)
 
-    def _columns(self) -> dict[str, int]:
-        """Bytes alive by column, as far as what they are was seen."""
+    def columns(self) -> dict[str, int]:
+        """Return the bytes alive now by column, as far as what they are was seen."""
         held_at = {held.address: held for held in self._enforced.held()}
         self._observer.seen.look_around(before=True)
         seen = [
@@ -143,7 +143,7 @@ class Budget:
             f" asked for {format_bytes(asked)} while"
             f" {format_bytes(self.alive() - asked)} were alive"
         )
-        return OverBudget(self.limit, asked, place, self._columns(), detail=detail)
+        return OverBudget(self.limit, asked, place, self.columns(), detail=detail)
 
 
 def _builds_a_module() -> bool:

@@ -19,7 +19,6 @@ from memlab.meters.device import bytes_alive, resolve_device, room_for
 from memlab.meters.refusals import OverBudget
 from memlab.proof import FirstStep, first_step, gradient_difference, never_updated
 from memlab.units import MiB, format_bytes, parse_bytes
-from memlab.watch import watch
 
 #: Every result of `check` in this process, in order. The course's own tests read it.
 history: list[Result] = []
@@ -121,18 +120,17 @@ def _check(
         line = f"Not solved yet: {needed} has to become {budget_text}"
         return Result(False, [line], ledgers, limits.budget)
 
-    with watch(device=device) as watched:
-        pass
     # What operators take for themselves does not count: it depends on the processor.
     allowed = bytes_alive(device) + room_for(limits.budget, device)
     try:
-        with budget_of(allowed, device=device, scratch=False):
+        with budget_of(allowed, device=device, scratch=False) as enforced:
+            alive_before = enforced.columns()
             after = measure(build, steps=steps, device=device)
     except OverBudget as error:
         ledgers["yours, when it ran out"] = columns = error.columns
         asked = ""
         if not error.measured:
-            for column, count in watched.measurement.columns.items():  # what was alive before
+            for column, count in alive_before.items():
                 columns[column] = max(0, columns[column] - count)
             asked = f" asked for {format_bytes(error.asked)}" if error.asked else ""
         over = f"Over the budget of {budget_text}"
