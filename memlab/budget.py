@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import time
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -84,11 +85,13 @@ class Budget:
         self._counts_scratch = scratch
         self._observer = Observer(device, record=False)
         self._enforced = limit_for(device, limit, self._passed)
+        self._started = 0
 
     def __enter__(self) -> Budget:
         self._enforced.start()
         self._observer.__enter__()
         self._observer.seen.look_around(before=True)
+        self._started = time.time_ns()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
@@ -134,8 +137,10 @@ class Budget:
         return _by_column(held_at, seen, newest_is_parameter=_builds_a_module())
 
     def _is_from_before(self, held: Held | None) -> bool:
-        """Whether it was there before the model was called: else it is what the call works with."""
-        return held is not None and held.since < self._observer.last_call
+        """Whether it was there before the budget or before the model was called: else it is what
+        the call works with.
+        """
+        return held is not None and held.since < max(self._started, self._observer.last_call)
 
     def _passed(self, asked: int, operator: str) -> OverBudget:
         place = f"{operator} {self._observer.place()}"
