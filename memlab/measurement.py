@@ -18,7 +18,7 @@ from memlab.ledger import (
     activations_at_backward,
 )
 from memlab.meters.gradients import Missing
-from memlab.receipt import Receipt, groups, name_largest
+from memlab.receipt import Receipt, Said, groups, name_largest, step_peaks
 from memlab.show import Table
 from memlab.timing import Seconds
 from memlab.units import format_bytes
@@ -162,6 +162,15 @@ class Measurement:
             blocks=named,
             other_blocks_bytes=others,
             outside_bytes=self.outside_bytes,
+            building_peak_bytes=self.building_peak_bytes,
+            step_count=len(self.steps),
+            steps=step_peaks(self.steps),
+            verdict=Said(
+                kind=self.verdict.kind,
+                sentence=self.verdict.sentence,
+                bytes_a_step=self.verdict.bytes_a_step,
+            ),
+            holders=[str(holder) for holder in self.holders],
         )
 
     def save(self, path: str | Path) -> None:

@@ -62,6 +62,8 @@ def write(path: Path, measurement: Measurement, title: str, why: Sequence[str] =
 def page(measurement: Measurement, title: str, why: Sequence[str] = ()) -> str:
     """A measurement as the text of an HTML page; the same arguments as those of `write`."""
     sections = [_head(measurement, title)]
+    if len(measurement.steps) > 1:
+        sections.append(f"<p>{html.escape(measurement.verdict.sentence)}</p>")
     if why:
         sections.append(f"<div class='why'>{html.escape(chr(10).join(why))}</div>")
     sections.append(_columns(measurement))
@@ -69,6 +71,11 @@ def page(measurement: Measurement, title: str, why: Sequence[str] = ()) -> str:
         sections.append(_section("Over time", _picture(lambda: figures.timeline(measurement))))
         largest = measurement.groups(LARGEST).table().to_html()
         sections.append(_section("The largest blocks at the peak", largest))
+    if sum(step.peak_bytes is not None for step in measurement.steps) > 1:
+        sections.append(_section("Step by step", _picture(lambda: figures.steps(measurement))))
+    if measurement.holders:
+        lines = "".join(f"<li>{html.escape(str(holder))}</li>" for holder in measurement.holders)
+        sections.append(_section("Who holds what grows", f"<ul>{lines}</ul>"))
     sections.append(_foot(measurement))
     return (
         "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"

@@ -168,7 +168,9 @@ def _creep(
 ) -> Verdict:
     size = round(statistics.median(change for change in changes if change > 0))
     first = 1 if len(steps) > 2 else 0
-    before, last = steps[first].columns_after, steps[-1].columns_after
+    # Where it is highest: when the loop's function returns, what it held goes with the last step.
+    before = steps[first].columns_after
+    last = max(steps[first:], key=lambda step: step.bytes_left).columns_after
     column = max(last, key=lambda name: last[name] - before[name])
     largest = growth[0] if growth and column == "kept" else Growth(column, "", "", size)
 

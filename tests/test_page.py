@@ -68,7 +68,7 @@ def test_the_page_needs_nothing_else(measurement):
 
 
 def test_there_is_a_picture_for_light_pages_and_one_for_dark_ones(measurement):
-    tags = dict(Tags(page(measurement, "x")).found)
+    tags = dict(reversed(Tags(page(measurement, "x")).found))  # the first of each
     assert tags["source"]["media"] == "(prefers-color-scheme: dark)"
     assert tags["img"]["alt"].startswith("Timeline of memory")
     corners = []
@@ -77,6 +77,12 @@ def test_there_is_a_picture_for_light_pages_and_one_for_dark_ones(measurement):
         corners.append(picture.convert("RGB").getpixel((1, 1)))
     assert corners == [(255, 255, 255), (0x17, 0x17, 0x17)]
     assert "--back: #171717" in page(measurement, "x")
+
+
+def test_the_page_shows_the_verdict_and_the_steps(measurement):
+    text = page(measurement, "x")
+    assert f"<p>{measurement.verdict.sentence}</p>" in text
+    assert "<h2>Step by step</h2>" in text and "Who holds" not in text
 
 
 def test_why_it_did_not_fit_stands_first(measurement):

@@ -8,6 +8,16 @@ no GPU.
 """
 
 from memlab.receipt.difference import Difference, diff
-from memlab.receipt.models import Group, Receipt, groups, load, name_largest
+from memlab.receipt.models import Group, Receipt, Said, groups, load, name_largest, step_peaks
 
-__all__ = ["Difference", "Group", "Receipt", "diff", "groups", "load", "name_largest"]
+__all__ = [
+    "Difference",
+    "Group",
+    "Receipt",
+    "Said",
+    "diff",
+    "groups",
+    "load",
+    "name_largest",
+    "step_peaks",
+]

@@ -32,8 +32,13 @@ class Difference:
 
     @property
     def grew(self) -> bool:
-        """Whether it grew by more than is allowed."""
-        return self.growth > self.allowed
+        """Whether it grew by more than is allowed, or grows from step to step and did not."""
+        return self.growth > self.allowed or self.creeps
+
+    @property
+    def creeps(self) -> bool:
+        """Whether the later run grows from step to step, and the earlier one did not."""
+        return self.new.verdict.kind == "creep" != self.old.verdict.kind
 
     def __str__(self) -> str:
         return "\n".join([self._headline(), *self._columns(), *self._blocks(), *self._notes()])
@@ -43,7 +48,7 @@ class Difference:
         if not self.growth:
             return f"Known bytes {format_bytes(old)} ({old:,} bytes): the same"
         share = f" ({self.growth / old:+.2%})" if old else ""
-        verdict = "more than" if self.grew else "within"
+        verdict = "more than" if self.growth > self.allowed else "within"
         return (
             f"Known bytes {format_bytes(old)} → {format_bytes(new)}: {self.growth:+,} bytes{share},"
             f" {verdict} the {self.allowed:,} bytes that they may grow"
@@ -79,6 +84,9 @@ class Difference:
         old, new = self.old.environment.model_dump(), self.new.environment.model_dump()
         others = [f"{name} {old[name]} → {new[name]}" for name in old if old[name] != new[name]]
         notes = [f"Another environment: {', '.join(others)}"] if others else []
+        if self.old.verdict.kind != self.new.verdict.kind:
+            notes.append(f"Before: {self.old.verdict.sentence}")
+            notes.append(f"Now: {self.new.verdict.sentence}")
         if self.old.outside_bytes != self.new.outside_bytes:
             notes.append(
                 f"Not counted, outside of this allocator: {format_bytes(self.old.outside_bytes)} →"

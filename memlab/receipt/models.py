@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import ValidationError, field_validator
 
 from memlab.forms import Bytes, Count, Machine, Model, Text, in_words, replace
-from memlab.ledger import COLUMNS, Block, format_type
+from memlab.ledger import COLUMNS, Block, Step, format_type
 from memlab.units import format_bytes
 
 #: The version of the form of a receipt. It grows when a reader of the old form would misread the
@@ -56,6 +56,23 @@ class Group(Model):
         return f"{self.count} x {format_bytes(self.bytes)}, {self.type}"
 
 
+class StepPeak(Model):
+    """One step that was recorded in full: what it needed, and what may stay of it."""
+
+    number: Count
+    peak_bytes: Bytes
+    phase: str
+    bytes_left: Bytes
+
+
+class Said(Model):
+    """What the steps say (`memlab.verdict`)."""
+
+    kind: str
+    sentence: str
+    bytes_a_step: int
+
+
 class Receipt(Model):
     """What a run needed.
 
@@ -69,6 +86,11 @@ class Receipt(Model):
         blocks: the blocks alive at that moment, equal ones as one group, the largest group first.
         other_blocks_bytes: what the groups hold that are too small to be named.
         outside_bytes: the most bytes of tensors that the allocator did not hand out.
+        building_peak_bytes: the most bytes before the first step (None: not known).
+        step_count: how many steps were seen.
+        steps: those that were recorded in full.
+        verdict: what they say.
+        holders: who holds what grows.
     """
 
     environment: Machine
@@ -80,6 +102,11 @@ class Receipt(Model):
     blocks: list[Group]
     other_blocks_bytes: Bytes
     outside_bytes: Bytes
+    building_peak_bytes: Bytes | None
+    step_count: Bytes
+    steps: list[StepPeak]
+    verdict: Said
+    holders: list[str]
 
     @field_validator("columns", "known_columns")
     @classmethod
@@ -164,6 +191,20 @@ def groups(blocks: Iterable[Block], at: int | None = None) -> list[Group]:
         made_groups,
         key=lambda group: (-group.total, group.column, group.place, group.bytes, group.type),
     )
+
+
+def step_peaks(steps: Iterable[Step]) -> list[StepPeak]:
+    """The steps that were recorded in full, as a receipt has them."""
+    return [
+        StepPeak(
+            number=step.number,
+            peak_bytes=step.peak_bytes,
+            phase=step.phase,
+            bytes_left=step.bytes_left,
+        )
+        for step in steps
+        if step.peak_bytes is not None
+    ]
 
 
 def name_largest(all_groups: Sequence[Group]) -> tuple[list[Group], int]:

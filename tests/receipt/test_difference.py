@@ -49,6 +49,14 @@ def test_a_run_may_need_less_and_the_environment_may_be_another(receipts):
     assert f"threads {old.environment.threads} → 7" in text and "torch" not in text
 
 
+def test_a_run_that_now_grows_from_step_to_step_is_said(receipts):
+    creep = receipts[0].verdict.model_copy(update={"kind": "creep", "sentence": "It grows."})
+    later = receipts[0].model_copy(update={"verdict": creep})
+    difference = receipt.diff(receipts[0], later, "50%")
+    assert difference.grew and str(difference).endswith("Now: It grows.")
+    assert not receipt.diff(later, later).grew and not receipt.diff(later, receipts[0]).grew
+
+
 def test_what_moved_outside_is_said(receipts):
     moved = receipts[0].model_copy(update={"outside_bytes": 2048})
     assert "outside of this allocator: 0 B → 2.00 KiB" in str(receipt.diff(receipts[0], moved))

@@ -36,6 +36,9 @@ def test_a_receipt_says_what_the_measurement_says(kept):
     assert read.phase == measurement.phase and read.environment.threads == torch.get_num_threads()
     assert sum(group.total for group in read.blocks) == read.known_bytes
     assert read.other_blocks_bytes == 0
+    assert read.step_count == 2 and [step.number for step in read.steps] == [1, 2]
+    assert read.steps[1].peak_bytes == measurement.steps[1].peak_bytes
+    assert read.verdict.sentence == measurement.verdict.sentence and read.holders == []
     weights = 4 * (16 * 32 + 32)
     assert read.known_columns["parameters"] == weights
 
