@@ -1,6 +1,7 @@
 """The bytes in use on the host's heap."""
 
 import ctypes
+import gc
 
 import numpy as np
 import pytest
@@ -9,6 +10,16 @@ from torch import nn
 
 from memlab.meters import heap
 from memlab.meters.heap import heap_in_use
+
+
+@pytest.fixture(autouse=True)
+def _no_garbage():
+    """What other tests have left is not collected while this one counts."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
 
 pytestmark = pytest.mark.skipif(heap_in_use() is None, reason="this allocator does not say")
 
