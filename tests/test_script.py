@@ -1,5 +1,6 @@
 """A script that is run and watched: as Python would run it, to the byte, whatever ends it."""
 
+import gc
 import json
 import os
 import re
@@ -39,7 +40,9 @@ def folder(tmp_path, monkeypatch):
     """The folder in which one is, and from which `python -m` imports."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    return tmp_path
+    yield tmp_path
+    sys.last_type = sys.last_value = sys.last_traceback = None  # they hold what a script made
+    gc.collect()
 
 
 def write(path, text):
@@ -140,6 +143,18 @@ def test_over_a_budget_the_receipt_says_who_holds_what(folder, capsys):
         r"held by list `outputs` \(\d+ entries\) in train\(\) at train\.py:3",
         capsys.readouterr().err,
     )
+
+
+def test_what_a_function_of_the_script_held_is_known_after_it(folder, capsys):
+    head, loop = TRAIN.split("model = ")
+    loop = loop.replace("range(3)", "range(6)").replace("8, 16", "64, 16")
+    loop = loop.replace("loss = model", "output = model")
+    loop = loop.replace(".square()", "\n    outputs.append(output)\n    loss = output.square()")
+    function = f"outputs = []\nmodel = {loop}".replace("\n", "\n    ")
+    write(folder / "train.py", f"{head}def train():\n    {function}\n\ntrain()\n")
+    assert run_script("train.py") == 0
+    err = capsys.readouterr().err
+    assert "held by list `outputs`" in err and "in train() at train.py:" in err
 
 
 def test_a_budget_that_is_kept_changes_nothing(folder, capsys):
