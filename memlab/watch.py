@@ -21,7 +21,7 @@ from memlab.units import KiB
 
 #: So many calls of modules are recorded in one go: what is recorded takes the host's memory, up to
 #: 200 KB for each of them.
-CALLS_AT_ONCE = 200
+CALLS_AT_ONCE = 100
 
 #: Less than this is what a heap breathes.
 LEAST_BY_HEAP = 256 * KiB
@@ -45,7 +45,7 @@ class watch:  # noqa: N801 - read as a verb: `with watch(model, optimizer) as w:
     measured, as by `measure`.
 
     It may go on for as long as a training does. The first steps are recorded in full (two or more,
-    until modules were called 200 times), then two of every hundred, and each step with a larger
+    until modules were called 100 times), then two of every hundred, and each step with a larger
     batch than all before. Of the others it knows the batch's shape and the host's heap after it. A
     step ends when its optimizer has stepped and a module is called again; or call `w.step()`.
 
