@@ -21,8 +21,8 @@ _FIRST = 2
 class Leftovers:
     """Looks, inside its `with` block, for what is made in one step and still there two later.
 
-    Each look walks through the objects of the process, so there are few: from steps 2, 8, 32 on, and
-    so forth, until something is found.
+    Each look walks through the objects of the process, so there are few: from steps 2, 8, 32 on,
+    and so forth, until something is found.
 
     Args:
         device: whose tensors.

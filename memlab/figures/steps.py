@@ -52,7 +52,8 @@ def steps(measurement: Measurement, title: str | None = None) -> Drawing:
     headline(figure, title)
     figure.legend(loc="outside lower center", ncols=2, fontsize=FONT - 1, frameon=False)
     figure.alt = (
-        f"The steps of a run. {title.rstrip('.')}. The first one peaks at {peaks[0]:,.2f} {name} and leaves"
-        f" {left[0]:,.2f}, the last one at {peaks[-1]:,.2f} {name} and leaves {left[-1]:,.2f}."
+        f"The steps of a run. {title.rstrip('.')}. The first one peaks at {peaks[0]:,.2f} {name}"
+        f" and leaves {left[0]:,.2f}, the last one at {peaks[-1]:,.2f} {name} and leaves"
+        f" {left[-1]:,.2f}."
     )
     return figure
