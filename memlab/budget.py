@@ -137,10 +137,14 @@ class Budget:
         return _by_column(held_at, seen, newest_is_parameter=_builds_a_module())
 
     def _is_from_before(self, held: Held | None) -> bool:
-        """Whether it was there before the budget or before the model was called: else it is what
-        the call works with.
+        """Whether it was there before the budget, before a model was called at all or, where no
+        graph is made, before it was called last: else it is what the call works with.
         """
-        return held is not None and held.since < max(self._started, self._observer.last_call)
+        if held is None:
+            return False
+        observer = self._observer
+        last = observer.first_call if held.with_grad else observer.last_call
+        return held.since < max(self._started, last)
 
     def _passed(self, asked: int, operator: str) -> OverBudget:
         place = f"{operator} {self._observer.place()}"

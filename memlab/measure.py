@@ -10,7 +10,7 @@ import torch
 from memlab.budget import active_budget
 from memlab.holders import Holder, find_holders
 from memlab.join import measurement_of
-from memlab.ledger import steps_in
+from memlab.ledger import Step, steps_in
 from memlab.measurement import Measurement
 from memlab.meters import refusals
 from memlab.meters.device import resolve_device
@@ -87,7 +87,7 @@ def _measure(
     budget = active_budget()
     alive_before = budget.alive() if budget is not None else 0
     recording = Recording(device, collect=budget is not None, lines=lines)
-    counter = StepCounter()
+    counter = StepCounter(by_hand=True)
     try:
         with recording, counter:
             losses, holders = _take_steps(recording, counter, run, options, steps)
@@ -105,8 +105,9 @@ def _measure(
     counted = [
         step._replace(start=span.start) for step, span in zip(counter.counted, spans, strict=True)
     ]
-    measurement.steps = tuple(steps_in(measurement.ledger, counted))
+    measurement.steps = tuple(Step(*step) for step in counted)
     if recorded.readings.complete:
+        measurement.steps = tuple(steps_in(measurement.ledger, counted))
         measurement.bytes_after_step = tuple(step.bytes_after for step in measurement.steps)
         measurement.growth = tuple(growth_of(measurement.ledger, measurement.steps))
     measurement.holders = holders if measurement.verdict.kind == "creep" else ()

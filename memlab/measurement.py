@@ -68,9 +68,6 @@ class Measurement:
     reserved_bytes: int | None = None
     device_bytes: int | None = None
     bytes_after_step: tuple[int, ...] = ()
-    steps: tuple[Step, ...] = ()
-    growth: tuple[Growth, ...] = ()
-    holders: tuple[Holder, ...] = ()
     seconds: Seconds | None = None
     losses: tuple[float, ...] | None = None
     outside_bytes: int = 0
@@ -80,6 +77,9 @@ class Measurement:
     evaluating: bool = False
     without_gradient: Missing | None = None
     workspace_bytes: int | None = None
+    steps: tuple[Step, ...] = ()
+    growth: tuple[Growth, ...] = ()
+    holders: tuple[Holder, ...] = ()
     _timeline: Timeline | None = field(default=None, repr=False, compare=False)
 
     @property

@@ -33,9 +33,12 @@ class Stretches:
             RuntimeError, ValueError: it cannot be measured; the message says why.
         """
         measurement = measurement_of(recorded)
-        steps = steps_in(measurement.ledger, counted)
+        if not recorded.readings.complete:
+            steps = [Step(*step) for step in counted]
+        else:
+            steps = steps_in(measurement.ledger, counted)
         self._steps.update({step.number: step for step in steps})
-        if len(steps) > 1:
+        if len(steps) > 1 and recorded.readings.complete:
             self._growth = growth_of(measurement.ledger, steps)
         if self._highest is None or measurement.peak_bytes > self._highest.peak_bytes:
             self._highest = measurement

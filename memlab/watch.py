@@ -235,6 +235,6 @@ class watch:  # noqa: N801 - read as a verb: `with watch(model, optimizer) as w:
         measurement = self._measurement
         if measurement is None or measurement.verdict.kind != "creep":
             return
-        addresses = [address for growth in measurement.growth for address in growth.addresses]
-        held = live_storages(self._device).keys() & set(addresses)
-        measurement.holders = tuple(find_holders(held or addresses, device=self._device))
+        # What the oldest of them is held by is no variable that the next step sets anew.
+        oldest = [growth.addresses[0] for growth in measurement.growth]
+        measurement.holders = tuple(find_holders(oldest, device=self._device))

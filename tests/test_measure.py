@@ -194,7 +194,11 @@ def test_it_reads_well_as_text_and_as_html(ordinary):
 
 def test_a_run_that_allocates_nothing():
     measured = measure(lambda: lambda: None)
-    assert (measured.peak_bytes, measured.phase, measured.bytes_after_step) == (0, "other", (0, 0))
+    assert (measured.peak_bytes, measured.phase, measured.bytes_after_step) == (
+        0,
+        "building",
+        (0, 0),
+    )
     assert "Peak 0 B" in str(measured) and "Peak 0 B" in measured._repr_html_()
     assert len(measured.timeline.total) == 0 and measured.largest() == []
 

@@ -75,6 +75,7 @@ class Ledger:
         self._columns = np.array(numbers, dtype=np.int64)
         self._moves = np.array([change[4] for change in changes], dtype=bool)
         self._total = np.cumsum(self._changes)
+        self._phases = Spans(self.phases)
 
         # The same without what is in no tensor: an operator's scratch, and what nobody knows.
         is_known = [block.is_known for block in self.blocks]
@@ -129,7 +130,7 @@ class Ledger:
         """The phase at a moment (nanoseconds): forward, backward, optimizer, other, or building
         before the first step.
         """
-        phase = Spans(self.phases).at(time)
+        phase = self._phases.at(time)
         if phase is None:
             return "building" if self.built is not None and time < self.built else "other"
         return phase.kind
@@ -167,7 +168,5 @@ class Ledger:
             name: np.cumsum(np.where(self._columns == number, self._changes, 0))[shown]
             for number, name in enumerate(COLUMNS)
         }
-        phases = Spans(self.phases)
-        found = [phases.at(int(time)) for time in times]
-        phase = np.array([span.kind if span else "other" for span in found], dtype=object)
+        phase = np.array([self.phase_at(int(time)) for time in times], dtype=object)
         return Timeline((times - self.start) / 1e9, columns, self._total[shown], phase)

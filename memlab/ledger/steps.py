@@ -77,7 +77,7 @@ def steps_in(ledger: Ledger, counted: Iterable[Counted]) -> list[Step]:
 
 def _step(ledger: Ledger, counted: Counted) -> Step:
     inside = ledger.start <= counted.start and counted.end <= ledger.end
-    if not inside or not ledger.blocks:
+    if not inside:
         return Step(*counted)
     peak, moment = ledger.highest(counted.start, counted.end)
     after = dict.fromkeys(COLUMNS, 0)

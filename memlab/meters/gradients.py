@@ -6,6 +6,7 @@ import weakref
 from typing import NamedTuple
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from memlab.units import format_bytes
 
@@ -69,4 +70,6 @@ class Gradients:
 
 def _version(parameter: torch.Tensor) -> int:
     """How often a parameter was changed in place (0 of one that does not count)."""
+    if is_lazy(parameter):  # it is not there yet
+        return 0
     return 0 if parameter.is_inference() else parameter._version

@@ -100,7 +100,12 @@ def objects_set_aside() -> Iterator[None]:
     if _set_aside is not None or gc.get_freeze_count() > 1000:
         yield
         return
-    _set_all_aside()
+    found = []
+    for thing in live_objects(*_KINDS):
+        with contextlib.suppress(TypeError):  # of a class that knows no weak references
+            found.append(weakref.ref(thing))
+    _set_aside = found
+    gc.freeze()
     try:
         yield
     finally:
@@ -108,31 +113,17 @@ def objects_set_aside() -> Iterator[None]:
         _set_aside = None
 
 
-def _set_all_aside() -> None:
-    global _set_aside
-    found = []
-    for thing in live_objects(*_KINDS):
-        with contextlib.suppress(TypeError):  # of a class that knows no weak references
-            found.append(weakref.ref(thing))
-    _set_aside = found
-    gc.freeze()
-
-
 @contextlib.contextmanager
 def objects_brought_back() -> Iterator[None]:
-    """Inside, what `objects_set_aside` has set aside is there again. Afterwards all that is there
-    then is set aside.
+    """From here on, what `objects_set_aside` has set aside is there again.
+
+    It is not set aside anew afterwards: garbage that was made meanwhile would go with it, and stay.
     """
     global _set_aside
-    if _set_aside is None:
-        yield
-        return
-    gc.unfreeze()
-    _set_aside = None
-    try:
-        yield
-    finally:
-        _set_all_aside()
+    if _set_aside is not None:
+        gc.unfreeze()
+        _set_aside = None
+    yield
 
 
 def live_objects(*kinds: type) -> list:

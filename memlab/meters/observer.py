@@ -48,8 +48,8 @@ class Observer:
         self.forward_with_grad = False
         #: Called once, when a model is about to run for the first time.
         self.on_first_call: Callable[[], None] | None = None
-        #: When the outermost module was called last (nanoseconds).
-        self.last_call = 0
+        #: When an outermost module was called first, and last (nanoseconds).
+        self.first_call = self.last_call = 0
         self._failed_in = self._optimizer = self._backward_of = ""
         self._local = threading.local()
         self._optimizer_started: dict[int, int] = {}
@@ -94,11 +94,13 @@ class Observer:
         if not self.stack and module not in self.seen.models.called:
             self.seen.models.note_called(module)
         name = self.seen.names.get(module, type(module).__name__)
+        runs_again = bool(self._backward_of)  # in a backward, as checkpointing does it
         self._failed_in = self._optimizer = self._backward_of = ""
         self.threads.setdefault(threading.get_ident(), name)
         now = time.time_ns()
-        if not self.stack:
+        if not self.stack and not runs_again:
             self.last_call = now
+            self.first_call = self.first_call or now
         self.stack.append((name, now, id(module)))
         self.forward_with_grad |= torch.is_grad_enabled()
         self.seen.see_module(module, name)

@@ -30,19 +30,22 @@ class StepCounter:
     Args:
         ended: called after each step, before the next one begins.
         called: called with the shapes of each call of the outermost module, before it runs.
+        by_hand: whether only `end_step` ends a step, from the first one on.
     """
 
     def __init__(
         self,
         ended: Callable[[], None] = lambda: None,
         called: Callable[[nn.Module, tuple, Shapes], None] = lambda module, inputs, shapes: None,
+        *,
+        by_hand: bool = False,
     ):
         self.counted: list[Counted] = []
         self._on_end = ended
         self._on_call = called
         self._optimizer: weakref.ref | None = None
         self._stepped = False
-        self._by_hand = False
+        self._by_hand = by_hand
         self._root: int | None = None
         self._has_shapes = False
         self._shapes: list[tuple[int, ...]] = []
