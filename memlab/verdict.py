@@ -232,4 +232,6 @@ def _longest(steps: Sequence[Step]) -> Verdict | None:
 
 def _steady(steps: Sequence[Step]) -> str:
     first, last = steps[0].number, steps[-1].number
+    if len(steps) == 2:
+        return f"Steady so far: step {last} leaves no more than step {first} did."
     return f"Steady: from step {max(first, 2)} to step {last} nothing grows."

@@ -53,6 +53,7 @@ def test_a_creep_of_gradients_and_state_needs_no_holder():
 def test_two_steps_cannot_tell_whether_it_goes_on():
     run = steps([9 * MiB] * 2, [5 * MiB, 6 * MiB])
     assert verdict_of(run).kind == "steady"  # a loop's variable
+    assert "so far" in verdict_of(run).sentence
     verdict = verdict_of(run, [Growth("batch", "aten::randn", "", MiB)])
     assert verdict.kind == "creep"
     assert verdict.sentence.endswith("2 steps cannot tell whether that goes on: measure more.")

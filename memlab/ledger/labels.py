@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from memlab.ledger.blocks import Block, Event, lives
 from memlab.ledger.kept import mark_kept
@@ -53,7 +53,9 @@ def build_ledger(
     if one_clock:
         tell_scratch(blocks, spans)
     note_lines(blocks, spans)
-    missed, loose = _label(blocks, observations)
+    first_step = next(iter(spans.of("step")), None)
+    used_up = _made_and_gone(blocks, start, first_step)
+    missed, loose = _label(blocks, observations, used_up)
     modules = spans.of("module")
     if modules and (not found.backwards or modules[0].start < found.backwards[0].start):
         # The record does not begin within a step: what autograd made before is left from another.
@@ -114,8 +116,18 @@ def _place(blocks: list[Block], spans: Spans, phases: Spans) -> None:
             block.module = module_of.get(node.sequence, "")
 
 
+def _made_and_gone(blocks: Iterable[Block], start: int, first_step: Span | None) -> set[int]:
+    """The identities of the blocks that were made in the run and gone when its first step ended:
+    so they are not kept.
+    """
+    if first_step is None:
+        return set()
+    made = (block for block in blocks if block.born >= start and block.died is not None)
+    return {id(block) for block in made if block.died <= first_step.end}
+
+
 def _label(
-    blocks: list[Block], observations: Iterable[Observation]
+    blocks: list[Block], observations: Iterable[Observation], used_up: Collection[int]
 ) -> tuple[list[Observation], set[int]]:
     """Give a block the column of what was seen in it. One look labels the block's whole life.
 
@@ -144,6 +156,8 @@ def _label(
         # What a module is given is the batch only if it was there before the model ran; else it is
         # an activation.
         if seen.column in ("batch", "kept") and block.phase != "other":
+            continue
+        if seen.column == "kept" and id(block) in used_up:
             continue
         rank = rank_of(seen)
         if rank <= best.get(id(block), len(PRIORITY)):

@@ -23,8 +23,9 @@ class StepCounter:
     """Notes for each step its time, the shapes that the outermost module received, and the heap
     after it.
 
-    A step is over when its optimizer has stepped and a module is called again: so what the loop
-    does after the optimizer belongs to it. With several optimizers it is the first one that counts.
+    The first step begins when a module is called: what came before may have built it. A step is
+    over when its optimizer has stepped and a module is called again: so what the loop does after
+    the optimizer belongs to it. With several optimizers it is the first one that counts.
     A loop that knows better calls `end_step`, and from then on only that counts.
 
     Args:
@@ -110,6 +111,8 @@ class StepCounter:
             self._end()
         if self._root is None:
             self._root = id(module)
+            if not self.counted:
+                self.begin()
         elif self._has_shapes and id(module) != self._root:
             return
         # A model that is called with keywords shows its shapes when its first part is called.

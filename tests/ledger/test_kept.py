@@ -101,3 +101,10 @@ def test_two_models_in_one_step_keep_nothing():
 
 def test_without_phases_nothing_is_kept():
     assert kept(alive(10, 1, 8, None), spans=[Span(5, 20, "step")]) == {1: ("unattributed", None)}
+
+
+def test_what_was_used_up_in_the_first_step_is_not_kept():
+    """A state of random numbers, say, that lies there when a model is called for the first time."""
+    seen = [Observation(60, 1, "kept"), Observation(60, 2, "kept")]
+    found = kept(alive(50, 1, 8, 350), alive(55, 2, 8, None), observations=seen)
+    assert [column for column, _ in found.values()] == ["batch", "kept"]
