@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import torch
 
 from memlab.budget import active_budget
+from memlab.growth import growth_of
 from memlab.holders import Holder, find_holders
 from memlab.join import measurement_of
 from memlab.ledger import Step, steps_in
@@ -19,7 +20,6 @@ from memlab.meters.recording import Recording
 from memlab.meters.steps import StepCounter
 from memlab.run import check_run, loss_of, start_run
 from memlab.timing import time_together
-from memlab.verdict import growth_of
 
 
 def measure(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from memlab import breakdown
 from memlab.forms import Machine
+from memlab.growth import Growth, host_growth
 from memlab.holders import Holder
 from memlab.ledger import (
     COLUMNS,
@@ -22,7 +23,7 @@ from memlab.receipt import Receipt, Said, groups, name_largest, step_peaks
 from memlab.show import Table
 from memlab.timing import Seconds
 from memlab.units import format_bytes
-from memlab.verdict import Growth, Verdict, host_growth, verdict_of
+from memlab.verdict import Verdict, verdict_of
 
 
 @dataclass

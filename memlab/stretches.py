@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from memlab.growth import Growth, growth_of
 from memlab.join import measurement_of
 from memlab.ledger import Counted, Step, steps_in
 from memlab.measurement import Measurement
 from memlab.meters.recorded import Recorded
-from memlab.verdict import Growth, growth_of
 
 
 class Stretches:
@@ -59,3 +59,25 @@ class Stretches:
         if None not in after:
             self._highest.bytes_after_step = tuple(after)
         return self._highest
+
+
+def oldest_of(measurement: Measurement, column: str) -> list[int]:
+    """Where the oldest blocks lie of what grows: no variable holds them that the next step sets
+    anew.
+
+    Args:
+        measurement: what was measured.
+        column: the one that grows.
+
+    Returns:
+        Addresses.
+    """
+    if measurement.growth:
+        return [growth.addresses[0] for growth in measurement.growth]
+    # What has an owner grows with its owners, such as the state of one optimizer after another.
+    ledger = measurement.ledger
+    starts = [step.start for step in measurement.steps if step.start >= ledger.start]
+    since = starts[1] if len(starts) > 1 else ledger.end
+    alive = [block for block in ledger.alive_at(ledger.end) if block.column == column]
+    made = sorted((block for block in alive if block.born >= since), key=lambda block: block.born)
+    return [block.address for block in made[:1]]

@@ -6,39 +6,10 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from memlab.growth import LEAST_GROWTH, Growth, changes_of, host_growth
 from memlab.holders import Holder
-from memlab.ledger import Ledger, Step, left_by, numbers_in
-from memlab.units import KiB, format_bytes
-
-# Less than this a step is a few numbers, and no reason to worry.
-_LEAST_GROWTH = KiB
-
-# The host's heap breathes: what a step leaves there has to be more than this to be said.
-_LEAST_HOST_GROWTH = 4 * KiB
-_LEAST_SLOPES = 8
-
-
-@dataclass(frozen=True)
-class Growth:
-    """What each step leaves behind, and nobody owns.
-
-    Attributes:
-        column: what it was for in its step.
-        operator, module: who made it, where.
-        bytes_a_step: how much of it a step leaves, on average.
-        addresses: where it lies.
-    """
-
-    column: str
-    operator: str
-    module: str
-    bytes_a_step: int
-    addresses: tuple[int, ...] = ()
-
-    @property
-    def place(self) -> str:
-        """Who made it, for people: `aten::linear in layers.0`."""
-        return " in ".join(part for part in (self.operator, self.module) if part)
+from memlab.ledger import Step, numbers_in
+from memlab.units import format_bytes
 
 
 @dataclass(frozen=True)
@@ -61,26 +32,6 @@ class Verdict:
     holder: str = ""
 
 
-def growth_of(ledger: Ledger, steps: Sequence[Step]) -> list[Growth]:
-    """What the steps of a ledger left behind, the largest first.
-
-    Args:
-        ledger: what was recorded.
-        steps: its steps, two or more. The last one says nothing: what it leaves may go yet.
-    """
-    # The first step makes what stays for good, such as an optimizer's state.
-    judged = [step for step in steps[:-1] if step.number > 1 or len(steps) == 2]
-    places: dict[tuple[str, str, str], list] = {}
-    for step, block in left_by(ledger, steps):
-        if step in judged:
-            places.setdefault((block.column, block.operator, block.module), []).append(block)
-    found = []
-    for place, blocks in places.items():
-        size = sum(block.bytes for block in blocks) // len(judged)
-        found.append(Growth(*place, size, tuple(block.address for block in blocks)))
-    return sorted(found, key=lambda growth: -growth.bytes_a_step)
-
-
 def verdict_of(
     steps: Sequence[Step],
     growth: Sequence[Growth] = (),
@@ -101,63 +52,38 @@ def verdict_of(
         if kind == "building" and building_peak > full[0].peak_bytes:
             return _building(full, building_peak)
         return Verdict("unknown", "One step alone does not say whether it goes on like this.")
-    changes = _changes(full)
+    changes = changes_of(full)
     if _creeps(changes, growth):
         return _creep(full, changes, growth, holders)
     if building_peak is not None and building_peak > max(step.peak_bytes for step in full):
         return _building(full, building_peak)
     if _ended_growing(changes):
         return _ended(full, changes)
+    if host := host_growth(steps):
+        words = f"Steady on the device, and the host's heap grows by {format_bytes(host)} a step"
+        return Verdict("steady", f"{words}{_held_by(holders)}.")
     return _longest(full) or Verdict("steady", _steady(full))
 
 
-def host_growth(steps: Sequence[Step]) -> int | None:
-    """The bytes that a step leaves on the host's heap, beside what it leaves on the device.
-
-    Steps that were recorded in full do not tell it: the record itself lies on the heap.
-
-    Returns:
-        Bytes a step; None where the heap does not move, or is not known.
-    """
-    slopes = []
-    for before, after in zip(steps, steps[1:], strict=False):
-        recorded = before.peak_bytes is not None or after.peak_bytes is not None
-        if not recorded and None not in (before.host_bytes, after.host_bytes):
-            slopes.append(after.host_bytes - before.host_bytes)
-    if len(slopes) < _LEAST_SLOPES:
-        return None
-    full = [step for step in steps if step.bytes_left is not None]
-    changes = _changes(full)
-    on_device = max(0, round(statistics.median(changes))) if changes else 0
-    slope = round(statistics.median(slopes)) - on_device
-    return slope if slope >= _LEAST_HOST_GROWTH else None
-
-
-def _changes(steps: Sequence[Step]) -> list[int]:
-    """By how much a step left more than the one before it. The first makes what stays for good."""
-    judged = steps[1:] if len(steps) > 2 else steps
-    return [
-        round((after.bytes_left - before.bytes_left) / (after.number - before.number))
-        for before, after in zip(judged, judged[1:], strict=False)
-    ]
-
-
 def _creeps(changes: Sequence[int], growth: Sequence[Growth]) -> bool:
-    """Whether it goes on growing: one of the last two steps did, and so did most. (After the last
-    one a loop's variables may be gone.)
+    """Whether it goes on growing: it grew in several steps, for the most part stayed so, and still
+    grew near the end. (After the last step a loop's variables may be gone.)
     """
-    if not changes or max(changes[-2:]) < _LEAST_GROWTH:
-        return False
-    # A single change may be a loop's variable that is set anew.
-    return bool(growth) if len(changes) == 1 else statistics.median(changes) >= _LEAST_GROWTH
+    grown = [index for index, change in enumerate(changes) if change >= LEAST_GROWTH]
+    if len(changes) == 1:
+        # A single change may be a loop's variable that is set anew.
+        return bool(grown and growth)
+    stayed = sum(changes) >= sum(changes[index] for index in grown) / 2
+    near_the_end = min(len(changes) - 2, 2 * len(changes) // 3)
+    return len(grown) > 1 and stayed and grown[-1] >= near_the_end
 
 
 def _ended_growing(changes: Sequence[int]) -> bool:
     """Whether it grew, never shrank, and came to rest."""
     # (After the last step a loop's variables may be gone.)
-    grew = any(change >= _LEAST_GROWTH for change in changes)
-    shrank = any(change <= -_LEAST_GROWTH for change in changes[:-1])
-    return grew and not shrank and len(changes) > 2 and max(changes[-2:]) < _LEAST_GROWTH
+    grew = any(change >= LEAST_GROWTH for change in changes)
+    shrank = any(change <= -LEAST_GROWTH for change in changes[:-1])
+    return grew and not shrank and len(changes) > 2 and max(changes[-2:]) < LEAST_GROWTH
 
 
 def _creep(
@@ -166,7 +92,10 @@ def _creep(
     growth: Sequence[Growth],
     holders: Sequence[Holder],
 ) -> Verdict:
-    size = round(statistics.median(change for change in changes if change > 0))
+    grown = [change for change in changes if change >= LEAST_GROWTH]
+    size, often = round(statistics.median(grown)), "a step"
+    if len(grown) < len(changes) / 2:
+        size, often = round(sum(changes) / len(changes)), "a step on average"
     first = 1 if len(steps) > 2 else 0
     # Where it is highest: when the loop's function returns, what it held goes with the last step.
     before = steps[first].columns_after
@@ -174,22 +103,30 @@ def _creep(
     column = max(last, key=lambda name: last[name] - before[name])
     largest = growth[0] if growth and column == "kept" else Growth(column, "", "", size)
 
-    words = f"It grows by {format_bytes(size)} a step ({size:,} bytes): {column.replace('_', ' ')}"
+    words = f"It grows by {format_bytes(size)} {often} ({size:,} bytes): {column.replace('_', ' ')}"
     if largest.place:
-        words += f", {largest.column.replace('_', ' ')} made by {largest.place}"
-    holder = holders[0].path if holders else ""
-    if holder:
-        words += f", held by {holder}"
-        of_graph = (h.frees for h in holders if h.kind == "graph" and holder in h.path)
-        advice = next(of_graph, holders[0].frees)
-        words += f" ({advice})" if advice else ""
+        made = "" if largest.column == column else f" {largest.column.replace('_', ' ')}"
+        words += f",{made} made by {largest.place}"
+    words += _held_by(holders)
     if len(changes) == 1:
         words += f". {len(steps)} steps cannot tell whether that goes on: measure more"
+    holder = holders[0].path if holders else ""
     return Verdict("creep", words + ".", size, column, largest.operator, largest.module, holder)
 
 
+def _held_by(holders: Sequence[Holder]) -> str:
+    if not holders:
+        return ""
+    path = holders[0].path
+    of_graph = (
+        holder.frees for holder in holders if holder.kind == "graph" and path in holder.path
+    )
+    advice = next(of_graph, holders[0].frees)
+    return f", held by {path}" + (f" ({advice})" if advice else "")
+
+
 def _ended(steps: Sequence[Step], changes: Sequence[int]) -> Verdict:
-    last = max(index for index, change in enumerate(changes) if change >= _LEAST_GROWTH)
+    last = max(index for index, change in enumerate(changes) if change >= LEAST_GROWTH)
     number = steps[-len(changes) + last].number
     total = sum(change for change in changes if change > 0)
     return Verdict(

@@ -7,6 +7,7 @@ import weakref
 import torch
 from torch import nn
 
+from memlab.growth import host_growth
 from memlab.holders import find_holders
 from memlab.ledger import Shapes, Span, numbers_in
 from memlab.measurement import Measurement
@@ -16,7 +17,7 @@ from memlab.meters.live import live_storages, objects_set_aside
 from memlab.meters.recording import Recording
 from memlab.meters.steps import StepCounter
 from memlab.run import describe
-from memlab.stretches import Stretches
+from memlab.stretches import Stretches, oldest_of
 from memlab.units import KiB
 
 #: So many calls of modules are recorded in one go: what is recorded takes the host's memory, up to
@@ -233,8 +234,9 @@ class watch:  # noqa: N801 - read as a verb: `with watch(model, optimizer) as w:
 
     def _find_holders(self) -> None:
         measurement = self._measurement
-        if measurement is None or measurement.verdict.kind != "creep":
+        if measurement is None:
             return
-        # What the oldest of them is held by is no variable that the next step sets anew.
-        oldest = [growth.addresses[0] for growth in measurement.growth]
-        measurement.holders = tuple(find_holders(oldest, device=self._device))
+        verdict = measurement.verdict
+        if verdict.kind == "creep" or host_growth(measurement.steps):
+            oldest = oldest_of(measurement, verdict.column)
+            measurement.holders = tuple(find_holders(oldest, device=self._device))

@@ -1,11 +1,10 @@
 """The verdict: one sentence of what the steps say."""
 
-import pytest
-
+from memlab.growth import Growth, growth_of, host_growth
 from memlab.holders import Holder
 from memlab.ledger import COLUMNS, Block, Ledger, Step
 from memlab.units import MiB
-from memlab.verdict import Growth, growth_of, host_growth, verdict_of
+from memlab.verdict import verdict_of
 
 HOLDER = Holder("list `losses` (4 entries) at train.py:3", "list", "losses.clear()")
 
@@ -66,6 +65,24 @@ def test_a_creep_that_ended():
     assert verdict.sentence == "It grew by 2.00 MiB until step 4, and not after that."
 
 
+def test_a_creep_in_some_steps_only_is_said_on_average():
+    """A new optimizer every third step, say, while the old ones are held."""
+    run = steps([9 * MiB] * 11, [MiB * size for size in (5, 6, 6, 6, 9, 9, 9, 12, 12, 12, 15)])
+    verdict = verdict_of(run)
+    assert (verdict.kind, verdict.bytes_a_step) == ("creep", MiB)
+    assert "a step on average" in verdict.sentence
+
+
+def test_a_creep_of_the_host_alone():
+    cheap = [Step(number, 0, 1, (), 10**6 + 40_000 * number) for number in range(3, 20)]
+    verdict = verdict_of([*steps([90, 100], [50, 50], host=[0, 10**6]), *cheap], holders=[HOLDER])
+    assert verdict.kind == "steady"
+    assert verdict.sentence.startswith(
+        "Steady on the device, and the host's heap grows by 39.06 KiB"
+    )
+    assert "held by list `losses`" in verdict.sentence
+
+
 def test_what_comes_and_goes_is_no_creep():
     run = steps([9 * MiB] * 6, [MiB * size for size in (5, 6, 5, 7, 6, 6)])
     assert verdict_of(run).kind == "steady"
@@ -101,26 +118,3 @@ def test_one_step_alone_says_nothing():
     assert verdict_of(steps([90], [50])).kind == "unknown"
     assert verdict_of([]).kind == "unknown"
     assert verdict_of(steps([90], [50]), building_peak=400).kind == "building"
-
-
-def test_what_the_steps_leave_is_summed_by_place():
-    blocks = []
-    for number in range(1, 5):
-        born = 10 * number + 1
-        for address in (1, 2):
-            block = Block(64, 10 * number + address, born, None, "activations", "forward", "head")
-            block.operator, block.kept_from = "aten::linear", 10 * number + 10
-            blocks.append(block)
-    ledger = Ledger(blocks, start=0, end=60)
-    run = [Step(number, 10 * number, 10 * number + 10) for number in range(1, 5)]
-    [growth] = growth_of(ledger, run)
-    assert (growth.column, growth.place) == ("activations", "aten::linear in head")
-    assert growth.bytes_a_step == 128
-    assert growth.addresses == (21, 22, 31, 32)
-
-
-@pytest.mark.parametrize("a_step, said", [(40_000, 40_000), (100, None)])
-def test_the_hosts_heap_is_read_from_steps_that_were_not_recorded(a_step, said):
-    cheap = [Step(number, 0, 1, (), 10**6 + a_step * number) for number in range(3, 20)]
-    assert host_growth([*steps([90, 100], [50, 50], host=[0, 10**6]), *cheap]) == said
-    assert host_growth(steps([90] * 12, [50] * 12, host=list(range(0, 12 * 10**6, 10**6)))) is None

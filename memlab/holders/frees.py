@@ -71,7 +71,10 @@ def _clears(way: Way) -> str | None:
     for steps, thing in enumerate(way.things[1:], start=1):
         if not issubclass(type(thing), (dict, *LISTS)):
             return None
-        if code := place_of_thing(way.above(steps)).code:
+        place = place_of_thing(way.above(steps))
+        if place.kind == "cache":
+            return place.code
+        if code := place.code:
             if not issubclass(type(thing), (tuple, frozenset)):
                 return f"{code}.clear()"
             if code.isidentifier():

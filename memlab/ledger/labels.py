@@ -53,9 +53,7 @@ def build_ledger(
     if one_clock:
         tell_scratch(blocks, spans)
     note_lines(blocks, spans)
-    first_step = next(iter(spans.of("step")), None)
-    used_up = _made_and_gone(blocks, start, first_step)
-    missed, loose = _label(blocks, observations, used_up)
+    missed, loose = _label(blocks, observations, _made_and_gone(blocks, start, spans))
     modules = spans.of("module")
     if modules and (not found.backwards or modules[0].start < found.backwards[0].start):
         # The record does not begin within a step: what autograd made before is left from another.
@@ -116,10 +114,11 @@ def _place(blocks: list[Block], spans: Spans, phases: Spans) -> None:
             block.module = module_of.get(node.sequence, "")
 
 
-def _made_and_gone(blocks: Iterable[Block], start: int, first_step: Span | None) -> set[int]:
+def _made_and_gone(blocks: Iterable[Block], start: int, spans: Spans) -> set[int]:
     """The identities of the blocks that were made in the run and gone when its first step ended:
     so they are not kept.
     """
+    first_step = next(iter(spans.of("step")), None)
     if first_step is None:
         return set()
     made = (block for block in blocks if block.born >= start and block.died is not None)

@@ -25,7 +25,8 @@ class StepCounter:
 
     The first step begins when a module is called: what came before may have built it. A step is
     over when its optimizer has stepped and a module is called again: so what the loop does after
-    the optimizer belongs to it. With several optimizers it is the first one that counts.
+    the optimizer belongs to it. With several optimizers it is the first one that counts, as long as
+    it steps.
     A loop that knows better calls `end_step`, and from then on only that counts.
 
     Args:
@@ -45,6 +46,7 @@ class StepCounter:
         self._on_end = ended
         self._on_call = called
         self._optimizer: weakref.ref | None = None
+        self._others: set[int] = set()
         self._stepped = False
         self._by_hand = by_hand
         self._root: int | None = None
@@ -98,10 +100,13 @@ class StepCounter:
         if torch.compiler.is_compiling():
             return
         first = self._optimizer() if self._optimizer is not None else None
-        if first is None:
+        # Another one that steps again, and the first one has not meanwhile, has taken its place.
+        if first is None or id(optimizer) in self._others:
             self._optimizer = weakref.ref(optimizer)
         elif first is not optimizer:
+            self._others.add(id(optimizer))
             return
+        self._others.clear()
         self._stepped = True
 
     def _called(self, module: nn.Module, inputs: tuple) -> None:

@@ -57,6 +57,18 @@ def test_with_two_optimizers_the_first_one_counts():
     assert len(counter.counted) == 3
 
 
+def test_an_optimizer_in_another_ones_place_counts_from_its_second_step_on():
+    model = network()
+    old = []
+    with StepCounter() as counter:
+        for _ in range(3):
+            old.append(torch.optim.SGD(model.parameters(), lr=0.1))
+            train(model, old[-1], [4, 4, 4])
+        counter.end_last_step()
+    # Two times the first step of a new one is taken for a part of the next.
+    assert len(counter.counted) == 9 - 2
+
+
 def test_an_optimizer_in_backward_ends_no_step_within_it():
     model = network()
     parameters = list(model.parameters())
