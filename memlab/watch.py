@@ -110,7 +110,7 @@ class watch:  # noqa: N801 - read as a verb: `with watch(model, optimizer) as w:
         self._counter.end_last_step()
         self._counter.__exit__()
         if self._recording is not None:
-            self._stop()
+            self._stop(goes_on=False)
         if self._refusal is None:
             self._measurement = self._stretches.measurement(self._counter.counted)
             self._find_holders()
@@ -193,7 +193,7 @@ class watch:  # noqa: N801 - read as a verb: `with watch(model, optimizer) as w:
     def _held(self) -> int:
         return sum(storage.nbytes() for storage in live_storages(self._device).values())
 
-    def _stop(self) -> None:
+    def _stop(self, goes_on: bool = True) -> None:
         """End a stretch and read it."""
         recording, self._recording = self._recording, None
         counted = self._counter.counted[self._first_step - 1 :]
@@ -201,12 +201,13 @@ class watch:  # noqa: N801 - read as a verb: `with watch(model, optimizer) as w:
             recording.observer.seen.look_around(after=True)
             for step in counted:
                 recording.observer.spans.append(Span(step.start, step.end, "step"))
-            held = self._held()
+            held = self._held() if goes_on else 0
             recording.__exit__()
             ledger = self._stretches.add(recording.recorded, counted).ledger
-            alive = sum(block.bytes for block in ledger.alive_at(ledger.end))
-            self._unseen = max(0, alive - held)
-            self._heap = self._heap_beside()
+            if goes_on:
+                alive = sum(block.bytes for block in ledger.alive_at(ledger.end))
+                self._unseen = max(0, alive - held)
+                self._heap = self._heap_beside()
         except (RuntimeError, ValueError) as error:
             self._refusal = error  # the training goes on: whoever asks for the measurement is told
 
