@@ -23,7 +23,7 @@ from memlab.receipt import Receipt, Said, groups, name_largest, step_peaks
 from memlab.show import Table
 from memlab.timing import Seconds
 from memlab.units import format_bytes
-from memlab.verdict import Verdict, verdict_of
+from memlab.verdict import Verdict, verdict_of, with_peak
 
 
 @dataclass
@@ -129,7 +129,8 @@ class Measurement:
     @property
     def verdict(self) -> Verdict:
         """What the steps say: steady, growing, or as large as the longest batch."""
-        return verdict_of(self.steps, self.growth, self.building_peak_bytes, self.holders)
+        verdict = verdict_of(self.steps, self.growth, self.building_peak_bytes, self.holders)
+        return with_peak(verdict, self.steps, self.peak_bytes)
 
     def largest(self, count: int = 10) -> list[Block]:
         """The largest blocks alive at the peak: what they are, and who made them where."""
@@ -205,7 +206,14 @@ class Measurement:
             )
         if self.without_gradient is not None:
             notes.append(str(self.without_gradient))
-        if host := host_growth(self.steps):
+        recorded = sum(step.peak_bytes is not None for step in self.steps)
+        if 0 < recorded < len(self.steps):
+            notes.append(
+                f"recorded in full: {recorded} of {len(self.steps)} steps; the peak is theirs, the"
+                " others may have needed more"
+            )
+        host = host_growth(self.steps)
+        if host and self.verdict.kind == "creep":  # else the verdict says it
             notes.append(f"host: {format_bytes(host)} more on the heap after each step")
         return notes
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -63,6 +64,25 @@ def verdict_of(
         words = f"Steady on the device, and the host's heap grows by {format_bytes(host)} a step"
         return Verdict("steady", f"{words}{_held_by(holders)}.")
     return _longest(full) or Verdict("steady", _steady(full))
+
+
+def with_peak(verdict: Verdict, steps: Sequence[Step], peak_bytes: int) -> Verdict:
+    """Say where the peak is, if it is in none of the steps.
+
+    Args:
+        verdict: what the steps say.
+        steps: all steps of the run.
+        peak_bytes: the run's peak.
+    """
+    of_steps = [step.peak_bytes for step in steps if step.peak_bytes is not None]
+    known = verdict.kind in ("building", "unknown")
+    if known or not of_steps or peak_bytes <= max(of_steps):
+        return verdict
+    words = (
+        f" The peak, {format_bytes(peak_bytes)}, is in none of them: it came before the first step,"
+        " or in one that did not end."
+    )
+    return dataclasses.replace(verdict, sentence=verdict.sentence + words)
 
 
 def _creeps(changes: Sequence[int], growth: Sequence[Growth]) -> bool:
@@ -152,8 +172,10 @@ def _longest(steps: Sequence[Step]) -> Verdict | None:
         return None
     longest = max(sizes.values())
     with_longest = [step for step in judged if sizes[step.number] == longest]
-    others = [step for step in judged if sizes[step.number] < longest]
-    if len(with_longest) > len(others):  # it is the usual one
+    # In the step after it, a loop's variables still hold what it made.
+    after = {step.number + 1 for step in with_longest}
+    others = [s for s in judged if sizes[s.number] < longest and s.number not in after]
+    if not others or len(with_longest) > len(others):  # it is the usual one
         return None
     if max(s.peak_bytes for s in others) >= min(s.peak_bytes for s in with_longest):
         return None
@@ -162,7 +184,7 @@ def _longest(steps: Sequence[Step]) -> Verdict | None:
     shown = ", ".join(numbers[:3]) + (f" and {len(numbers) - 3} more" if len(numbers) > 3 else "")
     return Verdict(
         "longest batch",
-        f"The longest batch holds the peak: it follows {shape}, step{'s' * (len(numbers) > 1)}"
+        f"The longest batch holds the peak: shape {shape}, step{'s' * (len(numbers) > 1)}"
         f" {shown}; the other steps need {format_bytes(max(s.peak_bytes for s in others))}.",
     )
 

@@ -46,9 +46,10 @@ class watch:  # noqa: N801 - read as a verb: `with watch(model, optimizer) as w:
     measured, as by `measure`.
 
     It may go on for as long as a training does. The first steps are recorded in full (two or more,
-    until modules were called 100 times), then two of every hundred, and each step with a larger
-    batch than all before. Of the others it knows the batch's shape and the host's heap after it. A
-    step ends when its optimizer has stepped and a module is called again; or call `w.step()`.
+    until modules were called 100 times), then two of every hundred and at each doubling (from steps
+    32, 64, 128 on), and each step with a larger batch than all before. Of the others it knows the
+    batch's shape and the host's heap after it. A step ends when its optimizer has stepped and a
+    module is called again; or call `w.step()`.
 
     Args:
         things: any number of models and optimizers. They name what is alive at the start; models
@@ -219,8 +220,12 @@ class watch:  # noqa: N801 - read as a verb: `with watch(model, optimizer) as w:
             calls = len(self._recording.observer.spans)
             if steps >= 2 and not (is_first and calls < CALLS_AT_ONCE):
                 self._stop()
-        if self._recording is None and (ended + 1) % self._every == 0:
+        if self._recording is None and self._is_due(ended + 1):
             self._record_again()
+
+    def _is_due(self, number: int) -> bool:
+        """Whether a step is to be recorded: of short loops, every one that doubles their length."""
+        return number % self._every == 0 or number & (number - 1) == 0
 
     def _called(self, module: nn.Module, inputs: tuple, shapes: Shapes) -> None:
         """Record a step with a larger batch than all before."""

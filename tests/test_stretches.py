@@ -33,3 +33,4 @@ def test_the_highest_is_kept_with_the_steps_of_all():
     peaks = [step.peak_bytes for step in measurement.steps]
     assert peaks == [100, 100, None, None, 300, 300, None, 200, 200, None]
     assert measurement.bytes_after_step == ()  # not known of all
+    assert "recorded in full: 6 of 10 steps" in str(measurement)

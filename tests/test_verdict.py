@@ -4,7 +4,7 @@ from memlab.growth import Growth, growth_of, host_growth
 from memlab.holders import Holder
 from memlab.ledger import COLUMNS, Block, Ledger, Step
 from memlab.units import MiB
-from memlab.verdict import verdict_of
+from memlab.verdict import verdict_of, with_peak
 
 HOLDER = Holder("list `losses` (4 entries) at train.py:3", "list", "losses.clear()")
 
@@ -94,12 +94,11 @@ def test_after_the_last_step_a_loops_variables_may_be_gone():
 
 
 def test_the_longest_batch_holds_the_peak():
-    run = steps([90, 100, 300, 100, 100, 300], [50] * 6, [4, 4, 32, 4, 4, 32])
+    run = steps([90, 100, 300, 200, 100, 300], [50] * 6, [4, 4, 32, 4, 4, 32])
     verdict = verdict_of(run)
     assert verdict.kind == "longest batch"
     assert verdict.sentence == (
-        "The longest batch holds the peak: it follows (32, 16), steps 3, 6; the other steps need"
-        " 100 B."
+        "The longest batch holds the peak: shape (32, 16), steps 3, 6; the other steps need 100 B."
     )
 
 
@@ -118,3 +117,10 @@ def test_one_step_alone_says_nothing():
     assert verdict_of(steps([90], [50])).kind == "unknown"
     assert verdict_of([]).kind == "unknown"
     assert verdict_of(steps([90], [50]), building_peak=400).kind == "building"
+
+
+def test_a_peak_outside_all_steps_is_said():
+    run = steps([90, 100, 100], [50, 60, 60])
+    verdict = verdict_of(run)
+    assert with_peak(verdict, run, 100) == verdict
+    assert with_peak(verdict, run, 300).sentence.startswith(verdict.sentence + " The peak, 300 B")
