@@ -54,6 +54,9 @@ def verdict_of(
             return _building(full, building_peak)
         return Verdict("unknown", "One step alone does not say whether it goes on like this.")
     changes = changes_of(full)
+    if len(changes) > 1 and changes[-1] < 0:
+        # The loop's function has returned, and what it held is gone.
+        changes = changes[:-1]
     if _creeps(changes, growth):
         return _creep(full, changes, growth, holders)
     if building_peak is not None and building_peak > max(step.peak_bytes for step in full):
@@ -87,7 +90,7 @@ def with_peak(verdict: Verdict, steps: Sequence[Step], peak_bytes: int) -> Verdi
 
 def _creeps(changes: Sequence[int], growth: Sequence[Growth]) -> bool:
     """Whether it goes on growing: it grew in several steps, for the most part stayed so, and still
-    grew near the end. (After the last step a loop's variables may be gone.)
+    grew near the end.
     """
     grown = [index for index, change in enumerate(changes) if change >= LEAST_GROWTH]
     if len(changes) == 1:

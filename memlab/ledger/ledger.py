@@ -50,10 +50,10 @@ class Ledger:
     phases: list[Span] = field(default_factory=list)
     start: int = 0
     end: int = 0
-    built: int | None = None
     modules: frozenset[str] = frozenset()
     recomputed: frozenset[str] = frozenset()
     recomputations: int = 0
+    built: int | None = None
 
     def __post_init__(self) -> None:
         changes = []  # (moment, signed bytes, which block, its column, whether it only moves)
