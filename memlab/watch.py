@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 
 import torch
@@ -141,12 +142,10 @@ class watch:  # noqa: N801 - read as a verb: `with watch(model, optimizer) as w:
 
     def _record(self) -> None:
         """Begin to record in full."""
-        is_first = self._counter.number == 1
+        if self._counter.number == 1:
+            gc.collect()  # once, before anything is set aside: it takes as long as some steps
         with objects_set_aside():
-            # Garbage is collected once: it takes as long as some steps.
-            recording = Recording(
-                self._device, counts_alive=True, collect=is_first, lines=self._lines
-            )
+            recording = Recording(self._device, counts_alive=True, collect=False, lines=self._lines)
             recording.__enter__()
             try:
                 seen = recording.observer.seen
