@@ -36,7 +36,7 @@ _CONTEXT_ELSEWHERE = 516 * MiB
 # A number without a unit below this is a name that we do not know ("3050"), and no size.
 _SMALLEST_BARE_SIZE = MiB
 
-_SMI = "nvidia-smi's total; PyTorch sees up to 0.5 GiB less"
+_SMI = "nvidia-smi's total, or Windows'; PyTorch on Linux sees up to 0.5 GiB less"
 _LLAMA = "totalGlobalMem in a log of llama.cpp, 2026, whole MiB"
 _TORCH = "torch.cuda.get_device_properties, whole MiB"
 _QUERY_11 = "deviceQuery, driver for CUDA 11.4"
