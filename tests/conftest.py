@@ -15,6 +15,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+from hypothesis import settings
+
+# The same examples each time, no test of how long one takes, and nothing left behind on disk.
+settings.register_profile("memlab", derandomize=True, deadline=None, database=None)
+settings.load_profile("memlab")
 
 
 def pytest_configure(config):
