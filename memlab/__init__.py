@@ -11,6 +11,8 @@ from memlab.ledger import COLUMNS
 from memlab.measure import measure
 from memlab.measurement import Measurement
 from memlab.meters.refusals import MemoryLeakError, OverBudget
+from memlab.predict import predict
+from memlab.prediction import Fit, Prediction
 from memlab.units import format_bytes, parse_bytes
 from memlab.watch import watch
 
@@ -19,13 +21,16 @@ __version__ = "0.1.0"
 __all__ = [
     "COLUMNS",
     "Comparison",
+    "Fit",
     "Measurement",
     "MemoryLeakError",
     "OverBudget",
+    "Prediction",
     "budget",
     "compare",
     "format_bytes",
     "measure",
     "parse_bytes",
+    "predict",
     "watch",
 ]

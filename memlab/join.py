@@ -13,11 +13,12 @@ from memlab.meters.recording import no_garbage_collection
 
 
 @no_garbage_collection()
-def measurement_of(recorded: Recorded) -> Measurement:
+def measurement_of(recorded: Recorded, described: dict[str, object] | None = None) -> Measurement:
     """Join what was recorded to a measurement.
 
     Args:
         recorded: what the meter and the observer saw.
+        described: the environment (None: this machine's).
 
     Raises:
         ValueError: the run used a model from before it, or on another device.
@@ -52,7 +53,7 @@ def measurement_of(recorded: Recorded) -> Measurement:
         columns=columns,
         phase=ledger.peak_phase,
         ledger=ledger,
-        environment=environment(recorded.device),
+        environment=described or environment(recorded.device),
         reserved_bytes=readings.reserved_bytes,
         device_bytes=readings.device_bytes,
         workspace_bytes=readings.workspace_bytes,

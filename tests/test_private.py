@@ -17,8 +17,17 @@ ROOT = Path(__file__).resolve().parents[1]
 #: All of them, from where they are found.
 PRIVATE = (
     "torch._C._autograd._profiler_enabled",
+    "torch._C._current_graph_task_id",
+    "torch._C._ensureCUDADeviceGuardSet",
+    "torch._subclasses.fake_tensor.FakeTensorMode",
+    "torch.cuda._lazy_init",
     "torch.cuda.memory._record_memory_history",
     "torch.cuda.memory._snapshot",
+    "torch.library.Library._destroy",
+    "torch.ops.aten._amp_foreach_non_finite_check_and_unscale_",
+    "torch.ops.aten._local_scalar_dense",
+    "torch.ops.aten._log_softmax",
+    "torch.ops.aten._pin_memory",
     "torch.ops.aten._scaled_dot_product_cudnn_attention",
     "torch.ops.aten._scaled_dot_product_cudnn_attention_backward",
     "torch.ops.aten._scaled_dot_product_efficient_attention",
@@ -27,6 +36,8 @@ PRIVATE = (
     "torch.ops.aten._scaled_dot_product_flash_attention_backward",
     "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu",
     "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward",
+    "torch.ops.aten._softmax",
+    "torch.utils._foreach_utils._foreach_supported_types",
     "torch.utils._python_dispatch.TorchDispatchMode",
     "torch.Tensor._indices",
     "torch.Tensor._values",
@@ -35,6 +46,9 @@ PRIVATE = (
 
 #: These are there only in a PyTorch that was built with CUDA.
 WITH_CUDA = ("torch._C._cuda_clearCublasWorkspaces",)
+
+#: C++ names, which `cuda_stand_in` finds in PyTorch's own libraries.
+SYMBOLS = {"_ZN2at6detail12getCUDAHooksEv"}
 
 #: A flag of PyTorch's C++ library: `cpu._log_level` finds it.
 FLAG = "FLAGS_caffe2_log_level"
@@ -124,7 +138,7 @@ def unlisted(sources: dict[str, str]) -> list[str]:
     trees = {file: ast.parse(source) for file, source in sources.items()}
     own = set().union(*map(defined_in, trees.values()))
     listed = {part for path in (*PRIVATE, *WITH_CUDA) for part in path.split(".")}
-    listed |= OTHERS | {FLAG}
+    listed |= OTHERS | SYMBOLS | {FLAG}
     return [
         f"{file} uses {name}: list it in tests/test_private.py, or use a public one"
         for file, tree in trees.items()

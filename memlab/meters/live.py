@@ -8,11 +8,21 @@ import itertools
 import warnings
 import weakref
 from collections import UserDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
 from torch.profiler import profile
+
+#: While a run on fake tensors is predicted: the made-up address of a storage (0: it has none).
+made_up_address: Callable[[torch.UntypedStorage], int] | None = None
+
+
+def address_of(storage: torch.UntypedStorage) -> int:
+    """Where a storage is."""
+    if made_up_address is not None and (address := made_up_address(storage)):
+        return address
+    return storage.data_ptr()
 
 
 def plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -155,11 +165,12 @@ def live_storages(device: torch.device, *, maps: bool = False) -> dict[int, torc
             with contextlib.suppress(Exception):
                 if tensor.device != device:
                     continue
-                parts = list(storages(tensor))
+                parts = list(plain_tensors(tensor))
                 if tensor.is_leaf and tensor.grad is not None:
-                    parts += storages(tensor.grad)
-                for storage in parts:
+                    parts += plain_tensors(tensor.grad)
+                for part in parts:
+                    storage = part.untyped_storage()
                     mapped = storage.filename is not None
-                    if storage.device == device and storage.nbytes() and mapped == maps:
-                        found[storage.data_ptr()] = storage
+                    if part.device == device and storage.nbytes() and mapped == maps:
+                        found[address_of(storage)] = storage
     return found

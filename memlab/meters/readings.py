@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from memlab.ledger import Block, Event, Span
+from memlab.ledger import Block, Event, Observation, Span
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Readings:
         workspace_bytes: what libraries keep for themselves whatever the model (None: none do).
         one_clock: whether events and spans have the same clock, to the nanosecond.
         one_thread: whether what other threads allocate is not seen.
+        observations: what the meter itself saw in the blocks (a real one sees bytes only).
     """
 
     events: Sequence[Event]
@@ -39,3 +40,4 @@ class Readings:
     workspace_bytes: int | None = None
     one_clock: bool = True
     one_thread: bool = False
+    observations: Sequence[Observation] = ()

@@ -37,6 +37,7 @@ class Recording:
         collect: whether garbage is collected before the start; by default where what is alive
             counts.
         lines: whether the lines of the user's code are noted (`memlab.meters.lines`).
+        meter: the device's meter (None: the one that measures it).
 
     Raises:
         RuntimeError: another recording, or PyTorch's profiler, is running.
@@ -49,13 +50,14 @@ class Recording:
         counts_alive: bool = False,
         collect: bool | None = None,
         lines: bool = False,
+        meter: object | None = None,
     ):
         self.device = device
         self.observer = Observer(device, lines=lines)
         self.recorded: Recorded | None = None
         self._counts_alive = counts_alive
         self._collect = counts_alive if collect is None else collect
-        self._meter = meter_for(device)
+        self._meter = meter or meter_for(device)
         self._alive: list[Block] = []
         self._references: list[weakref.ref] = []
         self._steps_begun: int | None = None
@@ -136,7 +138,7 @@ class Recording:
             end=end,
             thread=self._thread,
             counts_alive=self._counts_alive,
-            observations=observer.seen.observations,
+            observations=[*observer.seen.observations, *readings.observations],
             spans=self._spans(readings),
             alive=alive,
             uses=observer.seen.uses,

@@ -19,6 +19,7 @@ from memlab.ledger import Observation
 from memlab.meters.beside import targets_beside
 from memlab.meters.gradients import Gradients, Missing
 from memlab.meters.live import (
+    address_of,
     live_objects,
     plain_tensors,
     role_of,
@@ -48,11 +49,9 @@ class Sightings:
         self.latest: dict[tuple[int, str], Observation] = {}
         self._uses = Uses()
         self.devices: set[torch.device] = set()  # where the parameters of the models were
-        #: The addresses of what was alive before, memory maps apart.
-        self.before: set[int] = set()
-        self.maps_before: set[int] = set()
-        #: The addresses of what a module was given.
-        self.inputs: set[int] = set()
+        self.before: set[int] = set()  # the addresses of what was alive before
+        self.maps_before: set[int] = set()  # and of memory maps
+        self.inputs: set[int] = set()  # of what a module was given
         self._given: dict[int, weakref.ref] = {}
         #: The modules by model, with their names in it.
         self.models = Models()
@@ -94,9 +93,9 @@ class Sightings:
             with contextlib.suppress(Exception):  # no memory of its own (lazy, functional, fake)
                 for part in plain_tensors(tensor):
                     storage = part.untyped_storage()
-                    if storage.device != self.device or not storage.nbytes():
+                    if part.device != self.device or not storage.nbytes():
                         continue
-                    address = storage.data_ptr()
+                    address = address_of(storage)
                     if not self._record:
                         latest = Observation(now, address, column, name, role=role)
                         self.latest[address, column] = latest
@@ -217,7 +216,7 @@ class Sightings:
 
     def _look_at(self, tensor: torch.Tensor, after: bool) -> None:
         """Note a tensor that belongs to no model, optimizer or data set."""
-        addresses = {storage.data_ptr() for storage in storages(tensor)}
+        addresses = {address_of(storage) for storage in storages(tensor)}
         outside = not addresses & (self.before | self.maps_before)
         if tensor.grad_fn is not None:
             if not after:
@@ -237,7 +236,7 @@ class Sightings:
         """Note what a module was given."""
         self.see((tensor,), "batch", "input")
         with contextlib.suppress(Exception):
-            self.inputs.update(storage.data_ptr() for storage in storages(tensor))
+            self.inputs.update(address_of(storage) for storage in storages(tensor))
             self._given[id(tensor)] = weakref.ref(tensor)  # an address is soon another's
 
     @property

@@ -1,0 +1,162 @@
+"""A GPU that is not there: its bytes, from a run on fake tensors and the allocator simulated.
+
+It has the form of the other meters (`start`, `stop` -> `Readings`), and a run on it needs no
+device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+import torch.utils._foreach_utils
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.optim import optimizer as optimizers
+
+from memlab.ledger import Event, Observation
+from memlab.meters import cpu, live
+from memlab.meters.allocator import Allocator
+from memlab.meters.cuda_rules import KERNELS, cuda_rules
+from memlab.meters.cuda_stand_in import accelerator_stand_in
+from memlab.meters.fake import FakeMode, Made, Shapes
+from memlab.meters.gpus import GPU
+from memlab.meters.readings import Readings
+from memlab.meters.torch_cuda import torch_cuda_stand_in
+
+# The allocator hands out multiples of this.
+_GRAIN = 512
+
+# The first of these in a thread takes a cuBLAS workspace, and keeps it (CublasHandlePool.cpp).
+# Forward has a thread, and backward has one.
+_PRODUCTS = tuple(
+    getattr(torch.ops.aten, name).default
+    for name in ("mm", "addmm", "bmm", "baddbmm", "addmv", "mv", "dot")
+)
+
+
+class Meter:
+    """Notes what a run on fake tensors would allocate, between `start()` and `stop()`.
+
+    Args:
+        device: the fake device that is metered: `cuda:0` or the CPU.
+        gpu: the GPU that is predicted; None when the CPU is.
+        note: called with a sentence for each thing that has to be assumed.
+    """
+
+    def __init__(self, device: torch.device, gpu: GPU | None, note: Callable[[str], None]):
+        self.device = device
+        self.allocator = Allocator()
+        self._gpu = gpu
+        self._events: dict[str, list[Event]] = {"cuda": [], "cpu": []}
+        self._places: dict[int, int] = {}
+        self._seen: list[Observation] = []
+        self._with_workspace: set[str] = set()
+        before = dict.fromkeys(_PRODUCTS, self._take_workspace) if gpu is not None else {}
+        self.shapes = Shapes(note, self._on_event, KERNELS if gpu is not None else {}, before)
+        self._note = note
+        self._stack = contextlib.ExitStack()
+        # For the operators' and backward's spans only.
+        self._profiler = cpu.Meter(torch.device("cpu"), memory=False)
+
+    def start(self) -> None:
+        """Switch the fake device on.
+
+        Raises:
+            RuntimeError: PyTorch's profiler is running, or this build has not what is needed.
+        """
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(fake_addresses(self.shapes))
+            if self._gpu is not None:
+                stack.enter_context(accelerator_stand_in())
+                stack.enter_context(torch_cuda_stand_in(self._gpu, self._memory))
+                stack.enter_context(cuda_rules(self._gpu, self._note))
+            # Or the engine would hand a fake GPU's part to a thread that it does not have.
+            stack.enter_context(torch.autograd.set_multithreading_enabled(False))
+            stack.enter_context(fake_tensors_taken())
+            self._profiler.start()
+            stack.enter_context(FakeMode())
+            stack.enter_context(self.shapes)
+            self._stack = stack.pop_all()
+
+    def stop(self) -> Readings:
+        """Switch it off again, and say what it allocated."""
+        try:
+            spans = self._profiler.stop().spans
+        finally:
+            self._stack.close()
+        readings = Readings(self._events[self.device.type], spans, observations=self._seen)
+        if self._gpu is None:
+            return readings
+        return dataclasses.replace(
+            readings,
+            reserved_bytes=self.allocator.peak_reserved_bytes,
+            workspace_bytes=self._gpu.workspace_bytes * len(self._with_workspace),
+        )
+
+    @property
+    def host_events(self) -> list[Event]:
+        """What the run allocated on the host."""
+        return self._events["cpu"]
+
+    def _on_event(self, device: str, made: Made) -> None:
+        events = self._events.get(device)
+        if events is None:
+            return
+        size = made.size
+        if device == "cuda" and self._gpu is not None:
+            rounded = -(-abs(size) // _GRAIN) * _GRAIN
+            size = rounded if size > 0 else -rounded
+            if size > 0:
+                self._places[made.address] = self.allocator.allocate(made.size)
+            else:
+                self.allocator.free(self._places.pop(made.address))
+        events.append(Event(made.time, made.address, size))
+        if size > 0 and device == self.device.type:
+            seen = Observation(made.time, made.address, "", "", made.dtype, made.shape)
+            self._seen.append(seen)
+
+    def _take_workspace(self) -> None:
+        # The engine has one thread here, so it has to be asked whether a backward runs.
+        thread = "forward" if torch._C._current_graph_task_id() == -1 else "backward"
+        if thread not in self._with_workspace:
+            self._with_workspace.add(thread)
+            self.allocator.allocate(self._gpu.workspace_bytes)
+
+    def _memory(self) -> SimpleNamespace:
+        allocator = self.allocator
+        return SimpleNamespace(
+            allocated=allocator.allocated_bytes,
+            reserved=allocator.reserved_bytes,
+            peak_allocated=allocator.peak_allocated_bytes,
+            peak_reserved=allocator.peak_reserved_bytes,
+            empty_cache=allocator.empty_cache,
+        )
+
+
+@contextlib.contextmanager
+def fake_addresses(shapes: Shapes) -> Iterator[None]:
+    """Inside, `memlab.meters.live` finds the made-up addresses of storages."""
+    with mock.patch.object(live, "made_up_address", shapes.address_of):
+        yield
+
+
+@contextlib.contextmanager
+def fake_tensors_taken() -> Iterator[None]:
+    """Have PyTorch's optimizers and modules take fake tensors as they take plain ones.
+
+    By default an optimizer steps all parameters at once only if their class is `Tensor` or
+    `Parameter`. And `module.to(...)` swaps a fake parameter for another one, which it refuses when
+    weak references to it exist, as fake mode has them.
+    """
+    plain = [torch.Tensor, torch.nn.Parameter, FakeTensor]
+    without_references = SimpleNamespace(getweakrefs=lambda tensor: [])
+    with (
+        mock.patch.object(optimizers, "_foreach_supported_types", plain),
+        mock.patch.object(torch.utils._foreach_utils, "_foreach_supported_types", plain),
+        mock.patch.object(torch.utils, "weakref", without_references),
+    ):
+        yield

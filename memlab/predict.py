@@ -1,0 +1,165 @@
+"""`predict(run)`: the memory that a run would need on a GPU, without the GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+from collections.abc import Callable, Mapping
+
+import torch
+from tqdm.auto import tqdm
+
+from memlab.growth import growth_of
+from memlab.join import measurement_of
+from memlab.ledger import Ledger, build_ledger, steps_in
+from memlab.measurement import Measurement
+from memlab.meters import fake_meter, refusals
+from memlab.meters.gpus import GPU, find_gpu
+from memlab.meters.live import objects_set_aside
+from memlab.meters.observer import Observer
+from memlab.meters.recording import Recording
+from memlab.meters.steps import StepCounter
+from memlab.prediction import Prediction
+from memlab.run import check_run, start_run
+
+_HOST = torch.device("cpu")
+
+
+def predict(
+    run: Callable,
+    *,
+    steps: int = 2,
+    gpu: str | GPU = "H100 80GB",
+    device: str | None = None,
+    progress: bool = True,
+    **options: object,
+) -> Prediction:
+    """Predict the memory that a training run would need on a GPU, without the GPU.
+
+    The code is the same that would run there, with `.to("cuda")` in it: it runs on fake tensors,
+    which have shapes and no bytes. Nothing is computed; so no model is too large.
+
+    Example:
+        def train():
+            model = Model().cuda()
+            ...
+            yield loss
+
+        prediction = predict(train, gpu="RTX 4090")
+        print(prediction.fits())
+
+    Args:
+        run: as for `memlab.measure`.
+        steps: how many steps are taken. From the second on the optimizer's state is there.
+        gpu: the GPU's name, as people write it, or a size ("24 GiB").
+        device: "cpu" to predict what the same code needs on the CPU; then `gpu` has no meaning.
+        progress: whether a bar shows how far it is, where it takes longer than a second.
+        **options: keywords for the run.
+
+    Returns:
+        A `Prediction`.
+
+    Raises:
+        ValueError: something given cannot be predicted; the message says what and what to do.
+        RuntimeError: another measurement, or PyTorch's profiler, is running.
+    """
+    check_run(run, options)
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps has to be a whole number of at least 1, not {steps!r}")
+    if device not in (None, "cpu", "cuda"):
+        raise ValueError(f'device has to be "cuda" or "cpu", not {device!r}')
+    card = None
+    if device != "cpu":
+        card = gpu if isinstance(gpu, GPU) else find_gpu(gpu)
+    with objects_set_aside():
+        return _predict(run, options, steps, card, progress)
+
+
+def _predict(
+    run: Callable, options: Mapping[str, object], steps: int, gpu: GPU | None, progress: bool
+) -> Prediction:
+    assumed: dict[str, None] = {}
+    device = torch.device("cuda", 0) if gpu is not None else _HOST
+    meter = fake_meter.Meter(device, gpu, assumed.setdefault)
+    recording = Recording(device, meter=meter)
+    counter = StepCounter(by_hand=True)
+    host = Observer(_HOST)
+    bar = tqdm(desc="predicting", unit=" operators", disable=not progress, delay=1, leave=False)
+    meter.shapes.on_progress = bar.update
+    try:
+        with recording, counter, host:
+            _take_steps(recording, host, counter, run, options, steps)
+    finally:
+        bar.close()
+    recorded = recording.recorded
+    found = measurement_of(recorded, _described(gpu))
+    refusals.refuse_nothing_to_train(recorded)
+    prediction = _prediction(found, gpu, tuple(assumed))
+    spans = [span for span in recorded.spans if span.kind == "step"]
+    counted = [
+        step._replace(start=span.start) for step, span in zip(counter.counted, spans, strict=True)
+    ]
+    prediction.steps = tuple(steps_in(prediction.ledger, counted))
+    prediction.bytes_after_step = tuple(step.bytes_after for step in prediction.steps)
+    prediction.growth = tuple(growth_of(prediction.ledger, prediction.steps))
+    if gpu is not None:
+        prediction.host_columns = _host_ledger(meter, host, recorded).peak_columns()
+    return prediction
+
+
+def _take_steps(
+    recording: Recording,
+    host: Observer,
+    counter: StepCounter,
+    run: Callable,
+    options: Mapping[str, object],
+    steps: int,
+) -> None:
+    started = start_run(run, options)
+    try:
+        if started.builds_in_first_step:
+            recording.begin_steps_at_first_call()
+        else:
+            recording.begin_steps()
+        for _ in range(steps):
+            recording.run_step(started.step)
+            host.seen.see_gradients()
+            counter.end_step()
+        recording.observer.seen.look_around(after=True)
+        host.seen.look_around(after=True)
+    finally:
+        started.close()
+    gc.collect()
+
+
+def _prediction(found: Measurement, gpu: GPU | None, notes: tuple[str, ...]) -> Prediction:
+    fields = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
+    return Prediction(**fields, gpu=gpu, notes=notes)
+
+
+def _host_ledger(meter: fake_meter.Meter, host: Observer, recorded: object) -> Ledger:
+    spans = [*recorded.spans, *(span for span in host.spans if span.kind != "step")]
+    ledger, _ = build_ledger(
+        meter.host_events,
+        host.seen.observations,
+        spans,
+        (),
+        start=recorded.start,
+        end=recorded.end,
+        one_clock=True,
+    )
+    return ledger
+
+
+def _described(gpu: GPU | None) -> dict[str, object] | None:
+    if gpu is None:
+        return None
+    return {
+        "device": "cuda",
+        "gpu": gpu.name,
+        "gpu_bytes": gpu.memory_bytes,
+        "torch": torch.__version__,
+        "driver": None,
+        "python": None,
+        "threads": None,
+    }

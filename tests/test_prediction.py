@@ -1,0 +1,59 @@
+"""Whether it fits, in words and in numbers."""
+
+import pytest
+import torch
+from torch import nn
+
+from memlab import predict
+from memlab.meters.gpus import find_gpu
+from memlab.units import GiB
+
+
+def train():
+    model = nn.Linear(1000, 1000, bias=False).cuda()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    while True:
+        loss = model(torch.randn(8, 1000, device="cuda")).mean()
+        loss.backward()
+        optimizer.step()
+        yield loss
+
+
+@pytest.fixture(scope="module")
+def prediction():
+    return predict(train, gpu="T4", progress=False)
+
+
+def test_it_fits_by_what_the_process_needs(prediction):
+    gpu = find_gpu("T4")
+    fit = prediction.fits()
+    assert fit and fit.gpu == gpu.name
+    assert prediction.process_bytes == prediction.reserved_bytes + gpu.context_bytes
+    assert fit.needed_bytes == prediction.process_bytes
+    assert fit.free_bytes == gpu.memory_bytes
+    assert fit.margin_bytes == gpu.memory_bytes - prediction.process_bytes
+    assert str(fit).startswith("fits Tesla T4: ") and str(fit).endswith("left (predicted)")
+
+
+def test_what_others_use_counts(prediction):
+    assert prediction.fits("2 GiB")
+    refused = prediction.fits("2 GiB", in_use="1.9 GiB")
+    assert not refused and refused.free_bytes == 2 * GiB - int(1.9 * GiB)
+    assert str(refused).startswith("does not fit ") and "too much (predicted)" in str(refused)
+
+
+def test_the_workspaces_are_those_of_the_gpu_that_is_asked_for(prediction):
+    larger = find_gpu("H100 80GB").workspace_bytes - find_gpu("T4").workspace_bytes
+    fit = prediction.fits("H100 80GB")
+    assert fit.reserved_bytes - prediction.reserved_bytes == 2 * larger
+
+
+def test_an_unknown_gpu_is_refused(prediction):
+    with pytest.raises(ValueError, match="RTX 4090"):
+        prediction.fits("RTX 4091")
+
+
+def test_it_is_called_a_prediction(prediction):
+    assert str(prediction).startswith("Predicted peak ")
+    assert "CUDA's context is an estimate" in str(prediction)
+    assert "for Tesla T4" in str(prediction)
