@@ -41,7 +41,6 @@ def replay(allocator, driver: Driver, events: Iterable[tuple[str, int, int, int]
             " this one. Make a new one"
         )
     simulated: dict[int, int] = {}  # recorded address → ours
-    last = None
     for number, (action, address, size, stream) in enumerate(events):
         if action == "alloc":
             if address in simulated:
@@ -66,9 +65,7 @@ def replay(allocator, driver: Driver, events: Iterable[tuple[str, int, int, int]
         elif action == "segment_free":
             allocator.release_segment(address)
         elif action == "segment_unmap":
-            if last != action:
-                allocator.empty_cache()
+            allocator.empty_cache()
         elif action not in _WITHOUT_EFFECT:
             raise ValueError(f"event {number} has an unknown action, {action!r}")
-        last = action
     driver.recorded.clear()

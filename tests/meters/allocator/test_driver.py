@@ -16,10 +16,9 @@ def test_what_is_allowed_may_be_less():
 
 def test_addresses_rise_are_aligned_and_do_not_touch():
     driver = Driver(None, None)
-    first = driver.address_for(3 * MiB)
-    second = driver.address_for(2 * MiB)
-    assert first % (2 * MiB) == second % (2 * MiB) == 0
-    assert second > first + 3 * MiB
+    first, second, third = (driver.address_for(size * MiB) for size in (2, 3, 2))
+    assert first % (2 * MiB) == second % (2 * MiB) == third % (2 * MiB) == 0
+    assert second > first + 2 * MiB and third > second + 3 * MiB
 
 
 def test_a_recorded_address_is_taken_where_the_size_agrees():

@@ -88,6 +88,16 @@ def test_the_cache_gives_back_whole_pages_only():
     assert ranges(allocator) == [(0, 40), (60, 60)]
 
 
+def test_a_hole_is_filled_up_to_what_is_free_behind_it():
+    allocator = Allocator(EXPANDABLE)
+    blocks = [allocator.allocate(15 * MiB) for _ in range(8)]
+    for block in blocks[1:5]:
+        allocator.free(block)
+    allocator.empty_cache()  # free from 15 to 20, unmapped to 60, free to 75
+    assert allocator.allocate(58 * MiB) == blocks[1]
+    assert allocator.reserved_bytes == 120 * MiB and ranges(allocator) == [(0, 120)]
+
+
 def test_of_a_segment_that_is_free_nothing_is_left():
     allocator = Allocator(EXPANDABLE)
     first = allocator.allocate(30 * MiB)

@@ -40,6 +40,23 @@ def test_a_segment_is_not_taken_because_it_was_recorded():
     assert segment.address != 0x700000
 
 
+def test_a_recorded_address_is_for_the_allocation_after_it_only():
+    allocator = Allocator()
+    allocator.replay(
+        [
+            ("alloc", 1, 20 * MiB, 0),
+            ("free", 1, 0, 0),
+            ("segment_alloc", 0x700000, 20 * MiB, 0),  # the GPU needed one here, we do not
+            ("alloc", 2, 20 * MiB, 0),
+            ("alloc", 3, 20 * MiB, 0),
+            ("segment_alloc", 0x900000, 20 * MiB, 0),
+        ]
+    )
+    allocator.allocate(20 * MiB)
+    assert {0x700000, 0x900000}.isdisjoint(s.address for s in allocator.snapshot())
+    assert allocator.reserved_bytes == 60 * MiB
+
+
 def test_what_was_given_back_is_given_back():
     allocator = Allocator()
     allocator.replay(
