@@ -15,12 +15,12 @@ class Ties(enum.StrEnum):
     # torch 2.11 (BlockComparatorSize): the one at the lowest address.
     ADDRESS = "address"
 
-    # torch 2.12 and 2.12.1 (BlockComparatorRegistrationCounter, PR 178362): the one that was made first. When
-    # a block is split, the part in front is made anew and the rest stays what it was.
+    # torch 2.12 and 2.12.1 (BlockComparatorRegistrationCounter, PR 178362): the one that was made
+    # first. When a block is split, the part in front is made anew and the rest stays what it was.
     BLOCK = "block"
 
-    # torch 2.13 and 2.14 (BlockComparatorSizeCounterAddress, PR 183591): the one whose segment is the
-    # oldest, and in a segment the one at the lowest address. PR 182929 is in no release: 183591
+    # torch 2.13 and 2.14 (BlockComparatorSizeCounterAddress, PR 183591): the one whose segment is
+    # the oldest, and in a segment the one at the lowest address. PR 182929 is in no release: 183591
     # took its place before 2.13.
     SEGMENT = "segment"
 
