@@ -4,6 +4,7 @@ happened.
 
 from __future__ import annotations
 
+import gc
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -161,6 +162,9 @@ def _compare_first_steps(
     """Whether an answer that fits trains the same, and what to say of it."""
     expected, expected_by_python = _first_step_traced(reference)
     answer, answer_by_python = _first_step_traced(build)
+    if answer_by_python - expected_by_python > MiB:
+        # What was imported meanwhile is not there a second time.
+        answer_by_python = min(answer_by_python, _first_step_traced(build)[1])
     hidden = max(
         answer_by_python - expected_by_python,
         after.outside_memory_bytes - before.outside_memory_bytes,
@@ -197,6 +201,7 @@ def _first_step_traced(build: Callable) -> tuple[FirstStep, int]:
     if not running:
         tracemalloc.start()
     try:
+        gc.collect()
         before, _ = tracemalloc.get_traced_memory()
         tracemalloc.reset_peak()
         step = first_step(build)
@@ -235,8 +240,7 @@ def guess(mebibytes: float | None, measured: int, what: str = "the peak") -> Non
         what: what was predicted.
     """
     if mebibytes is None:
-        again = "write a number of MiB above and run the cells again."
-        print(f"You have not predicted {what} yet: {again}")
+        print(f"You have not predicted {what} yet: write a number of MiB above and run again.")
         return
     off = mebibytes * MiB / measured - 1
     words = "worth a second look at the formula"

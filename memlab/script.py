@@ -18,8 +18,6 @@ import torch
 
 from memlab.budget import budget
 from memlab.delivery import deliver
-from memlab.leftovers import Leftovers
-from memlab.meters.device import resolve_device
 from memlab.remedies import out_of_memory
 from memlab.units import format_bytes, parse_bytes
 from memlab.watch import watch
@@ -59,7 +57,7 @@ def run_script(
     # What the script made has to be alive until the end: that is how memlab sees who holds what.
     # So its module and, after an error, its frames are held here.
     with _as_main(main, script, arguments):
-        with watch(lines=lines) as watched, Leftovers(resolve_device()) as leftovers:
+        with watch(lines=lines) as watched:
             error = _run(code, main, limit)
         status = _say_error(error)
         try:
@@ -67,8 +65,6 @@ def run_script(
         except (RuntimeError, ValueError) as refusal:
             _say(f"memlab has no receipt of {script}: {refusal}")
             return status
-        if measurement.verdict.kind == "creep" and not measurement.holders:
-            measurement.holders = tuple(leftovers.holders)
         why = out_of_memory(measurement, error) if _ran_out(error) else []
         over = limit is not None and measurement.peak_bytes > limit
         if over and not why:  # seen by the ledger alone: what an operator took for itself

@@ -56,13 +56,15 @@ def verdict_of(
     changes = changes_of(full)
     if len(changes) > 1 and changes[-1] < 0:
         # The loop's function has returned, and what it held is gone.
-        changes = changes[:-1]
+        changes, whole = changes[:-1], full[:-1]
+    else:
+        whole = full
     if _creeps(changes, growth):
-        return _creep(full, changes, growth, holders)
+        return _creep(whole, changes, growth, holders)
     if building_peak is not None and building_peak > max(step.peak_bytes for step in full):
         return _building(full, building_peak)
     if _ended_growing(changes):
-        return _ended(full, changes)
+        return _ended(whole, changes)
     if host := host_growth(steps):
         words = f"Steady on the device, and the host's heap grows by {format_bytes(host)} a step"
         return Verdict("steady", f"{words}{_held_by(holders)}.")

@@ -11,22 +11,19 @@ from torch import nn
 from memlab.growth import host_growth
 from memlab.holders import find_holders
 from memlab.ledger import Shapes, Span, numbers_in
+from memlab.leftovers import Leftovers
 from memlab.measurement import Measurement
 from memlab.meters.device import resolve_device
-from memlab.meters.heap import heap_in_use
-from memlab.meters.live import live_storages, objects_set_aside
+from memlab.meters.live import objects_set_aside
 from memlab.meters.recording import Recording
 from memlab.meters.steps import StepCounter
+from memlab.meters.unseen import Unseen
 from memlab.run import describe
 from memlab.stretches import Stretches, oldest_of
-from memlab.units import KiB
 
 #: So many calls of modules are recorded in one go: what is recorded takes the host's memory, up to
 #: 200 KB for each of them.
 CALLS_AT_ONCE = 100
-
-#: Less than this is what a heap breathes.
-LEAST_BY_HEAP = 256 * KiB
 
 #: From then on two steps of so many are recorded in full.
 EVERY = 100
@@ -98,7 +95,8 @@ class watch:  # noqa: N801 - read as a verb: `with watch(model, optimizer) as w:
         self._counter = StepCounter(self._step_ended, self._called)
         self._largest = 0
         self._first_step = 1
-        self._unseen = self._heap = 0
+        self._unseen = Unseen(self._device)
+        self._leftovers = Leftovers(self._device)
         self._counter.__enter__()
         try:
             self._record()
@@ -106,9 +104,11 @@ class watch:  # noqa: N801 - read as a verb: `with watch(model, optimizer) as w:
             self._counter.__exit__()
             raise
         self._counter.begin()
+        self._leftovers.__enter__()
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self._leftovers.__exit__()
         self._counter.end_last_step()
         self._counter.__exit__()
         if self._recording is not None:
@@ -116,7 +116,7 @@ class watch:  # noqa: N801 - read as a verb: `with watch(model, optimizer) as w:
         if self._refusal is None:
             self._measurement = self._stretches.measurement(self._counter.counted)
             self._find_holders()
-        del self._stretches, self._counter
+        del self._stretches, self._counter, self._leftovers
 
     def step(self) -> None:
         """Say that a step is over, where the optimizer does not tell it."""
@@ -145,7 +145,7 @@ class watch:  # noqa: N801 - read as a verb: `with watch(model, optimizer) as w:
         if self._counter.number == 1:
             gc.collect()  # once, before anything is set aside: it takes as long as some steps
         with objects_set_aside():
-            recording = Recording(self._device, counts_alive=True, collect=False, lines=self._lines)
+            recording = Recording(self._device, counts_alive=True, lines=self._lines)
             recording.__enter__()
             try:
                 seen = recording.observer.seen
@@ -157,7 +157,7 @@ class watch:  # noqa: N801 - read as a verb: `with watch(model, optimizer) as w:
                     else:
                         seen.see_optimizer(thing)
                 seen.see_gradients()
-                self._note_unseen(recording)
+                self._unseen.note_in(recording)
             except BaseException:
                 recording.__exit__()
                 raise
@@ -172,27 +172,6 @@ class watch:  # noqa: N801 - read as a verb: `with watch(model, optimizer) as w:
             except (RuntimeError, ValueError) as error:
                 self._refusal = error
 
-    def _note_unseen(self, recording: Recording) -> None:
-        """Count what is alive and no tensor of Python holds, such as what a graph saved.
-
-        What was left of it when the last stretch ended is known to the byte. What came to it since
-        then, only the heap tells, where other things lie as well.
-        """
-        if self._unseen:
-            recording.note_unseen(self._unseen, "kept", "a graph's, or what else C++ holds")
-        since = self._heap_beside() - self._heap
-        if self._heap and since >= LEAST_BY_HEAP:
-            name = "from steps not recorded in full, by the heap"
-            recording.note_unseen(since, "unattributed", name)
-
-    def _heap_beside(self) -> int:
-        """The bytes on the host's heap that no tensor of Python holds (0: not known)."""
-        heap = heap_in_use()
-        return 0 if heap is None else heap - self._held()
-
-    def _held(self) -> int:
-        return sum(storage.nbytes() for storage in live_storages(self._device).values())
-
     def _stop(self, goes_on: bool = True) -> None:
         """End a stretch and read it."""
         recording, self._recording = self._recording, None
@@ -201,13 +180,11 @@ class watch:  # noqa: N801 - read as a verb: `with watch(model, optimizer) as w:
             recording.observer.seen.look_around(after=True)
             for step in counted:
                 recording.observer.spans.append(Span(step.start, step.end, "step"))
-            held = self._held() if goes_on else 0
+            held = self._unseen.held() if goes_on else 0
             recording.__exit__()
             ledger = self._stretches.add(recording.recorded, counted).ledger
             if goes_on:
-                alive = sum(block.bytes for block in ledger.alive_at(ledger.end))
-                self._unseen = max(0, alive - held)
-                self._heap = self._heap_beside()
+                self._unseen.recorded(ledger, held)
         except (RuntimeError, ValueError) as error:
             self._refusal = error  # the training goes on: whoever asks for the measurement is told
 
@@ -244,4 +221,6 @@ class watch:  # noqa: N801 - read as a verb: `with watch(model, optimizer) as w:
         verdict = measurement.verdict
         if verdict.kind == "creep" or host_growth(measurement.steps):
             oldest = oldest_of(measurement, verdict.column)
-            measurement.holders = tuple(find_holders(oldest, device=self._device))
+            # When the loop's function has returned, only they know who held it.
+            found = find_holders(oldest, device=self._device) or self._leftovers.holders
+            measurement.holders = tuple(found)

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.modules import module as modules
 from torch.optim import optimizer as optimizers
 
+from memlab import watch
 from memlab.workloads import gpt
 
 
@@ -232,3 +233,12 @@ def a_unet():
     model = UNet()
     images = torch.randn(4, 3, 8, 8)
     return model, lambda: model(images).float().square().mean()
+
+
+def columns_alive() -> dict[str, int]:
+    """What a watch finds by column before anything runs: other tests have left some models behind,
+    and everything in the process counts.
+    """
+    with watch() as nothing:
+        pass
+    return nothing.measurement.columns

@@ -50,13 +50,27 @@ def write(path, text):
     path.write_text(text)
 
 
-def test_a_whole_script_is_watched(folder, capsys):
+def run_alone(folder, *arguments, status=0):
+    """Run the command in a process of its own: in this one, other tests have left models behind,
+    and everything in it counts.
+    """
+    ended = subprocess.run(
+        [sys.executable, *"-m memlab run train.py".split(), *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(PACKAGE), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == status, ended.stderr
+    return ended
+
+
+def test_a_whole_script_is_watched(folder):
     write(folder / "train.py", TRAIN)
-    assert run_script("train.py", save=folder / "receipt.json") == 0
-    said = capsys.readouterr()
-    assert said.out == "" and said.err.startswith("memlab: the receipt of train.py\nPeak ")
+    said = run_alone(folder, "--save", "receipt.json")
+    assert said.stdout == "" and said.stderr.startswith("memlab: the receipt of train.py\nPeak ")
     assert re.search(
-        r"Largest at the peak:\n  4\.00 KiB +2 x 2\.00 KiB .*optimizer state", said.err
+        r"Largest at the peak:\n  4\.00 KiB +2 x 2\.00 KiB .*optimizer state", said.stderr
     )
     kept = receipt.load(folder / "receipt.json")
     assert kept.known_columns["parameters"] == WEIGHTS
@@ -113,12 +127,11 @@ def test_the_receipt_is_printed_whatever_ends_the_script(folder, capsys, last, s
     assert "memlab/script.py" not in err  # the script's own frames, as Python would print them
 
 
-def test_over_a_budget_the_receipt_says_where_and_what_would_help(folder, capsys):
+def test_over_a_budget_the_receipt_says_where_and_what_would_help(folder):
     loop = "layers = torch.nn.Sequential(*[torch.nn.Linear(256, 256) for _ in range(4)])\n"
     loop += "x = torch.randn(1024, 256)\nwhile True:\n    layers(x).mean().backward()\n"
     write(folder / "train.py", "import torch\n" + loop)
-    assert run_script("train.py", size="4 MiB", report=folder / "report.html") == 1
-    err = capsys.readouterr().err
+    err = run_alone(folder, "--budget", "4 MiB", "--report", "report.html", status=1).stderr
     assert "OverBudget: out of memory: the budget is 4.00 MiB" in err
     assert "The largest column at the peak is activations" in err
     assert "It ran out at train.py:5: layers(x).mean().backward()" in err
@@ -134,14 +147,13 @@ def test_the_lines_are_said_that_made_most(folder, capsys):
     )
 
 
-def test_over_a_budget_the_receipt_says_who_holds_what(folder, capsys):
+def test_over_a_budget_the_receipt_says_who_holds_what(folder):
     loop = "    while True:\n        outputs.append(layer(torch.randn(64, 256)))\n"
     train = "def train(layer):\n    outputs = []\n" + loop + "train(torch.nn.Linear(256, 256))\n"
     write(folder / "train.py", "import torch\n" + train)
-    assert run_script("train.py", size="2 MiB") == 1
     assert re.search(
         r"held by list `outputs` \(\d+ entries\) in train\(\) at train\.py:3",
-        capsys.readouterr().err,
+        run_alone(folder, "--budget", "2 MiB", status=1).stderr,
     )
 
 
@@ -157,10 +169,10 @@ def test_what_a_function_of_the_script_held_is_known_after_it(folder, capsys):
     assert "held by list `outputs`" in err and "in train() at train.py:" in err
 
 
-def test_a_budget_that_is_kept_changes_nothing(folder, capsys):
+def test_a_budget_that_is_kept_changes_nothing(folder):
     write(folder / "train.py", TRAIN)
-    assert run_script("train.py", size="64 MiB", save=folder / "receipt.json") == 0
-    assert "would take" not in capsys.readouterr().err
+    said = run_alone(folder, "--budget", "64 MiB", "--save", "receipt.json")
+    assert "would take" not in said.stderr
     kept = receipt.load(folder / "receipt.json")
     assert kept.known_columns["optimizer_state"] == STATE
     assert {group.operator.partition("::")[0] for group in kept.blocks} <= {"aten", ""}
@@ -189,12 +201,11 @@ def test_the_arguments_of_the_script_come_after_two_dashes(folder, monkeypatch, 
     assert "python -m memlab run train.py -- --lr 1" in capsys.readouterr().err
 
 
-def test_the_receipt_of_the_readme_is_that_of_its_script(folder, capsys):
+def test_the_receipt_of_the_readme_is_that_of_its_script(folder):
     blocks = re.findall(r"```(?:python|text)\n(.*?)```", (PACKAGE / "README.md").read_text(), re.S)
     number = next(n for n, block in enumerate(blocks) if block.startswith("memlab: the receipt"))
     write(folder / "train.py", blocks[number - 1])
-    assert run_script("train.py") == 0
-    assert capsys.readouterr().err == blocks[number]
+    assert run_alone(folder).stderr == blocks[number]
 
 
 @pytest.mark.slow

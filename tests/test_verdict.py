@@ -68,6 +68,8 @@ def test_a_creep_that_ended():
 def test_when_the_loops_function_returns_what_it_held_is_gone():
     run = steps([9 * MiB] * 6, [MiB * size for size in (5, 6, 7, 8, 9, 0)])
     assert (verdict_of(run).kind, verdict_of(run).bytes_a_step) == ("creep", MiB)
+    ended = verdict_of(steps([9 * MiB] * 7, [MiB * size for size in (5, 6, 7, 8, 8, 8, 0)]))
+    assert ended.sentence == "It grew by 2.00 MiB until step 4, and not after that."
 
 
 def test_a_creep_in_some_steps_only_is_said_on_average():

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from memlab.integrations._stretches import Stretches
+from memlab.integrations._parts import Parts
 from memlab.measurement import Measurement
 
 
@@ -45,13 +45,13 @@ class MemlabCallback(Callback):
         report: str | Path | None = None,
         save: str | Path | None = None,
     ):
-        self._stretches = Stretches(first_step, last_step, report, save)
+        self._parts = Parts(first_step, last_step, report, save)
         self._evaluation = evaluation
 
     @property
     def measurements(self) -> dict[str, Measurement]:
         """The measurement of each stretch that has ended, by its name."""
-        return self._stretches.measurements
+        return self._parts.measurements
 
     # What the trainer calls -----------------------------------------------------------------------
 
@@ -59,8 +59,8 @@ class MemlabCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int
     ) -> None:
         """Begin to watch, if this is the first step that is asked for."""
-        if self._stretches.first_step <= trainer.global_step + 1 <= self._stretches.last_step:
-            self._stretches.begin("steps", pl_module)
+        if self._parts.first_step <= trainer.global_step + 1 <= self._parts.last_step:
+            self._parts.begin("steps", pl_module)
 
     def on_train_batch_end(
         self,
@@ -71,13 +71,13 @@ class MemlabCallback(Callback):
         batch_idx: int,
     ) -> None:
         """End the steps after the last one."""
-        if trainer.global_step >= self._stretches.last_step:
+        if trainer.global_step >= self._parts.last_step:
             self._end("steps", trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to watch the first evaluation."""
         if self._evaluation and not trainer.sanity_checking:
-            self._stretches.begin("evaluation", pl_module)
+            self._parts.begin("evaluation", pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """End the evaluation."""
@@ -94,6 +94,6 @@ class MemlabCallback(Callback):
         self._end("", trainer)
 
     def _end(self, name: str, trainer: Trainer) -> None:
-        metrics = self._stretches.end(name)
+        metrics = self._parts.end(name)
         for logger in trainer.loggers if metrics else ():
             logger.log_metrics(metrics, step=trainer.global_step)

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from memlab.integrations._stretches import Stretches
+from memlab.integrations._parts import Parts
 from memlab.measurement import Measurement
 
 
@@ -53,18 +53,18 @@ class MemlabCallback(TrainerCallback):
         save: str | Path | None = None,
         log: Callable[[dict[str, float]], None] | None = None,
     ):
-        self._stretches = Stretches(first_step, last_step, report, save)
+        self._parts = Parts(first_step, last_step, report, save)
         self._evaluation = evaluation
         self._log = log
 
     @property
     def measurements(self) -> dict[str, Measurement]:
         """The measurement of each stretch that has ended, by its name."""
-        return self._stretches.measurements
+        return self._parts.measurements
 
     def finish(self) -> None:
         """End what is being watched, if something is, and print its receipt."""
-        self._stretches.end()
+        self._parts.end()
 
     # What the trainer calls -----------------------------------------------------------------------
 
@@ -84,8 +84,8 @@ class MemlabCallback(TrainerCallback):
         **more: object,
     ) -> None:
         """Begin to watch, if this is the first step that is asked for."""
-        if self._stretches.first_step <= state.global_step + 1 <= self._stretches.last_step:
-            self._stretches.begin("steps", model)
+        if self._parts.first_step <= state.global_step + 1 <= self._parts.last_step:
+            self._parts.begin("steps", model)
 
     def on_step_end(
         self,
@@ -96,7 +96,7 @@ class MemlabCallback(TrainerCallback):
         **more: object,
     ) -> None:
         """End the steps, and begin to watch an evaluation that is about to come."""
-        if state.global_step >= self._stretches.last_step:
+        if state.global_step >= self._parts.last_step:
             self._end("steps", state, control)
         self._await_evaluation(control, model)
 
@@ -121,7 +121,7 @@ class MemlabCallback(TrainerCallback):
     ) -> None:
         """Begin to watch an evaluation that nobody announced, from its second batch on."""
         if self._evaluation:
-            self._stretches.begin("evaluation", model)
+            self._parts.begin("evaluation", model)
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: object
@@ -138,10 +138,10 @@ class MemlabCallback(TrainerCallback):
 
     def _await_evaluation(self, control: TrainerControl, model: nn.Module | None) -> None:
         if self._evaluation and control.should_evaluate:
-            self._stretches.begin("evaluation", model)
+            self._parts.begin("evaluation", model)
 
     def _end(self, name: str, state: TrainerState, control: TrainerControl) -> None:
-        metrics = self._stretches.end(name)
+        metrics = self._parts.end(name)
         if not metrics:
             return
         if self._log is None:

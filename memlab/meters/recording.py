@@ -34,8 +34,7 @@ class Recording:
     Args:
         device: the device to measure.
         counts_alive: whether what is alive at the start is part of it.
-        collect: whether garbage is collected before the start; by default where what is alive
-            counts.
+        collect: whether garbage is collected before the start.
         lines: whether the lines of the user's code are noted (`memlab.meters.lines`).
         meter: the device's meter (None: the one that measures it).
 
@@ -48,7 +47,7 @@ class Recording:
         device: torch.device,
         *,
         counts_alive: bool = False,
-        collect: bool | None = None,
+        collect: bool = False,
         lines: bool = False,
         meter: object | None = None,
     ):
@@ -56,7 +55,7 @@ class Recording:
         self.observer = Observer(device, lines=lines)
         self.recorded: Recorded | None = None
         self._counts_alive = counts_alive
-        self._collect = counts_alive if collect is None else collect
+        self._collect = collect
         self._meter = meter or meter_for(device)
         self._alive: list[Block] = []
         self._references: list[weakref.ref] = []

@@ -12,6 +12,7 @@ lightning = pytest.importorskip("lightning.pytorch")
 from memlab import receipt  # noqa: E402 - after what may be missing
 from memlab.integrations.lightning import MemlabCallback  # noqa: E402
 from memlab.watch import watch  # noqa: E402
+from tests.helpers import columns_alive  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lightning")
 
@@ -55,12 +56,14 @@ def fit(folder, callback, module=None):
 
 def test_steps_and_the_evaluation_are_measured(tmp_path, capsys):
     callback = MemlabCallback(2, 3, report=tmp_path / "report.html", save=tmp_path / "kept.json")
+    before = columns_alive()
     metrics = fit(tmp_path, callback)
     steps, evaluation = callback.measurements["steps"], callback.measurements["evaluation"]
     for measurement in (steps, evaluation):
-        assert measurement.columns["parameters"] == WEIGHTS
-        assert measurement.columns["optimizer_state"] == 2 * WEIGHTS + 4 * 4
-    assert steps.columns["gradients"] == WEIGHTS and evaluation.columns["gradients"] == 0
+        came = {name: size - before[name] for name, size in measurement.columns.items()}
+        assert came["parameters"] == WEIGHTS
+        assert came["optimizer_state"] == 2 * WEIGHTS + 4 * 4
+        assert came["gradients"] == (WEIGHTS if measurement is steps else 0)
     assert "memlab: the receipt of the steps\nPeak " in capsys.readouterr().out
     assert receipt.load(tmp_path / "kept.json").peak_bytes == steps.peak_bytes
     assert (tmp_path / "report.evaluation.html").is_file()
@@ -68,7 +71,7 @@ def test_steps_and_the_evaluation_are_measured(tmp_path, capsys):
         rows = list(csv.DictReader(file))
     logged = {name: row[name] for row in rows for name in row if row[name]}
     assert int(logged["memlab/steps/peak"]) == steps.peak_bytes
-    assert int(logged["memlab/evaluation/parameters"]) == WEIGHTS
+    assert int(logged["memlab/evaluation/parameters"]) == evaluation.columns["parameters"]
 
 
 def test_the_sanity_check_is_no_evaluation_and_none_may_be_asked_for(tmp_path):
@@ -79,15 +82,19 @@ def test_the_sanity_check_is_no_evaluation_and_none_may_be_asked_for(tmp_path):
 
 def test_after_an_error_the_receipt_is_printed(tmp_path, capsys):
     callback = MemlabCallback()
+    before = columns_alive()["optimizer_state"]
     with pytest.raises(ArithmeticError):
         fit(tmp_path, callback, Module(fails_at=1))
-    assert callback.measurements["steps"].columns["optimizer_state"] == 2 * WEIGHTS + 4 * 4
+    state = callback.measurements["steps"].columns["optimizer_state"] - before
+    assert state == 2 * WEIGHTS + 4 * 4
     assert "memlab: the receipt of the steps" in capsys.readouterr().out
 
 
 def test_inside_another_measurement_the_training_goes_on(tmp_path, capsys):
     callback = MemlabCallback()
+    before = columns_alive()["parameters"]
     with watch() as watched:
         fit(tmp_path, callback)
-    assert callback.measurements == {} and watched.measurement.columns["parameters"] == WEIGHTS
+    assert callback.measurements == {}
+    assert watched.measurement.columns["parameters"] - before == WEIGHTS
     assert "memlab does not watch the steps: a measurement is running" in capsys.readouterr().out

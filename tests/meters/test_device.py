@@ -41,7 +41,6 @@ def test_the_cpu_has_no_index():
 
 
 def test_bytes_alive_follow_a_tensor():
-    device.bytes_alive("cpu")  # garbage of other tests may need a second collection
     before = device.bytes_alive("cpu")
     kept = torch.zeros(1000)
     assert device.bytes_alive("cpu") == before + kept.nbytes

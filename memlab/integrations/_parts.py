@@ -1,4 +1,4 @@
-"""What the callbacks have in common: stretches of a training that are watched, one at a time."""
+"""What the callbacks have in common: parts of a training that are watched, one at a time."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from memlab.measurement import Measurement
 from memlab.watch import watch
 
 
-class Stretches:
-    """Watches stretches of a training that are given a name, each once.
+class Parts:
+    """Watches parts of a training that are given a name, each once.
 
     Args:
         first_step: the first step that is watched, counted from 1.
