@@ -148,8 +148,7 @@ def _check(
 
 def _where_to_look(columns: dict[str, int]) -> str:
     largest = max(COLUMNS, key=lambda column: columns[column])
-    name = largest.replace("_", " ")
-    return f"The largest column is {name}. The hint below says where to look."
+    return f"The largest column is {largest.replace('_', ' ')}. The hint below says where to look."
 
 
 def _compare_first_steps(
@@ -240,7 +239,8 @@ def guess(mebibytes: float | None, measured: int, what: str = "the peak") -> Non
         what: what was predicted.
     """
     if mebibytes is None:
-        print(f"You have not predicted {what} yet: write a number of MiB above and run again.")
+        again = "write a number of MiB above and run the cells again."
+        print(f"You have not predicted {what} yet: {again}")
         return
     off = mebibytes * MiB / measured - 1
     words = "worth a second look at the formula"
