@@ -13,6 +13,7 @@ from memlab.measurement import Measurement
 from memlab.meters.refusals import MemoryLeakError, OverBudget
 from memlab.predict import predict
 from memlab.prediction import Fit, Prediction
+from memlab.solve import Solution, solve
 from memlab.units import format_bytes, parse_bytes
 from memlab.watch import watch
 
@@ -26,11 +27,13 @@ __all__ = [
     "MemoryLeakError",
     "OverBudget",
     "Prediction",
+    "Solution",
     "budget",
     "compare",
     "format_bytes",
     "measure",
     "parse_bytes",
     "predict",
+    "solve",
     "watch",
 ]

@@ -1,4 +1,4 @@
-"""The commands: `python -m memlab run | diff | measure | report | doctor`."""
+"""The commands: `python -m memlab predict | solve | run | diff | measure | report | doctor`."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import memlab
-from memlab import receipt, results, script
+from memlab import commands, receipt, results, script
 from memlab.course import doctor, documents, notebook, run, tables
 from memlab.workloads.scale import scale
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command. Returns the exit status: 0 all is well, 1 something failed, 2 it was called
-    wrongly.
+    wrongly, 3 what was predicted does not fit.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     asked, of_script = _read(arguments)
@@ -30,6 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 save=asked.save,
                 lines=asked.lines,
             )
+        if asked.command in commands.COMMANDS:
+            return commands.run_command(asked)
         if asked.command == "measure":
             return run_measure(
                 asked.notebooks, asked.in_place, asked.output, asked.cells, asked.timeout
@@ -66,11 +68,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m memlab", description=__doc__, epilog=memlab.__doc__.split("\n")[0]
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    known = parser.add_subparsers(dest="command", required=True, metavar="command")
 
-    _add_commands_of_receipts(commands)
+    commands.add_commands(known)
+    _add_commands_of_receipts(known)
 
-    measure = commands.add_parser(
+    measure = known.add_parser(
         "measure", help="run the notebooks on this machine's device and print what they measured"
     )
     measure.add_argument(
@@ -97,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
         help="seconds a cell may take (default: 600)",
     )
 
-    report = commands.add_parser(
+    report = known.add_parser(
         "report",
         help="write the generated tables into README.md, results/README.md and the notebooks",
     )
@@ -107,14 +110,14 @@ def _parser() -> argparse.ArgumentParser:
         help="write nothing; say what differs, and fail if anything does",
     )
 
-    commands.add_parser(
+    known.add_parser(
         "doctor", help="show the device, its scale, and whether the meter measures right here"
     )
     return parser
 
 
-def _add_commands_of_receipts(commands) -> None:
-    run_parser = commands.add_parser(
+def _add_commands_of_receipts(known) -> None:
+    run_parser = known.add_parser(
         "run",
         help="run a script, watch all of it, and print its receipt",
         usage="python -m memlab run [options] train.py -- --its --own arguments",
@@ -136,7 +139,7 @@ def _add_commands_of_receipts(commands) -> None:
         "--save", type=Path, metavar="FILE", help="keep the receipt, for python -m memlab diff"
     )
 
-    diff = commands.add_parser(
+    diff = known.add_parser(
         "diff", help="compare two receipts; exit status 1 if the later run needs more"
     )
     diff.add_argument("old", type=Path, help="a receipt that `measurement.save(path)` wrote")
