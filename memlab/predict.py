@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
+from torch._subclasses import fake_tensor
 from tqdm.auto import tqdm
 
 from memlab.growth import growth_of
@@ -14,6 +17,7 @@ from memlab.join import measurement_of
 from memlab.ledger import Ledger, build_ledger, steps_in
 from memlab.measurement import Measurement
 from memlab.meters import fake_meter, refusals
+from memlab.meters.allocator import Allocator, Settings, Ties
 from memlab.meters.gpus import GPU, find_gpu
 from memlab.meters.live import objects_set_aside
 from memlab.meters.observer import Observer
@@ -31,6 +35,7 @@ def predict(
     steps: int = 2,
     gpu: str | GPU = "H100 80GB",
     device: str | None = None,
+    allocator: str | None = None,
     progress: bool = True,
     **options: object,
 ) -> Prediction:
@@ -53,6 +58,9 @@ def predict(
         steps: how many steps are taken. From the second on the optimizer's state is there.
         gpu: the GPU's name, as people write it, or a size ("24 GiB").
         device: "cpu" to predict what the same code needs on the CPU; then `gpu` has no meaning.
+        allocator: the allocator's settings, as PyTorch takes them
+            ("expandable_segments:True"); None: those of the environment variable
+            PYTORCH_ALLOC_CONF (or PYTORCH_CUDA_ALLOC_CONF) here.
         progress: whether a bar shows how far it is, where it takes longer than a second.
         **options: keywords for the run.
 
@@ -72,15 +80,20 @@ def predict(
     if device != "cpu":
         card = gpu if isinstance(gpu, GPU) else find_gpu(gpu)
     with objects_set_aside():
-        return _predict(run, options, steps, card, progress)
+        return _predict(run, options, steps, card, _allocator(allocator), progress)
 
 
 def _predict(
-    run: Callable, options: Mapping[str, object], steps: int, gpu: GPU | None, progress: bool
+    run: Callable,
+    options: Mapping[str, object],
+    steps: int,
+    gpu: GPU | None,
+    allocator: Allocator,
+    progress: bool,
 ) -> Prediction:
     assumed: dict[str, None] = {}
     device = torch.device("cuda", 0) if gpu is not None else _HOST
-    meter = fake_meter.Meter(device, gpu, assumed.setdefault)
+    meter = fake_meter.Meter(device, gpu, assumed.setdefault, allocator)
     recording = Recording(device, meter=meter)
     counter = StepCounter(by_hand=True)
     host = Observer(_HOST)
@@ -122,7 +135,8 @@ def _take_steps(
         else:
             recording.begin_steps()
         for _ in range(steps):
-            recording.run_step(started.step)
+            with unknown_operators_named():
+                recording.run_step(started.step)
             host.seen.see_gradients()
             counter.end_step()
         recording.observer.seen.look_around(after=True)
@@ -130,6 +144,36 @@ def _take_steps(
     finally:
         started.close()
     gc.collect()
+
+
+@contextlib.contextmanager
+def unknown_operators_named() -> Iterator[None]:
+    """Inside, an operator that cannot run on shapes alone is named, with what to do."""
+    unknown = (
+        fake_tensor.UnsupportedFakeTensorException,
+        fake_tensor.UnsupportedOperatorException,
+        fake_tensor.DynamicOutputShapeException,
+        fake_tensor.DataDependentOutputException,
+        NotImplementedError,
+    )
+    try:
+        yield
+    except (*unknown, RuntimeError) as error:
+        if not isinstance(error, unknown) and "no fake impl" not in str(error):
+            raise
+        what = getattr(error, "func", None) or str(error).partition("\n")[0]
+        raise ValueError(
+            f"this run cannot be predicted: an operator cannot run on shapes alone ({what}). If it"
+            " is yours, register its shapes: torch.library.register_fake. Else measure the run."
+        ) from error
+
+
+def _allocator(settings: str | None) -> Allocator:
+    if settings is None:
+        new, old = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
+        settings = os.environ.get(new) or os.environ.get(old) or ""
+    parsed = Settings.parse(settings) if settings else Settings()
+    return Allocator(parsed, ties=Ties.of(torch.__version__))
 
 
 def _prediction(found: Measurement, gpu: GPU | None, notes: tuple[str, ...]) -> Prediction:

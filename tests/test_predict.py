@@ -145,3 +145,50 @@ def test_an_error_of_the_run_comes_through_and_leaves_nothing_behind():
         predict(train, progress=False)
     assert type(torch.ones(1)) is torch.Tensor
     assert measure(training(lambda: gpt.GPT(gpt.tiny())), steps=1, device="cpu").peak_bytes > 0
+
+
+def one_tensor(make):
+    def train():
+        weight = nn.Parameter(torch.ones(8, 8, device="cuda"))
+        loss = make(weight).sum()
+        loss.backward()
+        yield loss
+
+    return train
+
+
+def test_compiled_code_is_predicted_as_it_was_written():
+    def twice(weight):
+        return torch.compile(lambda numbers: numbers * 2)(weight)
+
+    compiled = predict(one_tensor(twice), steps=1, progress=False)
+    written = predict(one_tensor(lambda weight: weight * 2), steps=1, progress=False)
+    assert compiled.peak_bytes == written.peak_bytes
+    assert any("torch.compile" in note for note in compiled.notes) and not written.notes
+
+
+@torch.library.custom_op("memlab_test::unknown", mutates_args=())
+def unknown(numbers: torch.Tensor) -> torch.Tensor:
+    return numbers.clone()
+
+
+def test_an_operator_without_shapes_is_named():
+    with pytest.raises(ValueError, match=r"memlab_test.*register_fake"):
+        predict(one_tensor(lambda weight: unknown(weight.detach())), steps=1, progress=False)
+
+
+def test_the_allocators_settings_decide_what_is_reserved(monkeypatch):
+    def train():
+        weight = nn.Parameter(torch.ones(25 * 2**20 // 4, device="cuda"))
+        yield (weight * 2).sum()
+
+    def reserved(**options):
+        return predict(train, steps=1, progress=False, **options).reserved_bytes
+
+    whole, divided = reserved(), reserved(allocator="roundup_power2_divisions:2")
+    # 25 MiB are rounded up to 32, between 16 and 32 there is 24: and that for each of the two.
+    assert divided - whole == 2 * (32 - 26) * 2**20
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "roundup_power2_divisions:2")
+    assert reserved() == divided
+    with pytest.raises(ValueError, match="max_split_size"):
+        reserved(allocator="max_split_size_gb:1")

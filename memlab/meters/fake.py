@@ -11,10 +11,7 @@ value. Where a shape or a branch depends on something else, something is assumed
 
 from __future__ import annotations
 
-import time
-import weakref
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
 
 import torch
 from torch._subclasses.fake_tensor import (
@@ -26,16 +23,22 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from memlab.meters.fake_storages import FakeStorages, Made
 from memlab.meters.known import (
     INTEGERS,
     fake_like,
     give_values,
+    is_composed,
     is_known,
     may_make_integers,
     value_of,
     values_of,
 )
-from memlab.meters.live import tensors_in, type_of
+from memlab.meters.live import tensors_in
+from memlab.meters.scratch import Scratch
+from memlab.meters.worst_cases import worst_case
+
+_PLAIN = {torch.Tensor, torch.nn.Parameter, FakeTensor}
 
 #: Integers up to so many bytes are computed for real.
 _REAL_BYTES = 64 * 2**20
@@ -55,16 +58,6 @@ class FakeMode(FakeTensorMode):
         super().__init__(allow_non_fake_inputs=True)
 
 
-class Made(NamedTuple):
-    """A storage that the run made, or one that is gone (`size` is negative)."""
-
-    time: int
-    address: int
-    size: int
-    dtype: str = ""
-    shape: tuple[int, ...] | None = None
-
-
 class Shapes(TorchDispatchMode):
     """Notes each storage that a run on fake tensors makes, by the device that it would be on.
 
@@ -73,6 +66,7 @@ class Shapes(TorchDispatchMode):
         on_event: called with a device's type and what was made or is gone there.
         kernels: operators for which PyTorch's fake kernel does not do, and what stands in for it.
         before: operators, and what is called before each of their calls.
+        scratch: what kernels on the GPU take for themselves (`kernel_scratch.scratch_of`).
     """
 
     def __init__(
@@ -81,33 +75,25 @@ class Shapes(TorchDispatchMode):
         on_event: Callable[[str, Made], None],
         kernels: dict[object, Callable],
         before: dict[object, Callable[[], None]],
+        scratch: Callable[..., Sequence[Scratch]] = lambda *call: (),
     ):
         super().__init__()
         #: Called now and then with the number of operators since.
         self.on_progress: Callable[[int], object] | None = None
         self._operators = 0
         self._note = note
-        self._on_event = on_event
+        self.storages = FakeStorages(on_event)
         self._kernels = kernels
         self._before = before
-        self._addresses: dict[int, tuple[int, weakref.ref]] = {}
+        self._scratch = scratch
         self._answers: dict[int, object] = {}
-        self._made = 0
-        self._last = 0
-
-    def now(self) -> int:
-        """A moment later than all before (nanoseconds)."""
-        self._last = max(time.time_ns(), self._last + 1)
-        return self._last
-
-    def address_of(self, storage: torch.UntypedStorage) -> int:
-        """The made-up address of a storage that the run made; 0 for any other."""
-        known = self._addresses.get(id(storage))
-        return known[0] if known is not None else 0
 
     def __torch_dispatch__(
         self, operator: object, types: tuple, arguments: tuple = (), keywords: dict | None = None
     ) -> object:
+        if not _PLAIN.issuperset(types):
+            # A tensor made of others (DTensor, torchao's): its class calls operators on those.
+            return NotImplemented
         keywords = keywords or {}
         self._operators += 1
         if not self._operators % 1000 and self.on_progress is not None:
@@ -117,16 +103,19 @@ class Shapes(TorchDispatchMode):
         if operator in self._before:
             self._before[operator]()
         if operator is _UNSCALE:  # a gradient scaler asks later whether a gradient was infinite
-            self._answers[self.address_of(arguments[1].untyped_storage())] = 0.0
+            self._answers[self.storages.address_of(arguments[1].untyped_storage())] = 0.0
         result = self._call(operator, arguments, keywords)
         if isinstance(result, torch.Tensor):
-            self._see(result)
+            self.storages.see(result)
             if not result.dim() and result.dtype is torch.bool and not is_known(result):
-                address = self.address_of(result.untyped_storage())
+                address = self.storages.address_of(result.untyped_storage())
                 self._answers[address] = operator.__name__.startswith("all.")
         else:
-            for tensor in tensors_in(result):
-                self._see(tensor)
+            for tensor in reversed(list(tensors_in(result))):  # it gives the last one first
+                self.storages.see(tensor)
+        buffers = self._scratch(operator, arguments, keywords, result)
+        if buffers and next(tensors_in(arguments)).device.type == "cuda":
+            self.storages.take(buffers)
         return result
 
     def _call(self, operator: object, arguments: tuple, keywords: dict) -> object:
@@ -134,9 +123,13 @@ class Shapes(TorchDispatchMode):
         kernel = self._kernels.get(operator)
         if operator is _PIN:
             return _copy_on_host(arguments[0])
+        if is_composed(operator):
+            with self:  # it arrives whole in inference mode, and its parts are to be seen
+                return (kernel or operator.decompose)(*arguments, **keywords)
         if kernel is not None:
             return kernel(*arguments, **keywords)
         tensors = list(tensors_in((arguments, keywords)))
+        refuse_parameters_from_before(tensors)
         if not all(map(is_known, tensors)):
             return self._call_fake(operator, arguments, keywords, tensors)
         if not tensors and not may_make_integers(operator, keywords):
@@ -149,7 +142,7 @@ class Shapes(TorchDispatchMode):
         try:
             return operator(*arguments, **keywords)
         except DynamicOutputShapeException:
-            raise
+            return worst_case(operator, arguments, keywords, self._note)
         except DataDependentOutputException:
             if operator is _EQUAL:
                 self._note("torch.equal() of two tensors without values: taken as equal")
@@ -181,27 +174,6 @@ class Shapes(TorchDispatchMode):
             give_values(result, value)
         return result
 
-    def _see(self, tensor: torch.Tensor) -> None:
-        """Note the storage behind a tensor, if it is new."""
-        storage = tensor.untyped_storage()
-        identity = id(storage)
-        if identity in self._addresses:
-            return
-        size = storage.nbytes()
-        if not size:
-            return
-        device = tensor.device.type
-        self._made += 1
-        address = self._made
-        self._on_event(device, Made(self.now(), address, size, *type_of(tensor, storage)))
-
-        def gone(reference: weakref.ref) -> None:
-            self._addresses.pop(identity, None)
-            self._answers.pop(address, None)
-            self._on_event(device, Made(self.now(), address, -size))
-
-        self._addresses[identity] = address, weakref.ref(storage, gone)
-
     def _item(self, tensor: torch.Tensor) -> object:
         """The value of a tensor with one element, as far as it can be known."""
         value = tensor if type(tensor) is not FakeTensor else value_of(tensor)
@@ -210,7 +182,7 @@ class Shapes(TorchDispatchMode):
         if value is not None:
             with unset_fake_temporarily():
                 return _ITEM(value)
-        address = self.address_of(tensor.untyped_storage())
+        address = self.storages.address_of(tensor.untyped_storage())
         if address in self._answers:
             return self._answers[address]
         if tensor.dtype is torch.bool:
@@ -226,3 +198,18 @@ def _copy_on_host(tensor: torch.Tensor) -> torch.Tensor:
         return torch.empty_like(tensor)
     with unset_fake_temporarily():
         return tensor.clone()
+
+
+def refuse_parameters_from_before(tensors: list[torch.Tensor]) -> None:
+    """Refuse a parameter that is no fake one.
+
+    Raises:
+        ValueError: there is one. So a model of before stays what it was.
+    """
+    for tensor in tensors:
+        if type(tensor) is torch.nn.Parameter:
+            raise ValueError(
+                "the model was built before the prediction began: its parameters (one of shape"
+                f" {tuple(tensor.shape)}) have values. Build the model inside the run: what is"
+                " predicted runs on tensors that have shapes only."
+            )

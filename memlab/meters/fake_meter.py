@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from unittest import mock
@@ -20,10 +21,12 @@ from torch.optim import optimizer as optimizers
 from memlab.ledger import Event, Observation
 from memlab.meters import cpu, live
 from memlab.meters.allocator import Allocator
-from memlab.meters.cuda_rules import KERNELS, cuda_rules
+from memlab.meters.cuda_rules import cuda_rules
 from memlab.meters.cuda_stand_in import accelerator_stand_in
-from memlab.meters.fake import FakeMode, Made, Shapes
+from memlab.meters.fake import FakeMode, Shapes
+from memlab.meters.fake_storages import FakeStorages, Made
 from memlab.meters.gpus import GPU
+from memlab.meters.kernel_scratch import scratch_of
 from memlab.meters.readings import Readings
 from memlab.meters.torch_cuda import torch_cuda_stand_in
 
@@ -45,18 +48,28 @@ class Meter:
         device: the fake device that is metered: `cuda:0` or the CPU.
         gpu: the GPU that is predicted; None when the CPU is.
         note: called with a sentence for each thing that has to be assumed.
+        allocator: the GPU's, with its settings.
     """
 
-    def __init__(self, device: torch.device, gpu: GPU | None, note: Callable[[str], None]):
+    def __init__(
+        self,
+        device: torch.device,
+        gpu: GPU | None,
+        note: Callable[[str], None],
+        allocator: Allocator | None = None,
+    ):
         self.device = device
-        self.allocator = Allocator()
+        self.allocator = allocator or Allocator()
         self._gpu = gpu
         self._events: dict[str, list[Event]] = {"cuda": [], "cpu": []}
         self._places: dict[int, int] = {}
         self._seen: list[Observation] = []
         self._with_workspace: set[str] = set()
         before = dict.fromkeys(_PRODUCTS, self._take_workspace) if gpu is not None else {}
-        self.shapes = Shapes(note, self._on_event, KERNELS if gpu is not None else {}, before)
+        self._kernels: dict[object, Callable] = {}
+        # What operators take for themselves on the CPU is measured, and not predicted.
+        on_gpu = {"scratch": functools.partial(scratch_of, gpu=gpu)} if gpu is not None else {}
+        self.shapes = Shapes(note, self._on_event, self._kernels, before, **on_gpu)
         self._note = note
         self._stack = contextlib.ExitStack()
         # For the operators' and backward's spans only.
@@ -69,14 +82,16 @@ class Meter:
             RuntimeError: PyTorch's profiler is running, or this build has not what is needed.
         """
         with contextlib.ExitStack() as stack:
-            stack.enter_context(fake_addresses(self.shapes))
+            stack.enter_context(fake_addresses(self.shapes.storages))
             if self._gpu is not None:
                 stack.enter_context(accelerator_stand_in())
                 stack.enter_context(torch_cuda_stand_in(self._gpu, self._memory))
-                stack.enter_context(cuda_rules(self._gpu, self._note))
+                kernels = stack.enter_context(cuda_rules(self._gpu, self._note))
+                self._kernels.update(kernels)
             # Or the engine would hand a fake GPU's part to a thread that it does not have.
             stack.enter_context(torch.autograd.set_multithreading_enabled(False))
             stack.enter_context(fake_tensors_taken())
+            stack.enter_context(compiled_as_eager(self._note))
             self._profiler.start()
             stack.enter_context(FakeMode())
             stack.enter_context(self.shapes)
@@ -138,9 +153,21 @@ class Meter:
 
 
 @contextlib.contextmanager
-def fake_addresses(shapes: Shapes) -> Iterator[None]:
-    """Inside, `memlab.meters.live` finds the made-up addresses of storages."""
-    with mock.patch.object(live, "made_up_address", shapes.address_of):
+def fake_addresses(storages: FakeStorages) -> Iterator[None]:
+    """Inside, `memlab.meters.live` finds the made-up addresses of storages, and it is seen when one
+    gets another size.
+    """
+    resize = torch.UntypedStorage.resize_
+
+    def resize_and_note(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+        resize(storage, size)
+        storages.note_size(storage)
+        return storage
+
+    with (
+        mock.patch.object(torch.UntypedStorage, "resize_", resize_and_note),
+        mock.patch.object(live, "made_up_address", storages.address_of),
+    ):
         yield
 
 
@@ -158,5 +185,20 @@ def fake_tensors_taken() -> Iterator[None]:
         mock.patch.object(optimizers, "_foreach_supported_types", plain),
         mock.patch.object(torch.utils._foreach_utils, "_foreach_supported_types", plain),
         mock.patch.object(torch.utils, "weakref", without_references),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def compiled_as_eager(note: Callable[[str], None]) -> Iterator[None]:
+    """Have compiled code run as it was written: what a compiler would make of it is not known."""
+
+    def as_written(model: object = None, **options: object) -> object:
+        note("compiled code needs what the same code needs without torch.compile")
+        return model if model is not None else (lambda function: function)
+
+    with (
+        mock.patch.object(torch, "compile", as_written),
+        torch.compiler.set_stance("force_eager"),
     ):
         yield

@@ -5,7 +5,10 @@ The value is a tensor on the host, `FakeTensor.memlab_value`. It is not one of t
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
+from torch._C import DispatchKey
 from torch._subclasses.fake_tensor import FakeTensor
 
 from memlab.meters.live import tensors_in
@@ -56,3 +59,13 @@ def fake_like(value: object, device: torch.device) -> object:
     if isinstance(value, torch.Tensor):
         return torch.empty(value.shape, dtype=value.dtype, device=device)
     return type(value)(fake_like(entry, device) for entry in value)
+
+
+@cache
+def is_composed(operator: object) -> bool:
+    """Whether an operator is a row of others, on every device."""
+    if operator.namespace == "prim":  # what TorchScript asks: `tensor.device`
+        return False
+    composed = DispatchKey.CompositeImplicitAutograd
+    # A row that is written in Python is for compilers.
+    return operator.has_kernel_for_dispatch_key(composed) and composed not in operator.py_kernels

@@ -2,15 +2,18 @@
 
 import gc
 
+import pytest
 import torch
+from torch.testing._internal.two_tensor import TwoTensor
 
+from memlab.meters.cuda_stand_in import accelerator_stand_in
 from memlab.meters.fake import FakeMode, Shapes
 
 
 def record(run):
     made, notes = [], []
     shapes = Shapes(notes.append, lambda device, event: made.append((device, event)), {}, {})
-    with FakeMode(), shapes:
+    with accelerator_stand_in(), FakeMode(), shapes:
         result = run()
     del result
     gc.collect()
@@ -88,3 +91,23 @@ def test_progress_is_told():
     with FakeMode(), shapes:
         run()
     assert told == [1000]
+
+
+def test_a_model_from_before_is_refused_and_stays_what_it_was():
+    layer = torch.nn.Linear(2, 2)
+    before = layer.weight
+    with pytest.raises(ValueError, match="built before the prediction began"):
+        record(lambda: layer.to("cuda"))
+    assert layer.weight is before and type(layer.weight) is torch.nn.Parameter
+    assert layer(torch.ones(1, 2)).shape == (1, 2)
+
+
+def test_a_tensor_made_of_others_calls_its_own_operators():
+    """A class with `__torch_dispatch__` of its own: what it makes inside is seen."""
+
+    def run():
+        inner = torch.zeros(4)
+        return TwoTensor(inner, inner + 1) * 2
+
+    made, _, _ = record(run)
+    assert sum(event.size for _, event in made if event.size > 0) == 4 * 16
