@@ -33,6 +33,9 @@ from memlab.meters.torch_cuda import torch_cuda_stand_in
 # The allocator hands out multiples of this.
 _GRAIN = 512
 
+# Between the addresses that code is told: more than any storage has.
+_APART = 2**48
+
 # The first of these in a thread takes a cuBLAS workspace, and keeps it (CublasHandlePool.cpp).
 # Forward has a thread, and backward has one.
 _PRODUCTS = tuple(
@@ -154,7 +157,8 @@ class Meter:
 
 @contextlib.contextmanager
 def fake_addresses(storages: FakeStorages) -> Iterator[None]:
-    """Inside, `memlab.meters.live` finds the made-up addresses of storages, and it is seen when one
+    """Inside, `memlab.meters.live` finds the made-up addresses of storages, and so does code that
+    asks a tensor for its own (else all would seem to share their memory). It is seen when a storage
     gets another size.
     """
     resize = torch.UntypedStorage.resize_
@@ -164,9 +168,14 @@ def fake_addresses(storages: FakeStorages) -> Iterator[None]:
         storages.note_size(storage)
         return storage
 
+    def data_ptr(tensor: FakeTensor) -> int:
+        begin = storages.address_of(tensor.untyped_storage()) * _APART
+        return begin and begin + tensor.storage_offset() * tensor.element_size()
+
     with (
         mock.patch.object(torch.UntypedStorage, "resize_", resize_and_note),
         mock.patch.object(live, "made_up_address", storages.address_of),
+        mock.patch.object(FakeTensor, "data_ptr", data_ptr, create=True),
     ):
         yield
 
