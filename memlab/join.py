@@ -60,6 +60,7 @@ def measurement_of(recorded: Recorded, described: dict[str, object] | None = Non
         outside_bytes=beside.bytes,
         outside_memory_bytes=beside.memory_bytes,
         outside_shared_bytes=beside.shared_bytes,
+        outside_array_bytes=beside.array_bytes,
         never_called=never_called(recorded.replaced, ledger.modules),
         evaluating=recorded.evaluating,
         without_gradient=recorded.missing,

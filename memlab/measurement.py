@@ -51,6 +51,7 @@ class Measurement:
             anything above.
         outside_memory_bytes: the same without the memory maps: files and shared memory.
         outside_shared_bytes: the shared memory alone: what a data loader's workers send.
+        outside_array_bytes: NumPy's arrays alone, given to a module or not (on the CPU).
         never_called: the modules whose forward was replaced, as a technique does it, and that were
             never called.
         evaluating: whether all modules were in eval() mode.
@@ -74,6 +75,7 @@ class Measurement:
     outside_bytes: int = 0
     outside_memory_bytes: int = 0
     outside_shared_bytes: int = 0
+    outside_array_bytes: int = 0
     never_called: tuple[str, ...] = ()
     evaluating: bool = False
     without_gradient: Missing | None = None
@@ -204,6 +206,8 @@ class Measurement:
                 " did not hand out (memory maps, shared memory, NumPy, other threads, or from"
                 " before the run)"
             )
+        if self.outside_array_bytes:
+            notes[-1] += f"; NumPy's arrays: {format_bytes(self.outside_array_bytes)}"
         if self.without_gradient is not None:
             notes.append(str(self.without_gradient))
         recorded = sum(step.peak_bytes is not None for step in self.steps)

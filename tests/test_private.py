@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from memlab.meters import cpu
+from memlab.meters import arrays, cpu
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -63,6 +63,9 @@ SYMBOLS = {"_ZN2at6detail12getCUDAHooksEv"}
 #: A flag of PyTorch's C++ library: `cpu._log_level` finds it.
 FLAG = "FLAGS_caffe2_log_level"
 
+#: Where NumPy's C interface is found in Python.
+NUMPYS = {"_core", "_ARRAY_API"}
+
 #: Private by their form only: what Python's named tuples have, the end of an operator's name, and
 #: two functions that Python documents.
 OTHERS = {"_asdict", "_fields", "_replace", "_backward", "_current_frames", "_getframe"}
@@ -86,6 +89,10 @@ def test_a_private_name_of_cuda_is_still_there(path):
 @pytest.mark.skipif(sys.platform != "linux", reason="the library has another name elsewhere")
 def test_the_flag_is_still_there():
     assert cpu._log_level() is not None, FLAG
+
+
+def test_numpys_hook_is_still_there():
+    assert arrays._get_handler is not None, NUMPYS
 
 
 # --- None is used that is not listed --------------------------------------------------------------
@@ -148,7 +155,7 @@ def unlisted(sources: dict[str, str]) -> list[str]:
     trees = {file: ast.parse(source) for file, source in sources.items()}
     own = set().union(*map(defined_in, trees.values()))
     listed = {part for path in (*PRIVATE, *WITH_CUDA) for part in path.split(".")}
-    listed |= OTHERS | SYMBOLS | {FLAG}
+    listed |= OTHERS | NUMPYS | SYMBOLS | {FLAG}
     return [
         f"{file} uses {name}: list it in tests/test_private.py, or use a public one"
         for file, tree in trees.items()

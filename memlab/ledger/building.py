@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import groupby
+
 from memlab.ledger.spans import Span, Spans
+
+#: What adds to a parameter's gradient. `torch.autograd.grad`, which hands gradients out, runs none.
+_ADDS = "torch::autograd::AccumulateGrad"
 
 
 def without_building(spans: Spans, steps: Spans) -> Spans:
@@ -12,6 +17,9 @@ def without_building(spans: Spans, steps: Spans) -> Spans:
     that made it. So the step begins at the first call that a backward of it passes through. Calls
     before that one may be part of the step, too, such as a teacher's, which runs without gradients:
     as many as the second step has, or, without a second step, all that ran without gradients.
+
+    A backward that hands its gradients out is a trial, if there are others in the step that leave
+    theirs with the parameters.
 
     Args:
         spans: everything that ran.
@@ -45,7 +53,7 @@ def _calls(spans: Spans, step: Span) -> tuple[list[Span], int | None]:
     inside = Spans(spans.inside(step))
     nodes = inside.of("backward").outermost()
     calls = [call for call in inside.of("module").outermost() if not nodes.at(call.start)]
-    of_nodes = {node.sequence for node in nodes} - {-1}
+    of_nodes = {node.sequence for node in _that_train(nodes, calls, inside)} - {-1}
 
     # An operator that makes no node has the number of the next node: the last to have it made it.
     made = {
@@ -61,3 +69,16 @@ def _calls(spans: Spans, step: Span) -> tuple[list[Span], int | None]:
         ):
             return calls, number
     return calls, None
+
+
+def _that_train(nodes: Spans, calls: list[Span], inside: Spans) -> list[Span]:
+    """The nodes of the backwards that add to gradients; of all, where none does."""
+    added = [span.start for span in inside.of("operator") if span.name == _ADDS]
+    begun = Spans(calls)
+    found: list[Span] = []
+    # The nodes between two calls are those of one backward, or of several of the same calls.
+    for _, of_backward in groupby(nodes, lambda node: begun.begun(node.start)):
+        backward = list(of_backward)
+        if any(backward[0].start <= moment < backward[-1].end for moment in added):
+            found += backward
+    return found or list(nodes)

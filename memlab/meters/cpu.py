@@ -23,6 +23,7 @@ import torch
 from torch.profiler import ProfilerAction, ProfilerActivity, profile
 
 from memlab.ledger import Event, Span
+from memlab.meters.arrays import Arrays
 from memlab.meters.counter import Counter as Limit
 from memlab.meters.live import live_objects, live_storages
 from memlab.meters.readings import Readings
@@ -102,6 +103,7 @@ class Meter:
         # silence.
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")
         self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=memory)
+        self._arrays = Arrays() if memory else None
         self._log_level = _log_level()
 
     def start(self) -> None:
@@ -127,6 +129,8 @@ class Meter:
         # It is expected here.
         if self._log_level is not None:
             self._level_before, self._log_level.value = self._log_level.value, 2
+        if self._arrays is not None:
+            self._arrays.start()
 
     def stop(self) -> Readings:
         """Stop recording and read what was recorded.
@@ -134,6 +138,8 @@ class Meter:
         Raises:
             RuntimeError: another profiler was started in between, which ends this one.
         """
+        if self._arrays is not None:
+            self._arrays.stop()
         if self._log_level is not None:
             self._log_level.value = self._level_before
         if not _profiler_enabled():
@@ -151,7 +157,8 @@ class Meter:
         # this they would stay until the garbage collector comes by.
         self._profile.profiler = None
         events, mapped, spans = read_trace(trace)
-        return Readings(events, spans, mapped, one_thread=True)
+        arrays = () if self._arrays is None else self._arrays.events
+        return Readings(events, spans, mapped, arrays=arrays, one_thread=True)
 
 
 def read_trace(trace: dict) -> tuple[list[Event], list[Event], list[Span]]:

@@ -12,12 +12,13 @@ from memlab.meters.uses import Use
 
 class Outside(NamedTuple):
     """The most bytes at once: of everything outside, without the memory maps (files and shared
-    memory), and of the shared memory in which a data loader's workers send.
+    memory), of the shared memory in which a data loader's workers send, and of NumPy's arrays.
     """
 
     bytes: int
     memory_bytes: int
     shared_bytes: int
+    array_bytes: int
 
 
 def outside(recorded: Recorded, missed: Sequence[Observation]) -> Outside:
@@ -28,6 +29,7 @@ def outside(recorded: Recorded, missed: Sequence[Observation]) -> Outside:
         missed: the observations that fall on none of the allocator's blocks.
     """
     maps = lives(recorded.readings.mapped)
+    arrays = lives(recorded.readings.arrays)
     unseen = {(observation.time, observation.address) for observation in missed}
     shared: dict[int, Block] = {}
     has_files = False
@@ -37,14 +39,23 @@ def outside(recorded: Recorded, missed: Sequence[Observation]) -> Outside:
         if use.shared:
             shared.update((block.born, block) for block in holding)
         has_files |= bool(holding) and not use.shared
-        if not holding and (use.seen, use.address) in unseen:
+        if holding or (use.seen, use.address) not in unseen:
+            continue
+        if not any(_was_in(use, block) for block in arrays):
             others.append(Block(use.bytes, use.address, use.seen, use.gone))
     if shared and not has_files:
         # Then the other maps, which no module was given, are the workers' as well: their targets.
         shared.update((block.born, block) for block in maps)
-    ledgers = [Ledger(blocks) for blocks in (maps + others, others, list(shared.values()))]
+    others += arrays
+    ledgers = [Ledger(blocks) for blocks in (maps + others, others, list(shared.values()), arrays)]
     return Outside(*(ledger.peak_bytes for ledger in ledgers))
 
 
 def _lies_in(use: Use, block: Block) -> bool:
     return block.address <= use.address < block.address + block.bytes
+
+
+def _was_in(use: Use, block: Block) -> bool:
+    """The same when it was seen: by now, another may have that place."""
+    alive = block.born <= use.seen and (block.died is None or block.died > use.seen)
+    return alive and _lies_in(use, block)

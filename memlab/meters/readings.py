@@ -15,6 +15,7 @@ class Readings:
     Attributes:
         events: the allocator's own, in their order.
         mapped: those of memory maps (files, shared memory), which the allocator did not hand out.
+        arrays: those of NumPy's arrays, of which the allocator does not know either.
         spans: which operator ran when, and when autograd evaluated which node.
         complete: False if the history was too long to be kept whole. Then `events` is no ledger.
         alive: blocks from before, by the allocator's own map (None: the meter has no such map).
@@ -31,6 +32,7 @@ class Readings:
     events: Sequence[Event]
     spans: Sequence[Span]
     mapped: Sequence[Event] = ()
+    arrays: Sequence[Event] = ()
     complete: bool = True
     alive: Sequence[Block] | None = None
     allocated_before: int = 0

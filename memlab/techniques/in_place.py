@@ -379,8 +379,8 @@ def apply_in_place_activations(
     random state stay as they are.
 
     The trial needs memory while it runs: what a step with the example batch keeps, and the
-    gradients twice. Nothing of it stays. In a run that is measured it counts, and can be the peak:
-    take an example of one or two samples.
+    gradients twice. Nothing of it stays. In a run that is measured it counts as building, not as
+    the first step, and can be the peak: take an example of one or two samples.
 
     Args:
         model: The model. Call this in the mode, train() or eval(), that it will run in: an

@@ -9,7 +9,8 @@ from torch import nn
 from memlab import budget, measure, watch
 from memlab.meters.device import bytes_alive
 from memlab.meters.refusals import OverBudget
-from tests.helpers import columns_alive
+from memlab.units import format_bytes
+from tests.helpers import columns_alive, small_gpt2
 
 CPU = torch.device("cpu")
 FLOAT = 4
@@ -161,6 +162,38 @@ def test_d3_an_evaluation_keeps_its_predictions(collect):
     assert came(measured, measured.columns) == (2 * calls - 1) * INPUTS
     new = [block for block in measured.largest(1000) if block.born > measured.ledger.start]
     assert new[0].operator == "aten::cat"
+
+
+def test_d16_an_evaluation_that_moves_its_predictions_to_numpy(transformers, tmp_path):
+    """They lie beside every tensor: no module is given them, and PyTorch's allocator knows of none.
+
+    For `np.concatenate` the old ones and the new ones are there at once. The first batch's and the
+    last batch's are not NumPy's: these arrays lie in tensors.
+    """
+    batches, batch, tokens, words = 8, 4, 96, 64
+    model = small_gpt2(vocab_size=words, n_positions=tokens)
+    rows = [{"input_ids": row, "labels": row} for row in torch.randint(words, (32, tokens))]
+    arguments = transformers.TrainingArguments(
+        tmp_path,
+        per_device_eval_batch_size=batch,
+        eval_accumulation_steps=1,
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        label_names=["labels"],
+    )
+    trainer = transformers.Trainer(
+        model, arguments, eval_dataset=rows, compute_metrics=lambda prediction: {}
+    )
+    with watch(model) as w:
+        trainer.evaluate()
+    logits = len(rows) * tokens * words * FLOAT
+    labels = len(rows) * tokens * 8
+    measured = w.measurement
+    old_and_new = (2 * batches - 1) / batches * logits  # 1.88 of them
+    assert measured.outside_array_bytes == old_and_new + (batches - 1) / batches * labels
+    assert measured.outside_memory_bytes == measured.outside_array_bytes
+    assert f"NumPy's arrays: {format_bytes(measured.outside_array_bytes)}" in str(measured)
 
 
 def test_d5_watch_keeps_nothing_alive():

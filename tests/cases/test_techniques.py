@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from memlab import compare, measure
 from memlab.techniques.gradient_checkpointing import apply_gradient_checkpointing
+from memlab.techniques.in_place import apply_in_place_activations
 from memlab.techniques.offloading import stream_parameters
 
 # The libraries stay what they were before the measurement: it walks all objects that are alive.
@@ -340,6 +341,33 @@ def test_experts_in_one_tensor_indexed_in_a_loop_make_it_whole_for_each():
 
     assert whole_in_backward(indexed=True) >= EXPERTS
     assert whole_in_backward(indexed=False) == 1
+
+
+# --- A trial --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_d20_a_trial_of_in_place_activations_counts_as_building(steps):
+    def train(in_place=False):
+        torch.manual_seed(0)
+        layers = [layer for _ in range(4) for layer in (nn.Linear(64, 64), nn.LeakyReLU())]
+        model = nn.Sequential(*layers)
+        if in_place:
+            apply_in_place_activations(model, torch.randn(256, 64))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        while True:
+            loss = model(torch.randn(32, 64)).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            yield loss
+
+    plain = measure(train, steps=steps)
+    in_place = measure(train, steps=steps, in_place=True)
+    peaks = [step.peak_bytes for step in in_place.steps]
+    assert len(set(peaks)) == 1 and peaks[0] < plain.steps[0].peak_bytes
+    assert in_place.building_peak_bytes == in_place.peak_bytes > 4 * peaks[0]
+    assert in_place.verdict.kind == "building"
 
 
 # --- Frozen in the middle of a net ----------------------------------------------------------------

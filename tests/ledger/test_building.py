@@ -1,4 +1,6 @@
-"""Where building ends: runs made by hand. A call is a letter; `.backward()` passes through some."""
+"""Where building ends: runs made by hand. A call is a letter; a list is a `.backward()` that passes
+through some of them, a tuple an `autograd.grad`.
+"""
 
 import pytest
 
@@ -29,6 +31,11 @@ def run_of(*steps):
                         Span(moment, moment + 1, "backward", "Mul", sequence=numbers[node])
                     )
                     moment += 2
+                adds = "torch::autograd::AccumulateGrad"
+                spans.append(Span(moment, moment + 2, "backward", adds))
+                if isinstance(part, list):
+                    spans.append(Span(moment, moment + 1, "operator", adds))
+                moment += 2
             moment += 10
         ends.append(Span(began, moment, "step"))
     return Spans(spans), Spans(ends)
@@ -56,6 +63,11 @@ def begins(*steps):
         ([["M", [0], "M", [1]], ["M", [0]]], 0),  # micro-batches, of one number or another
         ([["M", "M"], ["M"]], 0),  # no backward: all of it may be the step
         ([["m", "M", [1]], ["m", "m", "m", "M", [3]]], 0),  # more beside it than there are
+        ([["M", (0,), "M", (1,), "M", [2]]], 2),  # tried out with backwards of its own
+        ([["M", (0,), "M", [1]], ["M", [0]]], 1),
+        ([["M", (0,), "M", [1]], ["M", (0,), "M", [1]]], 0),  # each step attacks its batch first
+        ([["M", (0,), [0]]], 0),  # the gradient's size is part of the loss
+        ([["M", (0,), "M", (1,)], ["M", (0,), "M", (1,)]], 0),  # all are handed out
     ],
 )
 def test_the_first_step_begins_at_a_call_of_its_own(steps, expected):
