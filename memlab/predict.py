@@ -18,6 +18,7 @@ from memlab.ledger import Ledger, build_ledger, steps_in
 from memlab.measurement import Measurement
 from memlab.meters import fake_meter, refusals
 from memlab.meters.allocator import Allocator, Settings, Ties
+from memlab.meters.fake_ranks import fake_ranks
 from memlab.meters.gpus import GPU, find_gpu
 from memlab.meters.live import objects_set_aside
 from memlab.meters.observer import Observer
@@ -35,6 +36,7 @@ def predict(
     steps: int = 2,
     gpu: str | GPU = "H100 80GB",
     device: str | None = None,
+    ranks: int | None = None,
     allocator: str | None = None,
     progress: bool = True,
     **options: object,
@@ -58,6 +60,9 @@ def predict(
         steps: how many steps are taken. From the second on the optimizer's state is there.
         gpu: the GPU's name, as people write it, or a size ("24 GiB").
         device: "cpu" to predict what the same code needs on the CPU; then `gpu` has no meaning.
+        ranks: how many processes train together. Then rank 0 is predicted, the run is to shard the
+            model as it does there (`fully_shard(model)`), and what the communication itself takes
+            beside the run's tensors is not counted. None: one process, and no process group.
         allocator: the allocator's settings, as PyTorch takes them
             ("expandable_segments:True"); None: those of the environment variable
             PYTORCH_ALLOC_CONF (or PYTORCH_CUDA_ALLOC_CONF) here.
@@ -74,12 +79,14 @@ def predict(
     check_run(run, options)
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"steps has to be a whole number of at least 1, not {steps!r}")
+    if ranks is not None and (isinstance(ranks, bool) or not isinstance(ranks, int) or ranks < 2):
+        raise ValueError(f"ranks has to be a whole number of at least 2, not {ranks!r}")
     if device not in (None, "cpu", "cuda"):
         raise ValueError(f'device has to be "cuda" or "cpu", not {device!r}')
     card = None
     if device != "cpu":
         card = gpu if isinstance(gpu, GPU) else find_gpu(gpu)
-    with objects_set_aside():
+    with objects_set_aside(), fake_ranks(ranks):
         return _predict(run, options, steps, card, _allocator(allocator), progress)
 
 

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 #: Keywords that are memlab's own, so that no option of a run can have their names.
-RESERVED = ("steps", "repeats", "device", "gpu", "lines", "allocator", "progress")
+RESERVED = ("steps", "repeats", "device", "gpu", "lines", "ranks", "allocator", "progress")
 
 
 class RunEnded(ValueError):

@@ -127,6 +127,7 @@ def test_a_measurement_after_a_prediction_is_the_same_as_before():
         ({"steps": True}, "whole number of at least 1, not True"),
         ({"gpu": "RTX 5099"}, "RTX 5090"),
         ({"gpu": "A100"}, "A100 80GB"),
+        ({"ranks": 1}, "ranks has to be a whole number of at least 2, not 1"),
         ({"device": "mps"}, '"cuda" or "cpu", not \'mps\''),
     ],
 )

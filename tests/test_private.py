@@ -47,6 +47,7 @@ PRIVATE = (
     "torch.ops.aten._thnn_fused_lstm_cell",
     "torch.ops.aten._unique2",
     "torch.ops.aten._unsafe_index_put",
+    "torch.testing._internal.distributed.fake_pg.FakeStore",
     "torch.utils._foreach_utils._foreach_supported_types",
     "torch.utils._python_dispatch.TorchDispatchMode",
     "torch.Tensor._indices",

@@ -68,6 +68,7 @@ class Meter:
         self._places: dict[int, int] = {}
         self._seen: list[Observation] = []
         self._with_workspace: set[str] = set()
+        self._peak = self._workspaces_at_peak = 0
         before = dict.fromkeys(_PRODUCTS, self._take_workspace) if gpu is not None else {}
         self._kernels: dict[object, Callable] = {}
         # What operators take for themselves on the CPU is measured, and not predicted.
@@ -111,8 +112,10 @@ class Meter:
             return readings
         return dataclasses.replace(
             readings,
+            # The allocator counts whole blocks: one that is up to 1 MiB too large is not split.
+            peak_allocated=self._peak - self._workspaces_at_peak,
             reserved_bytes=self.allocator.peak_reserved_bytes,
-            workspace_bytes=self._gpu.workspace_bytes * len(self._with_workspace),
+            workspace_bytes=self._workspace_bytes,
         )
 
     @property
@@ -130,12 +133,19 @@ class Meter:
             size = rounded if size > 0 else -rounded
             if size > 0:
                 self._places[made.address] = self.allocator.allocate(made.size)
+                if self.allocator.allocated_bytes > self._peak:
+                    self._peak = self.allocator.allocated_bytes
+                    self._workspaces_at_peak = self._workspace_bytes
             else:
                 self.allocator.free(self._places.pop(made.address))
         events.append(Event(made.time, made.address, size))
         if size > 0 and device == self.device.type:
             seen = Observation(made.time, made.address, "", "", made.dtype, made.shape)
             self._seen.append(seen)
+
+    @property
+    def _workspace_bytes(self) -> int:
+        return self._gpu.workspace_bytes * len(self._with_workspace)
 
     def _take_workspace(self) -> None:
         # The engine has one thread here, so it has to be asked whether a backward runs.
