@@ -20,6 +20,7 @@ PRIVATE = (
     "torch._C._current_graph_task_id",
     "torch._C._ensureCUDADeviceGuardSet",
     "torch._subclasses.fake_tensor.FakeTensorMode",
+    "torch.autograd.graph._engine_run_backward",
     "torch.cuda._lazy_init",
     "torch.cuda.memory._record_memory_history",
     "torch.cuda.memory._snapshot",
@@ -28,6 +29,7 @@ PRIVATE = (
     "torch.ops.aten._foreach_norm",
     "torch.ops.aten._fused_rms_norm",
     "torch.ops.aten._fused_rms_norm_backward",
+    "torch.ops.aten._grouped_mm",
     "torch.ops.aten._index_put_impl_",
     "torch.ops.aten._local_scalar_dense",
     "torch.ops.aten._log_softmax",
@@ -51,6 +53,7 @@ PRIVATE = (
     "torch.utils._foreach_utils._foreach_supported_types",
     "torch.utils._python_dispatch.TorchDispatchMode",
     "torch.Tensor._indices",
+    "torch.Tensor._is_view",
     "torch.Tensor._values",
     "torch.Tensor._version",
 )

@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from memlab.meters.fake_storages import FakeStorages, Made
+from memlab.meters.gradient_sums import is_gradient_sum
 from memlab.meters.known import (
     INTEGERS,
     fake_like,
@@ -95,6 +96,7 @@ class Shapes(TorchDispatchMode):
             # A tensor made of others (DTensor, torchao's): its class calls operators on those.
             return NotImplemented
         keywords = keywords or {}
+        self.storages.settle()
         self._operators += 1
         if not self._operators % 1000 and self.on_progress is not None:
             self.on_progress(1000)
@@ -104,9 +106,14 @@ class Shapes(TorchDispatchMode):
             self._before[operator]()
         if operator is _UNSCALE:  # a gradient scaler asks later whether a gradient was infinite
             self._answers[self.storages.address_of(arguments[1].untyped_storage())] = 0.0
-        result = self._call(operator, arguments, keywords)
+        sum_with = None
+        if is_gradient_sum(operator, arguments):
+            sum_with = arguments[0]
+            result = torch.empty_like(sum_with)  # in place it has the strides of the first
+        else:
+            result = self._call(operator, arguments, keywords)
         if isinstance(result, torch.Tensor):
-            self.storages.see(result)
+            self.storages.see(result, sum_with)
             if not result.dim() and result.dtype is torch.bool and not is_known(result):
                 address = self.storages.address_of(result.untyped_storage())
                 self._answers[address] = operator.__name__.startswith("all.")

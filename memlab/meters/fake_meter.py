@@ -24,6 +24,7 @@ from memlab.meters.allocator import Allocator
 from memlab.meters.cuda_rules import cuda_rules
 from memlab.meters.cuda_stand_in import accelerator_stand_in
 from memlab.meters.fake import FakeMode, Shapes
+from memlab.meters.fake_kernels import KERNELS
 from memlab.meters.fake_storages import FakeStorages, Made
 from memlab.meters.gpus import GPU
 from memlab.meters.kernel_scratch import scratch_of
@@ -70,7 +71,7 @@ class Meter:
         self._with_workspace: set[str] = set()
         self._peak = self._workspaces_at_peak = 0
         before = dict.fromkeys(_PRODUCTS, self._take_workspace) if gpu is not None else {}
-        self._kernels: dict[object, Callable] = {}
+        self._kernels: dict[object, Callable] = dict(KERNELS)
         # What operators take for themselves on the CPU is measured, and not predicted.
         on_gpu = {"scratch": functools.partial(scratch_of, gpu=gpu)} if gpu is not None else {}
         self.shapes = Shapes(note, self._on_event, self._kernels, before, **on_gpu)
@@ -95,6 +96,7 @@ class Meter:
             # Or the engine would hand a fake GPU's part to a thread that it does not have.
             stack.enter_context(torch.autograd.set_multithreading_enabled(False))
             stack.enter_context(fake_tensors_taken())
+            stack.enter_context(random_states_seen(self.shapes.storages.see))
             stack.enter_context(compiled_as_eager(self._note))
             self._profiler.start()
             stack.enter_context(FakeMode())
@@ -103,6 +105,7 @@ class Meter:
 
     def stop(self) -> Readings:
         """Switch it off again, and say what it allocated."""
+        self.shapes.storages.settle()
         try:
             spans = self._profiler.stop().spans
         finally:
@@ -186,6 +189,29 @@ def fake_addresses(storages: FakeStorages) -> Iterator[None]:
         mock.patch.object(torch.UntypedStorage, "resize_", resize_and_note),
         mock.patch.object(live, "made_up_address", storages.address_of),
         mock.patch.object(FakeTensor, "data_ptr", data_ptr, create=True),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def random_states_seen(see: Callable[[torch.Tensor], None]) -> Iterator[None]:
+    """Have the copies of the host's random state noted, as a checkpoint keeps them.
+
+    They are 5,056 bytes each, and no operator makes them.
+
+    Args:
+        see: called with each.
+    """
+    get_rng_state = torch.random.get_rng_state
+
+    def seen() -> torch.Tensor:
+        state = get_rng_state()
+        see(state)
+        return state
+
+    with (
+        mock.patch.object(torch.random, "get_rng_state", seen),
+        mock.patch.object(torch, "get_rng_state", seen),
     ):
         yield
 

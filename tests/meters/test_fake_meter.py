@@ -54,3 +54,16 @@ def test_optimizers_step_all_parameters_at_once_as_they_do_on_a_gpu():
     finally:
         meter.stop()
     assert (taken, foreach) == (False, True)
+
+
+def test_copies_of_the_random_state_are_noted():
+    meter = fake_meter.Meter(torch.device("cpu"), None, lambda note: None)
+    meter.start()
+    try:
+        state = torch.get_rng_state()
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(state)
+    finally:
+        readings = meter.stop()
+    made = [event.bytes for event in readings.events if event.bytes > 0]
+    assert made.count(state.nbytes) == 2
