@@ -14,7 +14,11 @@ from typing import NamedTuple
 import torch
 from torch.autograd.graph import _engine_run_backward
 
-_ADD = torch.ops.aten.add.Tensor
+aten = torch.ops.aten
+
+# What some formulas of backward do in place, into zeros that they have just made, unless a tensor
+# is of a subclass (`areAnyTensorSubclassLike` in FunctionsManual.cpp, TensorAdvancedIndexing.cpp).
+_INTO_ZEROS = (aten.index_put.default, aten.index_add.default, aten.scatter_add.default)
 
 # What stands between the engine and a mode's `__torch_dispatch__`.
 _BETWEEN = ("torch/_compile.py", "torch/_dynamo/eval_frame.py")
@@ -93,7 +97,12 @@ def is_gradient_sum(operator: object, arguments: tuple) -> bool:
     It adds in place what is dense, of one type and shape, and only where no gradient of the
     gradient is wanted.
     """
-    if operator is not _ADD or torch.is_grad_enabled():
+    if torch.is_grad_enabled():
+        return False
+    if operator in _INTO_ZEROS:
+        zeros = arguments[0]
+        return not zeros._is_view() and _is_dense(zeros) and _engine_asks()
+    if operator is not aten.add.Tensor:
         return False
     first, second = arguments
     if not isinstance(second, torch.Tensor) or first.shape != second.shape:

@@ -34,6 +34,11 @@ def transposed(x):
     return (square.t() * 3).exp().sum() + square.exp().sum()
 
 
+def of_rows(x):
+    rows = torch.zeros(8, dtype=torch.long)
+    return x[rows].sum() + x.gather(0, rows).sum() + x.index_select(0, rows).sum()
+
+
 class Python(torch.autograd.Function):
     """Its sum stands in a line of Python, which makes a new tensor."""
 
@@ -47,7 +52,7 @@ class Python(torch.autograd.Function):
 
 
 @pytest.mark.parametrize(
-    "loss_of", [plain, held_by_a_hook, twice_the_same, expanded, transposed, Python.apply]
+    "loss_of", [plain, held_by_a_hook, twice_the_same, expanded, transposed, of_rows, Python.apply]
 )
 def test_sums_of_gradients_make_as_many_blocks_as_they_really_do(loss_of):
     def train():
