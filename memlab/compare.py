@@ -51,6 +51,10 @@ def compare(
         names = [names]
     if predicted is None or not isinstance(predicted, Sequence):
         predicted = [None] * (count - 1) + [predicted]
+    names = [
+        f"{name}, predicted" if m.is_predicted and "predicted" not in name else name
+        for name, m in zip(names, measured, strict=False)
+    ] + list(names[count:])
     _check_labels(count, names, predicted)
     variants = zip(names, measured, predicted, strict=True)
     return Comparison([Variant(*variant) for variant in variants])

@@ -77,7 +77,8 @@ class Comparison:
                 else f", predicted {format_bytes(predicted)} ({100 * residual:+.2f} %)"
             )
             return f"Peak {format_bytes(first.peak_bytes)}{beside}"
-        return change_in_words(first, last)
+        words = change_in_words(first, last)
+        return f"{words} (predicted)" if first.is_predicted or last.is_predicted else words
 
     def within(self, percent: float) -> None:
         """Hold every prediction against what was measured, and fail where one is too far off.
@@ -111,6 +112,8 @@ class Comparison:
         frame = pd.DataFrame.from_dict(
             {variant.name: _row(variant, first) for variant in self.variants}, orient="index"
         )
+        if any(variant.measurement.is_predicted for variant in self.variants):
+            frame = frame.rename(columns={"measured MiB": "peak MiB"})
         if all(v.measurement.known_bytes == v.measurement.peak_bytes for v in self.variants):
             frame = frame.drop(columns="in tensors MiB")
         if len(self.variants) == 1:

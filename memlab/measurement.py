@@ -86,6 +86,11 @@ class Measurement:
     _timeline: Timeline | None = field(default=None, repr=False, compare=False)
 
     @property
+    def is_predicted(self) -> bool:
+        """Whether nothing was measured: it is a prediction."""
+        return False
+
+    @property
     def timeline(self) -> Timeline:
         """Bytes by column over time."""
         if self._timeline is None:

@@ -58,6 +58,11 @@ class Prediction(Measurement):
     notes: tuple[str, ...] = ()
 
     @property
+    def is_predicted(self) -> bool:
+        """Nothing was measured."""
+        return True
+
+    @property
     def allocated_bytes(self) -> int:
         """The most bytes that tensors hold at once: `peak_bytes` by the name that CUDA uses."""
         return self.peak_bytes

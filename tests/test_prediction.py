@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from memlab import predict
+from memlab import compare, measure, predict
 from memlab.meters.gpus import find_gpu
 from memlab.units import GiB
 
@@ -57,3 +57,22 @@ def test_it_is_called_a_prediction(prediction):
     assert str(prediction).startswith("Predicted peak ")
     assert "CUDA's context is an estimate" in str(prediction)
     assert "for Tesla T4" in str(prediction)
+
+
+def test_beside_a_measurement_it_is_outlined_and_called_predicted(prediction):
+    def at_home():
+        model = nn.Linear(1000, 1000, bias=False)
+        while True:
+            loss = model(torch.randn(8, 1000)).mean()
+            loss.backward()
+            yield loss
+
+    compared = compare(measure(at_home, device="cpu"), prediction)
+    assert [variant.name for variant in compared.variants] == ["before", "after, predicted"]
+    assert "peak MiB" in compared.to_frame() and "measured MiB" not in compared.to_frame()
+    assert compared.verdict.endswith(" (predicted)")
+    figure = compared.plot()
+    bars = [patch for patch in figure.axes[0].patches if patch.get_width()]
+    widths = {round(patch.get_linewidth(), 1) for patch in bars}
+    assert widths == {0.6, 1.2}  # filled and outlined
+    assert "after, predicted" in figure.alt

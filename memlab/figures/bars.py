@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from matplotlib.axes import Axes
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-from memlab.figures.style import EDGE, FONT, HATCH, PALETTE, in_words, style, unit_for, wrap
+from memlab.figures.style import (
+    EDGE,
+    FONT,
+    HATCH,
+    PALETTE,
+    in_words,
+    lighten,
+    style,
+    unit_for,
+    wrap,
+)
 from memlab.ledger import COLUMNS
 from memlab.units import format_bytes
 
@@ -21,6 +31,7 @@ def bars(
     ledgers: Mapping[str, Mapping[str, int]],
     predicted: Mapping[str, int | None] | None = None,
     limit: int | None = None,
+    outlined: Collection[str] = (),
 ) -> None:
     """Draw ledgers as horizontal stacked bars on one axis, the first on top.
 
@@ -30,6 +41,7 @@ def bars(
         predicted: name → predicted peak in bytes, or None; drawn as a triangle below the bar,
             pointing at it.
         limit: a budget in bytes, drawn as a line.
+        outlined: the names of ledgers that nobody measured: light bars with an outline.
     """
     marks = {name: (predicted or {}).get(name) or 0 for name in ledgers}
     totals = [sum(columns.values()) for columns in ledgers.values()]
@@ -37,7 +49,7 @@ def bars(
     unit, unit_name = unit_for(largest)
 
     for row, (name, columns) in enumerate(ledgers.items()):
-        _bar(axes, row, columns, unit, largest)
+        _bar(axes, row, columns, unit, largest, outlined=name in outlined)
         if marks[name]:
             place = (marks[name] / unit, row + 0.38)
             axes.plot(*place, marker="^", color="black", ms=5, clip_on=False, zorder=5)
@@ -56,7 +68,15 @@ def bars(
     axes.tick_params(axis="y", length=0)
 
 
-def _bar(axes: Axes, row: int, columns: Mapping[str, int], unit: int, largest: int) -> None:
+def _bar(
+    axes: Axes,
+    row: int,
+    columns: Mapping[str, int],
+    unit: int,
+    largest: int,
+    *,
+    outlined: bool = False,
+) -> None:
     """One ledger's bar: a stretch for each column with its number, and the total behind it."""
     left = 0.0
     for column in COLUMNS:
@@ -69,10 +89,10 @@ def _bar(axes: Axes, row: int, columns: Mapping[str, int], unit: int, largest: i
             width,
             left=left,
             height=0.62,
-            color=PALETTE[column],
-            edgecolor=EDGE.get(column, "white"),
-            hatch=HATCH.get(column),
-            lw=0.6,
+            color=lighten(PALETTE[column]) if outlined else PALETTE[column],
+            edgecolor=PALETTE[column] if outlined else EDGE.get(column, "white"),
+            hatch=None if outlined else HATCH.get(column),
+            lw=1.2 if outlined else 0.6,
         )
         number = f"{width:,.0f}" if width >= 99.95 else f"{width:.3g}"
         fits = width * unit / largest > 0.02 + 0.015 * len(number)
@@ -87,8 +107,13 @@ def _bar(axes: Axes, row: int, columns: Mapping[str, int], unit: int, largest: i
                 va="center",
                 fontsize=FONT - 2,
                 zorder=4,
-                color="white" if column in _DARK else "black",
-                path_effects=[withStroke(linewidth=3, foreground=PALETTE[column])],
+                color="white" if column in _DARK and not outlined else "black",
+                path_effects=[
+                    withStroke(
+                        linewidth=3,
+                        foreground=lighten(PALETTE[column]) if outlined else PALETTE[column],
+                    )
+                ],
             )
         left += width
 

@@ -125,7 +125,8 @@ def comparison(
     heights = [0.75 + 0.42 * len(measurements), 2.3]
     above, below = figure.subfigures(2, 1, height_ratios=heights)
     columns = {name: measurement.columns for name, measurement in measurements.items()}
-    bars(above.subplots(), columns, predicted)
+    outlined = [name for name, found in measurements.items() if found.is_predicted]
+    bars(above.subplots(), columns, predicted, outlined=outlined)
 
     # More than three timelines side by side cannot be read: the first and the last tell the story.
     names = list(measurements)

@@ -100,6 +100,12 @@ def style(axes: Axes) -> Axes:
     return axes
 
 
+def lighten(colour: str) -> tuple[float, float, float]:
+    """A colour so light that its outline is what is seen: that of what is predicted."""
+    red, green, blue = (0.7 + 0.3 * part for part in to_rgb(colour))
+    return red, green, blue
+
+
 def darken(figure: Drawing) -> None:
     """Recolour a figure for a dark page: its greys change places, the columns keep their colours.
 
