@@ -76,3 +76,5 @@ def test_beside_a_measurement_it_is_outlined_and_called_predicted(prediction):
     widths = {round(patch.get_linewidth(), 1) for patch in bars}
     assert widths == {0.6, 1.2}  # filled and outlined
     assert "after, predicted" in figure.alt
+    below = {axes.get_title(loc="left"): axes.get_xlabel() for axes in figure.axes[1:]}
+    assert "seconds" in below["before"] and "no time" in below["after, predicted"]

@@ -50,10 +50,12 @@ def timeline(measurement: Measurement, title: str | None = None) -> Drawing:
     figure = drawing(3.0)
     axes = figure.subplots()
     unit, name = unit_for(measurement.peak_bytes)
-    time_unit = stack(axes, measurement, unit)
-    axes.set_xlabel(f"{time_unit} since the first step began", fontsize=FONT)
+    along = stack(axes, measurement, unit)
+    since = along if measurement.is_predicted else f"{along} since the first step began"
+    axes.set_xlabel(since, fontsize=FONT)
     axes.set_ylabel(f"{name} alive", fontsize=FONT)
-    title = title or f"Peak {format_bytes(measurement.peak_bytes)}, in {measurement.phase}"
+    what = "Predicted peak" if measurement.is_predicted else "Peak"
+    title = title or f"{what} {format_bytes(measurement.peak_bytes)}, in {measurement.phase}"
     headline(figure, title)
     legend(figure, [measurement.columns, *most_of_each(measurement)])
     at_peak = in_words(measurement.columns)
@@ -80,7 +82,8 @@ def stack(
             letters or none.
 
     Returns:
-        The unit of the horizontal axis: seconds or, for a short run, milliseconds.
+        The unit of the horizontal axis: seconds or, for a short run, milliseconds. A prediction has
+        no time, and its axis no numbers: the operators stand in their order.
 
     Raises:
         ValueError: nothing was allocated, so there is nothing to draw.
@@ -112,6 +115,9 @@ def stack(
     peak = max(time.place((ledger.peak_time - ledger.start) / 1e9), -time.margin * time.scale)
     height = measurement.peak_bytes / unit
     axes.plot(peak, height, "v", color="black", ms=4, clip_on=False, zorder=5)
+    if measurement.is_predicted:
+        axes.set_xticks([])
+        return "operators in their order (predicted: no time)"
     return time.unit
 
 
