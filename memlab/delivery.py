@@ -57,7 +57,15 @@ def _made_at(measurement: Measurement) -> list[str]:
         if block.line:
             sizes[block.line] = sizes.get(block.line, 0) + block.bytes
     most = sorted(sizes, key=lambda line: (-sizes[line], line))[:LARGEST]
-    rows = [{"bytes": format_bytes(sizes[line]), "line": line} for line in most]
+    grows: dict[str, int] = {}
+    if measurement.verdict.kind == "creep":
+        for growth in measurement.growth:
+            grows[growth.line] = grows.get(growth.line, 0) + growth.bytes_a_step
+    marks = {line: f"grows by {format_bytes(size)} a step" for line, size in grows.items() if size}
+    rows = [
+        {"bytes": format_bytes(sizes[line]), "line": line, "grows": marks.get(line, "")}
+        for line in most
+    ]
     table = Table(rows, numbers={"bytes"}).to_text(headings=False)
     return (
         ["Lines that made most of it:", *(f"  {line}" for line in table.splitlines())]

@@ -26,6 +26,7 @@ class Growth:
         operator, module: who made it, where.
         bytes_a_step: how much of it a step leaves, on average.
         addresses: where it lies.
+        line: the line of the user's code that made it, if lines were noted.
     """
 
     column: str
@@ -33,11 +34,13 @@ class Growth:
     module: str
     bytes_a_step: int
     addresses: tuple[int, ...] = ()
+    line: str = ""
 
     @property
     def place(self) -> str:
-        """Who made it, for people: `aten::linear in layers.0`."""
-        return " in ".join(part for part in (self.operator, self.module) if part)
+        """Who made it, for people: `aten::linear in layers.0 at train.py:12`."""
+        place = " in ".join(part for part in (self.operator, self.module) if part)
+        return " at ".join(part for part in (place, self.line) if part)
 
 
 def growth_of(ledger: Ledger, steps: Sequence[Step]) -> list[Growth]:
@@ -49,14 +52,15 @@ def growth_of(ledger: Ledger, steps: Sequence[Step]) -> list[Growth]:
     """
     # The first step makes what stays for good, such as an optimizer's state.
     judged = [step for step in steps[:-1] if step.number > 1 or len(steps) == 2]
-    places: dict[tuple[str, str, str], list] = {}
+    places: dict[tuple[str, ...], list] = {}
     for step, block in left_by(ledger, steps):
         if step in judged:
-            places.setdefault((block.column, block.operator, block.module), []).append(block)
+            place = (block.column, block.operator, block.module, block.line)
+            places.setdefault(place, []).append(block)
     found = []
-    for place, blocks in places.items():
+    for (*place, line), blocks in places.items():
         size = sum(block.bytes for block in blocks) // len(judged)
-        found.append(Growth(*place, size, tuple(block.address for block in blocks)))
+        found.append(Growth(*place, size, tuple(block.address for block in blocks), line))
     return sorted(found, key=lambda growth: -growth.bytes_a_step)
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import html
+import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from memlab import breakdown
 from memlab.forms import Machine
-from memlab.growth import Growth, host_growth
-from memlab.holders import Holder
+from memlab.growth import Growth
+from memlab.holders import Holder, holders_of_block
 from memlab.ledger import (
     COLUMNS,
     Block,
@@ -19,6 +20,7 @@ from memlab.ledger import (
     activations_at_backward,
 )
 from memlab.meters.gradients import Missing
+from memlab.notes import notes_on_outside, notes_on_steps
 from memlab.receipt import Receipt, Said, groups, name_largest, step_peaks
 from memlab.show import Table
 from memlab.timing import Seconds
@@ -41,7 +43,7 @@ class Measurement:
             a step was not recorded in full.)
         steps: what each step needed and left. `watch` records some of a long loop's steps in full.
         growth: what each step leaves behind, and nobody owns.
-        holders: who holds it, in words.
+        holders: who held it when the run was over (`holders_of` says who holds a block now).
         seconds: median and spread of one step, from separate runs with nothing switched on (None:
             not asked for).
         losses: what each step returned: numbers, or tensors with one element (else None).
@@ -60,6 +62,7 @@ class Measurement:
             Reserved, not in the peak.
         environment: device, GPU, torch, driver, Python.
         ledger: every block with its life (`memlab.ledger.Ledger`).
+        left: the storages that were there at its end, by address (`watch`).
     """
 
     peak_bytes: int
@@ -83,6 +86,7 @@ class Measurement:
     steps: tuple[Step, ...] = ()
     growth: tuple[Growth, ...] = ()
     holders: tuple[Holder, ...] = ()
+    left: dict[int, weakref.ref] = field(default_factory=dict, repr=False, compare=False)
     _timeline: Timeline | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -137,7 +141,7 @@ class Measurement:
     def verdict(self) -> Verdict:
         """What the steps say: steady, growing, or as large as the longest batch."""
         verdict = verdict_of(self.steps, self.growth, self.building_peak_bytes, self.holders)
-        return with_peak(verdict, self.steps, self.peak_bytes)
+        return with_peak(verdict, self.steps, self.peak_bytes, self.ledger.peak_time)
 
     def largest(self, count: int = 10) -> list[Block]:
         """The largest blocks alive at the peak: what they are, and who made them where."""
@@ -155,6 +159,18 @@ class Measurement:
     def by_model(self, at: int | None = None) -> breakdown.Breakdown:
         """Parameters by model, trained and frozen apart, and buffers; `at` as above."""
         return breakdown.split_by_model(self.ledger, at)
+
+    def holders_of(self, block: Block, limit: int = 10) -> list[Holder]:
+        """Who holds a block now, and the line that lets go of it; the user's own code first.
+
+        Args:
+            block: one that is left when a `watch` ends (its `died` is None).
+            limit: how many holders are returned at most.
+
+        Raises:
+            ValueError: it is no block, or it is gone; the message says since when.
+        """
+        return holders_of_block(block, self.left, str(self.environment["device"]), limit)
 
     def receipt(self) -> Receipt:
         """What is worth keeping of this measurement: to compare a later one with."""
@@ -205,26 +221,10 @@ class Measurement:
             notes.append(f"{self.seconds} a step")
         if self.losses:
             notes.append(f"loss {self.losses[0]:.4f} → {self.losses[-1]:.4f}")
-        if self.outside_bytes:
-            notes.append(
-                f"not counted: {format_bytes(self.outside_bytes)} of tensors that this allocator"
-                " did not hand out (memory maps, shared memory, NumPy, other threads, or from"
-                " before the run)"
-            )
-        if self.outside_array_bytes:
-            notes[-1] += f"; NumPy's arrays: {format_bytes(self.outside_array_bytes)}"
+        notes += notes_on_outside(self.outside_bytes, self.outside_array_bytes)
         if self.without_gradient is not None:
             notes.append(str(self.without_gradient))
-        recorded = sum(step.peak_bytes is not None for step in self.steps)
-        if 0 < recorded < len(self.steps):
-            notes.append(
-                f"recorded in full: {recorded} of {len(self.steps)} steps; the peak is theirs, the"
-                " others may have needed more"
-            )
-        host = host_growth(self.steps)
-        if host and self.verdict.kind == "creep":  # else the verdict says it
-            notes.append(f"host: {format_bytes(host)} more on the heap after each step")
-        return notes
+        return notes + notes_on_steps(self.steps, self.verdict.kind)
 
     def _headline(self) -> str:
         size = f"{format_bytes(self.peak_bytes)} ({self.peak_bytes:,} bytes)"

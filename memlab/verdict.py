@@ -21,7 +21,7 @@ class Verdict:
         kind: "steady", "creep", "creep ended", "longest batch", "building" or "unknown".
         sentence: the same for people.
         bytes_a_step: by how much a step makes it grow; 0 where nothing grows.
-        column, operator, module, holder: of what grows, where it is known.
+        column, operator, module, holder, line: of what grows, where it is known.
     """
 
     kind: str
@@ -31,6 +31,7 @@ class Verdict:
     operator: str = ""
     module: str = ""
     holder: str = ""
+    line: str = ""
 
 
 def verdict_of(
@@ -71,22 +72,25 @@ def verdict_of(
     return _longest(full) or Verdict("steady", _steady(full))
 
 
-def with_peak(verdict: Verdict, steps: Sequence[Step], peak_bytes: int) -> Verdict:
+def with_peak(verdict: Verdict, steps: Sequence[Step], peak_bytes: int, moment: int) -> Verdict:
     """Say where the peak is, if it is in none of the steps.
 
     Args:
         verdict: what the steps say.
         steps: all steps of the run.
         peak_bytes: the run's peak.
+        moment: when that was (nanoseconds).
     """
     of_steps = [step.peak_bytes for step in steps if step.peak_bytes is not None]
     known = verdict.kind in ("building", "unknown")
-    if known or not of_steps or peak_bytes <= max(of_steps):
+    inside = any(step.start <= moment < step.end for step in steps)
+    if known or inside or not of_steps or peak_bytes <= max(of_steps):
         return verdict
-    words = (
-        f" The peak, {format_bytes(peak_bytes)}, is in none of them: it came before the first step,"
-        " or in one that did not end."
-    )
+    before = [step.number for step in steps if step.end <= moment]
+    where = "before the first step"
+    if before:
+        where = f"after step {before[-1]}, in a step that did not end or in what follows the steps"
+    words = f" The peak, {format_bytes(peak_bytes)}, came {where}."
     return dataclasses.replace(verdict, sentence=verdict.sentence + words)
 
 
@@ -136,7 +140,8 @@ def _creep(
     if len(changes) == 1:
         words += f". {len(steps)} steps cannot tell whether that goes on: measure more"
     holder = holders[0].path if holders else ""
-    return Verdict("creep", words + ".", size, column, largest.operator, largest.module, holder)
+    made_by = largest.operator, largest.module, holder, largest.line
+    return Verdict("creep", words + ".", size, column, *made_by)
 
 
 def _held_by(holders: Sequence[Holder]) -> str:

@@ -14,7 +14,7 @@ from memlab.ledger import Shapes, Span, numbers_in
 from memlab.leftovers import Leftovers
 from memlab.measurement import Measurement
 from memlab.meters.device import resolve_device
-from memlab.meters.live import objects_set_aside
+from memlab.meters.live import objects_set_aside, references
 from memlab.meters.recording import Recording
 from memlab.meters.steps import StepCounter
 from memlab.meters.unseen import Unseen
@@ -180,11 +180,13 @@ class watch:  # noqa: N801 - read as a verb: `with watch(model, optimizer) as w:
             recording.observer.seen.look_around(after=True)
             for step in counted:
                 recording.observer.spans.append(Span(step.start, step.end, "step"))
-            held = self._unseen.held() if goes_on else 0
+            left = references(self._device)
+            held = sum(s.nbytes() for reference in left.values() if (s := reference()) is not None)
             recording.__exit__()
-            ledger = self._stretches.add(recording.recorded, counted).ledger
+            measurement = self._stretches.add(recording.recorded, counted)
+            measurement.left = left
             if goes_on:
-                self._unseen.recorded(ledger, held)
+                self._unseen.recorded(measurement.ledger, held)
         except (RuntimeError, ValueError) as error:
             self._refusal = error  # the training goes on: whoever asks for the measurement is told
 

@@ -139,12 +139,32 @@ def test_over_a_budget_the_receipt_says_where_and_what_would_help(folder):
     assert "What would take bytes away" in (folder / "report.html").read_text()
 
 
-def test_the_lines_are_said_that_made_most(folder, capsys):
-    write(folder / "train.py", TRAIN)
+def test_the_lines_are_said_that_made_most_and_which_of_them_grows(folder, capsys):
+    made = "loss = model(torch.randn(8, 16))"
+    kept = "kept.append(model(torch.randn(64, 16)))\n    loss = kept[-1]"
+    leaks = TRAIN.replace(made, kept).replace("range(3)", "range(6)")
+    write(folder / "train.py", leaks.replace("import torch\n", "import torch\n\nkept = []\n"))
     assert run_script("train.py", lines=True) == 0
-    assert re.search(
-        r"Lines that made most of it:\n +[\d.]+ KiB  train\.py:\d+\n", capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert re.search(r"It grows by .* at train\.py:11, held by list `kept` \(6 entries\)", err)
+    most = err.partition("Lines that made most of it:\n")[2]
+    assert re.search(r"^ +[\d.]+ KiB  train\.py:11 +grows by [\d.]+ KiB a step$", most, re.M)
+
+
+def test_optimizers_that_are_made_anew_and_held_stop_at_a_budget(folder):
+    loop = (
+        "import torch\nmodel = torch.nn.Linear(256, 256)\noptimizers = []\n"
+        "for _ in range(100):\n"
+        "    optimizers.append(torch.optim.AdamW(model.parameters()))\n"
+        "    model(torch.randn(8, 256)).mean().backward()\n"
+        "    optimizers[-1].step()\n"
     )
+    write(folder / "train.py", loop)
+    said = run_alone(folder, "--budget", "4 MiB", status=1).stderr
+    assert re.search(
+        r"It grows by 514\.01 KiB a step .*: optimizer state, held by .* `optimizers`", said
+    )
+    assert re.search(r"The peak, .* MiB, came after step \d, in a step that did not end", said)
 
 
 def test_over_a_budget_the_receipt_says_who_holds_what(folder):

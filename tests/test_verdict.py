@@ -1,5 +1,7 @@
 """The verdict: one sentence of what the steps say."""
 
+import dataclasses
+
 from memlab.growth import Growth, growth_of, host_growth
 from memlab.holders import Holder
 from memlab.ledger import COLUMNS, Block, Ledger, Step
@@ -126,8 +128,25 @@ def test_one_step_alone_says_nothing():
     assert verdict_of(steps([90], [50]), building_peak=400).kind == "building"
 
 
+def test_the_line_that_grows_is_marked():
+    growth = [Growth("activations", "aten::linear", "head", MiB, (), "train.py:12")]
+    run = steps([9 * MiB] * 4, [5 * MiB, 6 * MiB, 7 * MiB, 8 * MiB])
+    verdict = verdict_of(run, growth)
+    assert verdict.line == "train.py:12"
+    assert "kept, activations made by aten::linear in head at train.py:12." in verdict.sentence
+
+
 def test_a_peak_outside_all_steps_is_said():
-    run = steps([90, 100, 100], [50, 60, 60])
+    run = [
+        dataclasses.replace(step, start=10 * step.number, end=10 * step.number + 9)
+        for step in steps([90, 100, 100], [50, 60, 60])
+    ]
     verdict = verdict_of(run)
-    assert with_peak(verdict, run, 100) == verdict
-    assert with_peak(verdict, run, 300).sentence.startswith(verdict.sentence + " The peak, 300 B")
+
+    def more(peak_bytes, moment):
+        return with_peak(verdict, run, peak_bytes, moment).sentence.removeprefix(verdict.sentence)
+
+    assert more(100, 5) == ""
+    assert more(300, 15) == ""  # a GPU's counter knows more than the steps do
+    assert more(300, 5) == " The peak, 300 B, came before the first step."
+    assert more(300, 50).startswith(" The peak, 300 B, came after step 3, in a step that did not")

@@ -174,3 +174,8 @@ def live_storages(device: torch.device, *, maps: bool = False) -> dict[int, torc
                     if part.device == device and storage.nbytes() and mapped == maps:
                         found[address_of(storage)] = storage
     return found
+
+
+def references(device: torch.device) -> dict[int, weakref.ref]:
+    """A weak reference to each of those storages, by address."""
+    return {place: weakref.ref(storage) for place, storage in live_storages(device).items()}

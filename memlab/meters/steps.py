@@ -26,7 +26,7 @@ class StepCounter:
     The first step begins when a module is called: what came before may have built it. A step is
     over when its optimizer has stepped and a module is called again: so what the loop does after
     the optimizer belongs to it. With several optimizers it is the first one that counts, as long as
-    it steps.
+    it steps; one that is made anew for its parameters takes its place.
     A loop that knows better calls `end_step`, and from then on only that counts.
 
     Args:
@@ -100,8 +100,10 @@ class StepCounter:
         if torch.compiler.is_compiling():
             return
         first = self._optimizer() if self._optimizer is not None else None
-        # Another one that steps again, and the first one has not meanwhile, has taken its place.
-        if first is None or id(optimizer) in self._others:
+        # Another one that steps again, and the first one has not meanwhile, has taken its place; so
+        # has one that steps the same parameters.
+        made_anew = first is not None and not self._stepped and _share(first, optimizer)
+        if first is None or id(optimizer) in self._others or made_anew:
             self._optimizer = weakref.ref(optimizer)
         elif first is not optimizer:
             self._others.add(id(optimizer))
@@ -127,3 +129,9 @@ class StepCounter:
             if len(self._shapes) < _MOST_SHAPES:
                 self._shapes += shapes
             self._on_call(module, inputs, shapes)
+
+
+def _share(first: torch.optim.Optimizer, other: torch.optim.Optimizer) -> bool:
+    """Whether two optimizers have a parameter in common."""
+    ids = [{id(p) for group in o.param_groups for p in group["params"]} for o in (first, other)]
+    return not ids[0].isdisjoint(ids[1])

@@ -57,11 +57,24 @@ def test_with_two_optimizers_the_first_one_counts():
     assert len(counter.counted) == 3
 
 
+def test_an_optimizer_that_is_made_anew_each_step_counts_at_once():
+    model, other = network(), network()
+    held = []
+    with StepCounter() as counter:
+        for _ in range(4):
+            held.append(torch.optim.SGD(model.parameters(), lr=0.1))
+            train(model, held[-1], [4])
+            held.append(torch.optim.SGD(other.parameters(), lr=0.1))
+            train(other, held[-1], [4])
+        counter.end_last_step()
+    assert len(counter.counted) == 4
+
+
 def test_an_optimizer_in_another_ones_place_counts_from_its_second_step_on():
-    model = network()
     old = []
     with StepCounter() as counter:
         for _ in range(3):
+            model = network()
             old.append(torch.optim.SGD(model.parameters(), lr=0.1))
             train(model, old[-1], [4, 4, 4])
         counter.end_last_step()
