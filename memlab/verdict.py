@@ -60,7 +60,7 @@ def verdict_of(
         changes, whole = changes[:-1], full[:-1]
     else:
         whole = full
-    if _creeps(changes, growth):
+    if _creeps(whole, changes, growth):
         return _creep(whole, changes, growth, holders)
     if building_peak is not None and building_peak > max(step.peak_bytes for step in full):
         return _building(full, building_peak)
@@ -94,7 +94,7 @@ def with_peak(verdict: Verdict, steps: Sequence[Step], peak_bytes: int, moment: 
     return dataclasses.replace(verdict, sentence=verdict.sentence + words)
 
 
-def _creeps(changes: Sequence[int], growth: Sequence[Growth]) -> bool:
+def _creeps(steps: Sequence[Step], changes: Sequence[int], growth: Sequence[Growth]) -> bool:
     """Whether it goes on growing: it grew in several steps, for the most part stayed so, and still
     grew near the end.
     """
@@ -102,7 +102,9 @@ def _creeps(changes: Sequence[int], growth: Sequence[Growth]) -> bool:
     if len(changes) == 1:
         # A single change may be a loop's variable that is set anew.
         return bool(grown and growth)
-    stayed = sum(changes) >= sum(changes[index] for index in grown) / 2
+    left = [step.bytes_left for step in steps[-len(changes) - 1 :]]
+    risen = sum(max(0, after - before) for before, after in zip(left, left[1:], strict=False))
+    stayed = left[-1] - left[0] >= risen / 2
     near_the_end = min(len(changes) - 2, 2 * len(changes) // 3)
     return len(grown) > 1 and stayed and grown[-1] >= near_the_end
 

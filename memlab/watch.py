@@ -14,7 +14,7 @@ from memlab.ledger import Shapes, Span, numbers_in
 from memlab.leftovers import Leftovers
 from memlab.measurement import Measurement
 from memlab.meters.device import resolve_device
-from memlab.meters.live import objects_set_aside, references
+from memlab.meters.live import objects_set_aside, references, tensors_in
 from memlab.meters.recording import Recording
 from memlab.meters.steps import StepCounter
 from memlab.meters.unseen import Unseen
@@ -177,6 +177,8 @@ class watch:  # noqa: N801 - read as a verb: `with watch(model, optimizer) as w:
         recording, self._recording = self._recording, None
         counted = self._counter.counted[self._first_step - 1 :]
         try:
+            for tensor in tensors_in(self._counter.coming):
+                recording.observer.seen.see_input(tensor)
             recording.observer.seen.look_around(after=True)
             for step in counted:
                 recording.observer.spans.append(Span(step.start, step.end, "step"))

@@ -97,6 +97,13 @@ def test_what_comes_and_goes_is_no_creep():
     assert verdict_of(run).kind == "steady"
 
 
+def test_what_falls_between_two_steps_that_were_recorded_counts_whole():
+    run = steps([9 * MiB] * 7, [MiB * size for size in (5, 5, 6, 5, 6, 5, 6)])
+    numbers = (1, 2, 3, 16, 17, 32, 33)
+    run = [dataclasses.replace(s, number=n) for s, n in zip(run, numbers, strict=True)]
+    assert verdict_of(run).kind == "steady"
+
+
 def test_after_the_last_step_a_loops_variables_may_be_gone():
     run = steps([9 * MiB] * 5, [MiB * size for size in (5, 6, 7, 8, 8)])
     assert verdict_of(run).kind == "creep"

@@ -347,3 +347,23 @@ def test_a_profiler_inside_does_not_end_the_loop(training):
     with watch() as w:
         training.run()
     assert w.measurement.peak_bytes > 0
+
+
+@pytest.mark.parametrize("as_keywords", [False, True])
+def test_the_next_steps_batch_is_nothing_that_the_last_recorded_step_leaves(as_keywords):
+    class Model(nn.Linear):
+        def forward(self, x, y):
+            return (super().forward(x) - y).square().mean()
+
+    model = Model(64, 64)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with watch(model, optimizer, every=4) as w:
+        for _ in range(70):
+            batch = {"x": torch.randn(64, 64), "y": torch.randn(64, 64)}
+            loss = model(**batch) if as_keywords else model(*batch.values())
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    left = {step.bytes_left for step in w.measurement.steps[1:-1] if step.bytes_left is not None}
+    assert len(left) == 1
+    assert w.measurement.verdict.kind == "steady"

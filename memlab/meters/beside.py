@@ -86,6 +86,21 @@ def _frames_of_the_caller() -> Iterator[types.FrameType]:
         frame = frame.f_back
 
 
+def keywords_of(module: torch.nn.Module) -> dict[str, object]:
+    """The keywords that a module is called with, while a hook before its forward runs.
+
+    A hook for all modules is not given them. They are in the function that calls it.
+    """
+    frame = sys._getframe(1)
+    for _ in range(6):
+        frame = frame and frame.f_back
+        if frame is not None and "kwargs" in frame.f_code.co_varnames:
+            variables = variables_of(frame)
+            if variables.get("self") is module:
+                return dict(variables.get("kwargs") or {})
+    return {}
+
+
 def variables_of(frame: types.FrameType) -> dict[str, object]:
     """Return the variables of a function that runs, and leave nothing behind that holds them.
 

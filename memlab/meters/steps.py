@@ -12,6 +12,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from memlab.ledger import Counted, Shapes
+from memlab.meters.beside import keywords_of
 from memlab.meters.heap import heap_in_use
 from memlab.meters.live import tensors_in
 
@@ -43,6 +44,8 @@ class StepCounter:
         by_hand: bool = False,
     ):
         self.counted: list[Counted] = []
+        #: While a step ends: what the module was given that is about to run, in the next one.
+        self.coming: tuple = ()
         self._on_end = ended
         self._on_call = called
         self._optimizer: weakref.ref | None = None
@@ -115,7 +118,9 @@ class StepCounter:
         if torch.compiler.is_compiling():
             return
         if self._stepped and not self._by_hand:
+            self.coming = (inputs, keywords_of(module))
             self._end()
+            self.coming = ()
         if self._root is None:
             self._root = id(module)
             if not self.counted:

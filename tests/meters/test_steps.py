@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from memlab.meters.live import tensors_in
 from memlab.meters.steps import StepCounter
 
 
@@ -131,3 +132,22 @@ def test_it_leaves_no_hook_behind():
     model = network()
     train(model, torch.optim.SGD(model.parameters(), lr=0.1), [4, 4])
     assert ended == []
+
+
+def test_what_comes_next_is_known_when_a_step_ends():
+    class Model(nn.Linear):
+        def forward(self, x, *, scale=None):
+            return super().forward(x) * scale
+
+    model = Model(8, 8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    coming = []
+    with StepCounter(lambda: coming.append(counter.coming)) as counter:
+        batches = [(torch.randn(4, 8), torch.randn(4, 8)) for _ in range(3)]
+        for x, scale in batches:
+            model(x, scale=scale).mean().backward()
+            optimizer.step()
+        counter.end_last_step()
+    assert [sorted(map(id, tensors_in(each))) for each in coming] == [
+        sorted(map(id, batch)) for batch in batches[1:]
+    ] + [[]]
