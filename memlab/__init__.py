@@ -11,6 +11,7 @@ from memlab.ledger import COLUMNS
 from memlab.measure import measure
 from memlab.measurement import Measurement
 from memlab.meters.refusals import MemoryLeakError, OverBudget
+from memlab.plan import Plan, plan
 from memlab.predict import predict
 from memlab.prediction import Fit, Prediction
 from memlab.solve import Solution, solve
@@ -26,6 +27,7 @@ __all__ = [
     "Measurement",
     "MemoryLeakError",
     "OverBudget",
+    "Plan",
     "Prediction",
     "Solution",
     "budget",
@@ -33,6 +35,7 @@ __all__ = [
     "format_bytes",
     "measure",
     "parse_bytes",
+    "plan",
     "predict",
     "solve",
     "watch",

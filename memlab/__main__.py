@@ -1,4 +1,4 @@
-"""The commands: `python -m memlab predict | solve | run | diff | measure | report | doctor`."""
+"""The commands of `python -m memlab`: predict, solve, plan, run, diff, measure, report, doctor."""
 
 from __future__ import annotations
 

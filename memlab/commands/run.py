@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Iterator
 
+from memlab.plan import Plan, plan
 from memlab.predict import predict
 from memlab.prediction import Fit, Prediction
 from memlab.show import Table
@@ -36,10 +37,12 @@ def run_command(asked: argparse.Namespace) -> int:
     Raises:
         ValueError: what was given cannot be used.
     """
-    answer = {"predict": _predict, "solve": _solve}[asked.command]
+    answer = {"predict": _predict, "solve": _solve, "plan": _plan}[asked.command]
     try:
         with _prints_apart(asked.json):
             fits, text, fields = answer(asked)
+    except ImportError as error:
+        raise ValueError(str(error)) from error  # transformers or PEFT is not installed
     except ScriptFailed as failure:
         print(f"python -m memlab {asked.command}: the script failed", file=sys.stderr)
         print(failure, end="", file=sys.stderr)
@@ -90,6 +93,47 @@ def _solve(asked: argparse.Namespace) -> Answer:
         "prediction": _fields_of(solution.prediction),
     }
     return bool(solution), str(solution), fields
+
+
+def _plan(asked: argparse.Namespace) -> Answer:
+    if asked.gpu is None:
+        raise ValueError('which GPU? --gpu "RTX 4090", or a size: --gpu "24 GiB"')
+    whole = {
+        name: whole_number(f"--{name}", getattr(asked, name))
+        for name in ("batch", "sequence", "lora")
+        if getattr(asked, name) is not None
+    }
+    options = options_of(asked.option, of_plan=True)
+    # A path of Windows has a colon, too, and no .py before it.
+    given = loaded(asked.model) if ".py:" in asked.model else contextlib.nullcontext(asked.model)
+    with given as model:
+        planned = plan(
+            model, gpu=asked.gpu, in_use=asked.in_use, every=asked.every, **whole, **options
+        )
+    return planned.fits, str(planned), _fields_of_plan(planned)
+
+
+def _fields_of_plan(planned: Plan) -> dict[str, object]:
+    rungs = [
+        {
+            "switch": rung.switch,
+            "needed_bytes": rung.needed_bytes,
+            "predicted": rung.predicted,
+            "took_bytes": rung.took_bytes,
+            "kept": rung.kept,
+        }
+        for rung in planned.rungs
+    ]
+    return {
+        "title": planned.title,
+        **_fields_of_fit(planned.fit),
+        "switches": list(planned.switches),
+        "rungs": rungs,
+        "before": _fields_of(planned.before),
+        "after": _fields_of(planned.after),
+        "code": planned.code,
+        "assumed": list(planned.notes),
+    }
 
 
 def _steps(asked: argparse.Namespace) -> int:

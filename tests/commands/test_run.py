@@ -25,6 +25,12 @@ def train(batch=1, width=1024, name=None):
 def fails():
     raise RuntimeError("out of ideas")
     yield
+
+def switched(batch=1, fused_loss=False, other=False):
+    size = 16 * 2**20 if fused_loss else 32 * 2**20
+    weight = torch.zeros(size // 4, device="cuda", requires_grad=True)
+    while True:
+        yield weight[:1].sum()
 """
 
 
@@ -69,6 +75,16 @@ def test_solve_prints_the_largest_value(capsys):
     assert fields["value"] is None and [tried["value"] for tried in fields["tried"]] == [9999]
 
 
+def test_plan_prints_the_switches_that_make_it_fit(capsys):
+    arguments = ["plan", "train.py:switched", "--option", "other=True", "--gpu"]
+    assert commands.main([*arguments, "540 MiB"]) == 0
+    assert "switched(other=True, batch=1, fused_loss=True)" in capsys.readouterr().out
+    assert commands.main([*arguments, "518 MiB", "--json"]) == 3
+    fields = json.loads(capsys.readouterr().out)
+    assert fields["switches"] == ["fused loss"] and not fields["fits"]
+    assert fields["rungs"][1]["took_bytes"] == 16 * 2**20
+
+
 def test_an_error_of_the_script_is_shown_as_python_shows_it(capsys):
     assert commands.main(["predict", "train.py:fails"]) == 1
     shown = capsys.readouterr().err
@@ -80,7 +96,7 @@ def test_an_error_of_the_script_is_shown_as_python_shows_it(capsys):
     [
         (["predict", "none.py:train"], "there is no file none.py"),
         (["predict", "train.py"], "with a colon"),
-        (["predict", "train.py:learn"], "It has: train, fails"),
+        (["predict", "train.py:learn"], "It has: train, fails, switched"),
         (["predict", "train.py:train", "--gpu", "RTX 5099"], "RTX 5090"),
         (["predict", "train.py:train", "--gpu", "A100"], 'Write "A100 40GB" or "A100 80GB"'),
         (["predict", "train.py:train", "--in-use", "a bit"], "'a bit' is not a size"),
@@ -93,6 +109,12 @@ def test_an_error_of_the_script_is_shown_as_python_shows_it(capsys):
             ["predict", "train.py:train", "--option", "batch=3", "--option", "batch=4"],
             "--option batch was given twice",
         ),
+        (["predict", "train.py:train", "--option", "gpu=T4"], "memlab has this name itself"),
+        (["plan", "train.py:switched"], "which GPU?"),
+        (["plan", "train.py:switched", "--gpu", "T4", "--lora", "all"], "--lora has to be a whole"),
+        (["plan", "train.py:switched", "--gpu", "T4", "--option", "batch=3"], "this name itself"),
+        (["plan", "train.py:train", "--gpu", "T4"], "no option that is a switch"),
+        (["plan", "none.json", "--gpu", "T4"], "there is no such file"),
         (["solve", "train.py:train", "--field", "size"], "no option 'size'"),
         (["solve", "train.py:train", "--low", "1.5"], "--low has to be a whole number"),
         (["solve", "train.py:train", "--high", "all"], "--high has to be a whole number"),
