@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import inspect
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -99,14 +100,10 @@ def solve(
     """Find the largest value of one of the run's options that fits a GPU, without the GPU.
 
     Each value that is tried is one prediction. What a run needs is nearly a straight line in its
-    batch, so the next value is the one where that line meets the GPU's memory; every third time it
-    is the middle, for the cases in which the line misleads.
+    batch: the next value is where that line meets the GPU's memory, or now and then the middle.
 
     Example:
-        def train(batch=1):
-            ...
-
-        print(solve(train, gpu="RTX 4090"))
+        print(solve(train, gpu="RTX 4090"))  # of `def train(batch=1):`
 
     Args:
         run: as for `memlab.predict`.
@@ -124,8 +121,8 @@ def solve(
         The `Solution`.
 
     Raises:
-        ValueError: the run has no such option; `low` or `high` is no whole number, or they are the
-            wrong way round; something given cannot be predicted.
+        ValueError: the run has no such option, `low` or `high` does not do, or something given
+            cannot be predicted.
     """
     _check(run, field, low, high, options)
     card = gpu if isinstance(gpu, GPU) else find_gpu(gpu)
@@ -147,7 +144,7 @@ def solve(
     value, notes = _search(try_value, field, low, high)
     notes += _not_monotone(field, predictions)
     prediction = predictions[low if value is None else value]
-    tried = tuple(Tried(number, fit) for number, fit in fits.items())
+    tried = tuple(itertools.starmap(Tried, fits.items()))
     return Solution(field, value, card.name, prediction, tried, tuple(notes))
 
 
@@ -179,6 +176,7 @@ def _search(
     while too_large is not None and too_large - largest > 1:
         rounds += 1
         middle = (largest + too_large) // 2
+        # A line misleads where the need rises in steps: every third time the middle is taken.
         if rounds % 3:
             middle = _on_the_line(largest, fit_of_largest, too_large, fit_of_too_large)
         fits = try_value(middle)

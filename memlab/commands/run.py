@@ -120,7 +120,7 @@ def _fields_of_plan(planned: Plan) -> dict[str, object]:
             "needed_bytes": rung.needed_bytes,
             "predicted": rung.predicted,
             "took_bytes": rung.took_bytes,
-            "kept": rung.kept,
+            "off": rung.off,
         }
         for rung in planned.rungs
     ]

@@ -23,14 +23,14 @@ class Rung:
         predicted: whether it was predicted. If not, weights, gradients and state alone do not fit.
         took_bytes: how much less that is than the rung before; None where one of the two was not
             predicted.
-        kept: whether the plan has it on; it may fit without.
+        off: why the plan does not have it on; empty if it has.
     """
 
     switch: str | None
     needed_bytes: int
     predicted: bool
     took_bytes: int | None
-    kept: bool
+    off: str = ""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Plan:
                     "needs": needs if rung.predicted else f"over {needs} *",
                     "took off": took,
                     "time of a step": "" if switch is None else f"x {switch.slower:.2f}",
-                    "": "" if rung.kept else "left out: it fits without",
+                    "": rung.off,
                 }
             )
         return Table(rows, numbers=("needs", "took off", "time of a step"))

@@ -90,6 +90,8 @@ def _imports(model: Model, on: set[str], lora: int | None) -> list[str]:
             "apply_layer_major_micro_batches",
             "optimizer_in_backward",
         ]
+    if "BF16 weights" in on:
+        modules.pop("mixed_precision", None)
     if "8-bit AdamW" in on:
         modules.pop("low_precision", None)
         modules["low_precision"] = ["stochastic_round"] if _sixteen_bits(model, on) else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -84,10 +85,10 @@ class _Search:
         self.on: tuple[str, ...] = ()
         self.micro_batch = 1
         self.rungs: list[Rung] = []
-        self._known: dict[tuple, Prediction] = {}
+        self._known: dict[str, Prediction] = {}
 
     def predict(self, on: Collection[str], micro_batch: int = 1) -> Prediction:
-        key = tuple(on), micro_batch
+        key = self.subject.code(on, micro_batch)
         if key not in self._known:
             run, options = self.subject.run(on, micro_batch)
             try:
@@ -108,17 +109,20 @@ class _Search:
     def climb(self, every: bool) -> None:
         """Add one switch after the other until it fits."""
         before = None
+        predicted = []
         for on in self._combinations():
             last = len(on) == len(self.subject.switches)
             least = None if every or last or not on else self.hopeless(on)
             needed = least if least is not None else self.fit(on).needed_bytes
             took = None if before is None or least is not None else before - needed
-            self.rungs.append(Rung(on[-1] if on else None, needed, least is None, took, kept=True))
+            self.rungs.append(Rung(on[-1] if on else None, needed, least is None, took))
             before = needed if least is None else None
+            if least is None:
+                predicted.append(on)
             if least is None and self.fit(on):
                 self.on = on
                 return
-        self.on = min((on for on, _ in self._known), key=lambda on: self.fit(on).needed_bytes)
+        self.on = min(predicted, key=lambda on: self.fit(on).needed_bytes)
 
     def _combinations(self) -> Iterator[tuple[str, ...]]:
         for count in range(len(self.subject.switches) + 1):
@@ -128,7 +132,7 @@ class _Search:
         """Switch off again what costs time and is not needed, the dearest first."""
         if not self.fit(self.on):
             return
-        for switch in reversed(self.on[:-1]):
+        for switch in reversed(self.subject.in_force(self.on[:-1])):
             without = tuple(name for name in self.on if name != switch)
             if switch not in FREE and self.hopeless(without) is None and self.fit(without):
                 self.on = without
@@ -151,17 +155,18 @@ class _Search:
                 "nothing is left to switch on. What would help: a smaller batch or a shorter"
                 " sequence, LoRA, parameters that wait on the host (notebook 08), several GPUs"
             )
+        switches = self.subject.in_force(self.on)
         rungs = tuple(
-            Rung(
-                rung.switch,
-                rung.needed_bytes,
-                rung.predicted,
-                rung.took_bytes,
-                rung.switch is None or rung.switch in self.on or not fit,
-            )
+            dataclasses.replace(rung, off=self._why_off(rung.switch, switches))
             for rung in self.rungs
         )
         code = self.subject.code(self.on, self.micro_batch)
-        return Plan(
-            self.subject.title, fit, self.on, rungs, self.predict(()), after, code, tuple(notes)
-        )
+        before = self.predict(())
+        return Plan(self.subject.title, fit, switches, rungs, before, after, code, tuple(notes))
+
+    def _why_off(self, switch: str | None, switches: Collection[str]) -> str:
+        if switch is None or switch in switches:
+            return ""
+        if switch in self.on:
+            return "replaced by a later one"
+        return "left out: it fits without" if self.fit(self.on) else "left out: it needs more"

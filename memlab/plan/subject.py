@@ -63,6 +63,17 @@ class ModelSubject:
             )
         return ("the weights are loaded in FP32, as published, and AdamW's moments are FP32",)
 
+    def in_force(self, on: Collection[str]) -> tuple[str, ...]:
+        """Those that no later one replaces."""
+        replaced = set()
+        if "BF16 weights" in on:
+            replaced |= {"BF16 autocast", "fused AdamW"}
+        if "8-bit AdamW" in on:
+            replaced.add("fused AdamW")
+        if "micro-batches" in on and "optimizer in backward" in on:
+            replaced.add("checkpoints")  # each micro-batch of a block is one then
+        return tuple(name for name in on if name not in replaced)
+
     def code(self, on: Collection[str], micro_batch: int) -> str:
         """The script with these switches on."""
         return script_of(self.model, on, self.batch, self.sequence, micro_batch, self.lora)
@@ -122,6 +133,10 @@ class RunSubject:
     def switches(self) -> tuple[str, ...]:
         """Those that it has an option for, in order."""
         return tuple(name for name in self._names if self._names[name] not in self.options)
+
+    def in_force(self, on: Collection[str]) -> tuple[str, ...]:
+        """All of them: what a run does with them is not known."""
+        return tuple(on)
 
     def code(self, on: Collection[str], micro_batch: int) -> str:
         """The call with these switches on."""
