@@ -37,7 +37,7 @@ AS_PROCESSOR = $(AS_$(PROCESSOR)) OMP_NUM_THREADS=$(THREADS) MEMLAB_TEST_THREADS
 SAY_PROCESSOR = @$(if $(filter native avx2 sse41,$(PROCESSOR)),,$(error PROCESSOR is native or avx2 or sse41, not 	'$(PROCESSOR)')) echo "==> As on the processor: $(PROCESSOR), $(THREADS) thread(s) in each process"
 
 .DEFAULT_GOAL := help
-.PHONY: help lab measure measure-large report doctor test lint test-unit test-notebooks test-processors test-gpu \
+.PHONY: help lab measure measure-large report validate doctor test lint test-unit test-notebooks test-processors test-gpu \
 	test-browser test-colab address constraints clean
 
 help:
@@ -58,6 +58,10 @@ doctor: .venv/.installed ## show the device, its scale, and whether the meter me
 	.venv/bin/python -m memlab doctor
 
 report: .venv/.installed ## write the tables of README.md and results/README.md from the records
+	.venv/bin/python -m memlab report
+
+validate: .venv/.installed ## predict the H100's records again, without it, and write results/predictions.json and its table
+	nice .venv/bin/python -W ignore -m memlab.course.validate $(NOTEBOOKS)
 	.venv/bin/python -m memlab report
 
 test: lint test-unit test-notebooks ## run everything that CI runs (ROTATE=1: as on another processor each day; PROCESSOR=, THREADS=)

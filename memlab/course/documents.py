@@ -10,13 +10,14 @@ from pathlib import Path
 from memlab.course import overviews, tables
 from memlab.course.material import FIGURES, Material, gather
 from memlab.course.notebook import read, written
+from memlab.course.predicted import predictions_table
 from memlab.results import Results, replace
 
 #: The documents that have generated blocks, and the blocks that each has to have.
 DOCUMENTS = {
     "README.md": ("map", "summary", "address"),
     "CHEATSHEET.md": ("cheatsheet",),
-    "results/README.md": ("results", "claims", "gpu_summary"),
+    "results/README.md": ("results", "claims", "gpu_summary", "predictions"),
 }
 
 NOTHING = "Nothing is recorded yet."
@@ -89,6 +90,7 @@ BLOCKS: dict[str, Callable[[Material, Path], str]] = {
     "cheatsheet": _cheat_sheet,
     "results": _results,
     "claims": _claims,
+    "predictions": lambda material, base: predictions_table(material.predictions),
 }
 
 

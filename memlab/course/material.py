@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from memlab.course.notebook import Lesson, lesson, notebooks, read, relative
-from memlab.results import Results, load_all
+from memlab.results import Predictions, Results, load_all, load_predictions
 
 #: README.md's figures, by the tag of the cell whose output they are: what opens it, and the
 #: capstone on a GPU.
@@ -23,7 +23,8 @@ LONGEST_DESCRIPTION = 250
 @dataclass(frozen=True)
 class Material:
     """What the blocks are made of. `pictures` is by tag: the bytes of a PNG, and its description.
-    `address` is the repository's public one, None while it has none.
+    `address` is the repository's public one, None while it has none. `predictions` is None where
+    nothing is predicted.
     """
 
     root: Path
@@ -31,6 +32,7 @@ class Material:
     files: Sequence[Results]
     pictures: dict[str, tuple[bytes, str]]
     address: str | None
+    predictions: Predictions | None
 
     def picture(self, tag: str, base: Path) -> str:
         """A figure in Markdown, empty where no notebook shows one."""
@@ -54,7 +56,8 @@ def gather(root: Path) -> Material:
             f" {', '.join(map(repr, strangers))}"
         )
     pictures = {tag: shown for tag in FIGURES if (shown := figure_of(paths, tag))}
-    return Material(root, [lesson(path) for path in paths], files, pictures, address(root))
+    lessons = [lesson(path) for path in paths]
+    return Material(root, lessons, files, pictures, address(root), load_predictions(root))
 
 
 def figure_of(paths: Sequence[Path], tag: str = "readme-figure") -> tuple[bytes, str] | None:

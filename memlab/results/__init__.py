@@ -11,20 +11,40 @@ A results file is one JSON object, one file for each kind of device (`results/cp
 In Python they are `Results`, `Environment`, `Record` and `Claim` (`memlab/results/models.py`). A
 notebook that is run again replaces its own records only: in the file, a record that stays from an
 earlier run carries an `environment` of its own, which holds what differs from the file's.
+
+`results/predictions.json` is no results file: it has what was predicted for a GPU's records,
+without the GPU (`make validate`).
 """
 
 from memlab.results.environments import commit, environment
 from memlab.results.files import file_name, load, load_all, merge, replace, write
 from memlab.results.models import Claim, Environment, Record, Results, Seconds, Variant
+from memlab.results.predictions import (
+    PREDICTIONS,
+    Bytes,
+    Left,
+    Predictions,
+    Row,
+    Summary,
+    load_predictions,
+    summary_of,
+    write_predictions,
+)
 from memlab.results.records import VARIABLE, claim, read_lines, record
 
 __all__ = [
+    "PREDICTIONS",
     "VARIABLE",
+    "Bytes",
     "Claim",
     "Environment",
+    "Left",
+    "Predictions",
     "Record",
     "Results",
+    "Row",
     "Seconds",
+    "Summary",
     "Variant",
     "claim",
     "commit",
@@ -32,9 +52,12 @@ __all__ = [
     "file_name",
     "load",
     "load_all",
+    "load_predictions",
     "merge",
     "read_lines",
     "record",
     "replace",
+    "summary_of",
     "write",
+    "write_predictions",
 ]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from memlab.forms import replace
 from memlab.results.models import Claim, Environment, Record, Results
+from memlab.results.predictions import PREDICTIONS
 
 
 def file_name(environment: Environment, scale: str | None = None) -> str:
@@ -69,9 +70,9 @@ def load(path: Path) -> Results:
 
 
 def load_all(root: Path) -> list[Results]:
-    """Read every results file of the checkout, the CPU's first."""
+    """Read every results file of the checkout, the CPU's first. (Predictions are none.)"""
     files = sorted(
-        (Path(root) / "results").glob("*.json"),
+        {*(Path(root) / "results").glob("*.json")} - {Path(root) / "results" / PREDICTIONS},
         key=lambda path: (path.name != "cpu.json", path.name),
     )
     return [load(path) for path in files]

@@ -22,7 +22,7 @@ WRITTEN = [
 BLOCKS = {
     "README.md": ("figure", "gpu", "address", "summary", "map"),
     "CHEATSHEET.md": ("cheatsheet",),
-    "results/README.md": ("results", "claims", "gpu_summary"),
+    "results/README.md": ("results", "claims", "gpu_summary", "predictions"),
 }
 BLOCK = "<!-- memlab:{0}:begin -->\nold\n<!-- memlab:{0}:end -->"
 
@@ -155,6 +155,7 @@ def test_a_checkout_with_no_records_says_so(checkout):
         ("README.md", "<!-- memlab:figure:begin -->\n<!-- memlab:figure:end -->"),
         ("CHEATSHEET.md", documents.NOTHING),
         ("results/README.md", "No claim is tested yet."),
+        ("results/README.md", "Nothing is predicted yet."),
         ("notebooks/03_x.ipynb", documents.NOTHING),
     ):
         assert sentence in text(checkout, document)
