@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import inspect
-import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -128,7 +127,7 @@ def solve(
     card = gpu if isinstance(gpu, GPU) else find_gpu(gpu)
     others = parse_bytes(in_use) if in_use else 0
     predictions: dict[int, Prediction] = {}
-    fits: dict[int, Fit] = {}
+    tried: list[Tried] = []
 
     def try_value(value: int) -> Fit:
         try:
@@ -138,14 +137,13 @@ def solve(
         except Exception as error:
             error.add_note(f"solve() tried {field}={value}.")
             raise
-        fits[value] = predictions[value].fits(in_use=others)
-        return fits[value]
+        tried.append(Tried(value, predictions[value].fits(in_use=others)))
+        return tried[-1].fit
 
     value, notes = _search(try_value, field, low, high)
     notes += _not_monotone(field, predictions)
     prediction = predictions[low if value is None else value]
-    tried = tuple(itertools.starmap(Tried, fits.items()))
-    return Solution(field, value, card.name, prediction, tried, tuple(notes))
+    return Solution(field, value, card.name, prediction, tuple(tried), tuple(notes))
 
 
 def _search(
