@@ -11,6 +11,7 @@ value. Where a shape or a branch depends on something else, something is assumed
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 
 import torch
@@ -23,6 +24,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from memlab.meters.fake_kernels import SET_STORAGE, copy_on_host, set_storage
 from memlab.meters.fake_storages import FakeStorages, Made
 from memlab.meters.gradient_sums import is_gradient_sum
 from memlab.meters.known import (
@@ -46,6 +48,7 @@ _REAL_BYTES = 64 * 2**20
 
 _ITEM = torch.ops.aten._local_scalar_dense.default
 _EQUAL = torch.ops.aten.equal.default
+_IS_PINNED = torch.ops.aten.is_pinned.default
 _PIN = torch.ops.aten._pin_memory.default
 _UNSCALE = torch.ops.aten._amp_foreach_non_finite_check_and_unscale_.default
 
@@ -88,6 +91,7 @@ class Shapes(TorchDispatchMode):
         self._before = before
         self._scratch = scratch
         self._answers: dict[int, object] = {}
+        self._in_pinned_memory: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
     def __torch_dispatch__(
         self, operator: object, types: tuple, arguments: tuple = (), keywords: dict | None = None
@@ -129,7 +133,12 @@ class Shapes(TorchDispatchMode):
         """Call an operator: on fake tensors, and for real if it works with known integers."""
         kernel = self._kernels.get(operator)
         if operator is _PIN:
-            return _copy_on_host(arguments[0])
+            return self._pinned(copy_on_host(arguments[0]))
+        if operator is _IS_PINNED:
+            return arguments[0].untyped_storage() in self._in_pinned_memory
+        if keywords.get("pin_memory"):
+            keywords = {**keywords, "pin_memory": False}
+            return self._pinned(self._call(operator, arguments, keywords))
         if is_composed(operator):
             with self:  # it arrives whole in inference mode, and its parts are to be seen
                 return (kernel or operator.decompose)(*arguments, **keywords)
@@ -137,11 +146,17 @@ class Shapes(TorchDispatchMode):
             return kernel(*arguments, **keywords)
         tensors = list(tensors_in((arguments, keywords)))
         refuse_parameters_from_before(tensors)
+        if operator in SET_STORAGE:
+            return set_storage(operator, arguments, keywords)
         if not all(map(is_known, tensors)):
             return self._call_fake(operator, arguments, keywords, tensors)
         if not tensors and not may_make_integers(operator, keywords):
             return operator(*arguments, **keywords)
         return self._call_known(operator, arguments, keywords, tensors)
+
+    def _pinned(self, tensor: torch.Tensor) -> torch.Tensor:
+        self._in_pinned_memory.add(tensor.untyped_storage())
+        return tensor
 
     def _call_fake(
         self, operator: object, arguments: tuple, keywords: dict, tensors: list[torch.Tensor]
@@ -197,14 +212,6 @@ class Shapes(TorchDispatchMode):
             return False
         self._note("a value that the run asks for (`.item()`): taken as 1")
         return 1.0 if tensor.dtype.is_floating_point else 1
-
-
-def _copy_on_host(tensor: torch.Tensor) -> torch.Tensor:
-    """What pinning makes. (CUDA's allocator of pinned memory may take more: a power of two.)"""
-    if type(tensor) is FakeTensor:
-        return torch.empty_like(tensor)
-    with unset_fake_temporarily():
-        return tensor.clone()
 
 
 def refuse_parameters_from_before(tensors: list[torch.Tensor]) -> None:

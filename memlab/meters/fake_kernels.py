@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 aten = torch.ops.aten
 
@@ -37,3 +38,29 @@ def _grouped_mm(
 
 
 KERNELS = {aten._grouped_mm.default: _grouped_mm}
+
+#: The operators that are given a storage.
+SET_STORAGE = {
+    aten.set_.source_Storage,
+    aten.set_.source_Storage_storage_offset,
+}
+
+
+def set_storage(operator: object, arguments: tuple, keywords: dict) -> object:
+    """Give a tensor a storage. (Fake mode's cache of calls would hold that for ever.)"""
+    mode = getattr(arguments[0], "fake_mode", None)
+    if mode is None:
+        return operator(*arguments, **keywords)
+    before, mode.cache_enabled = mode.cache_enabled, False
+    try:
+        return operator(*arguments, **keywords)
+    finally:
+        mode.cache_enabled = before
+
+
+def copy_on_host(tensor: torch.Tensor) -> torch.Tensor:
+    """What pinning makes. (CUDA's allocator of pinned memory may take more: a power of two.)"""
+    if type(tensor) is FakeTensor:
+        return torch.empty_like(tensor)
+    with unset_fake_temporarily():
+        return tensor.clone()

@@ -9,14 +9,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
-from unittest import mock
 
 import torch
 import torch.utils._foreach_utils
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.optim import optimizer as optimizers
 
 from memlab.ledger import Event, Observation
 from memlab.meters import cpu, live
@@ -25,7 +22,13 @@ from memlab.meters.cuda_rules import cuda_rules
 from memlab.meters.cuda_stand_in import accelerator_stand_in
 from memlab.meters.fake import FakeMode, Shapes
 from memlab.meters.fake_kernels import KERNELS
-from memlab.meters.fake_storages import FakeStorages, Made
+from memlab.meters.fake_patches import (
+    compiled_as_eager,
+    fake_addresses,
+    fake_tensors_taken,
+    random_states_seen,
+)
+from memlab.meters.fake_storages import Made
 from memlab.meters.gpus import GPU
 from memlab.meters.kernel_scratch import scratch_of
 from memlab.meters.readings import Readings
@@ -33,9 +36,6 @@ from memlab.meters.torch_cuda import torch_cuda_stand_in
 
 # The allocator hands out multiples of this.
 _GRAIN = 512
-
-# Between the addresses that code is told: more than any storage has.
-_APART = 2**48
 
 # The first of these in a thread takes a cuBLAS workspace, and keeps it (CublasHandlePool.cpp).
 # Forward has a thread, and backward has one.
@@ -166,84 +166,3 @@ class Meter:
             peak_reserved=allocator.peak_reserved_bytes,
             empty_cache=allocator.empty_cache,
         )
-
-
-@contextlib.contextmanager
-def fake_addresses(storages: FakeStorages) -> Iterator[None]:
-    """Inside, `memlab.meters.live` finds the made-up addresses of storages, and so does code that
-    asks a tensor for its own (else all would seem to share their memory). It is seen when a storage
-    gets another size.
-    """
-    resize = torch.UntypedStorage.resize_
-
-    def resize_and_note(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
-        resize(storage, size)
-        storages.note_size(storage)
-        return storage
-
-    def data_ptr(tensor: FakeTensor) -> int:
-        begin = storages.address_of(tensor.untyped_storage()) * _APART
-        return begin and begin + tensor.storage_offset() * tensor.element_size()
-
-    with (
-        mock.patch.object(torch.UntypedStorage, "resize_", resize_and_note),
-        mock.patch.object(live, "made_up_address", storages.address_of),
-        mock.patch.object(FakeTensor, "data_ptr", data_ptr, create=True),
-    ):
-        yield
-
-
-@contextlib.contextmanager
-def random_states_seen(see: Callable[[torch.Tensor], None]) -> Iterator[None]:
-    """Have the copies of the host's random state noted, as a checkpoint keeps them.
-
-    They are 5,056 bytes each, and no operator makes them.
-
-    Args:
-        see: called with each.
-    """
-    get_rng_state = torch.random.get_rng_state
-
-    def seen() -> torch.Tensor:
-        state = get_rng_state()
-        see(state)
-        return state
-
-    with (
-        mock.patch.object(torch.random, "get_rng_state", seen),
-        mock.patch.object(torch, "get_rng_state", seen),
-    ):
-        yield
-
-
-@contextlib.contextmanager
-def fake_tensors_taken() -> Iterator[None]:
-    """Have PyTorch's optimizers and modules take fake tensors as they take plain ones.
-
-    By default an optimizer steps all parameters at once only if their class is `Tensor` or
-    `Parameter`. And `module.to(...)` swaps a fake parameter for another one, which it refuses when
-    weak references to it exist, as fake mode has them.
-    """
-    plain = [torch.Tensor, torch.nn.Parameter, FakeTensor]
-    without_references = SimpleNamespace(getweakrefs=lambda tensor: [])
-    with (
-        mock.patch.object(optimizers, "_foreach_supported_types", plain),
-        mock.patch.object(torch.utils._foreach_utils, "_foreach_supported_types", plain),
-        mock.patch.object(torch.utils, "weakref", without_references),
-    ):
-        yield
-
-
-@contextlib.contextmanager
-def compiled_as_eager(note: Callable[[str], None]) -> Iterator[None]:
-    """Have compiled code run as it was written: what a compiler would make of it is not known."""
-
-    def as_written(model: object = None, **options: object) -> object:
-        note("compiled code needs what the same code needs without torch.compile")
-        return model if model is not None else (lambda function: function)
-
-    with (
-        mock.patch.object(torch, "compile", as_written),
-        torch.compiler.set_stance("force_eager"),
-    ):
-        yield

@@ -40,6 +40,13 @@ class FakeStorages:
         """The made-up address of a storage that the run made; 0 for any other."""
         return self._sums.place_of(self._own_address(storage))
 
+    def device_of(self, storage: torch.UntypedStorage) -> torch.device | None:
+        """Where a storage that the run made would be; None for any other."""
+        known = self._sizes.get(self._own_address(storage))
+        if known is None:
+            return None
+        return torch.device("cuda", 0) if known[0] == "cuda" else torch.device(known[0])
+
     def _own_address(self, storage: torch.UntypedStorage) -> int:
         known = self._addresses.get(id(storage))
         return known[0] if known is not None else 0

@@ -27,6 +27,7 @@ from types import MethodType
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
 
 # --- The far side ---------------------------------------------------------------------------------
@@ -96,7 +97,9 @@ def far_zeros(*size, dtype: torch.dtype | None = None, device=None, directory=No
     return far_like(like, directory, device=device or torch.get_default_device()).zero_()
 
 
-_copy_stream = functools.cache(torch.cuda.Stream)  # one for each device
+@functools.cache
+def _copy_stream(device: torch.device, kind: type) -> torch.cuda.Stream:
+    return kind(device)  # one for each device
 
 
 def _copy(target: Tensor, source: Tensor, device: torch.device) -> torch.cuda.Event | None:
@@ -106,7 +109,7 @@ def _copy(target: Tensor, source: Tensor, device: torch.device) -> torch.cuda.Ev
     if device.type == "cpu":
         target.copy_(source)
         return None
-    stream = _copy_stream(device)
+    stream = _copy_stream(device, torch.cuda.Stream)
     # After what computes the source, and after whatever had the target's memory before.
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
@@ -120,7 +123,8 @@ def _is_far(tensor: Tensor) -> bool:
 
 def _is_plain(tensor) -> bool:
     """Whether a tensor is its storage and a way to look at it, and nothing else."""
-    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
+    kinds = (Tensor, nn.Parameter, FakeTensor)  # a fake one has its storage, without the bytes
+    plain = type(tensor) in kinds and tensor.layout is torch.strided
     return plain and not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.optim import optimizer as optimizers
 
-from memlab.meters import fake_meter, live
+from memlab.meters import fake_meter, fake_patches, live
 from memlab.meters.gpus import find_gpu
 
 GPU = find_gpu("H100 80GB")
@@ -34,7 +34,7 @@ def test_the_gpus_bytes_are_rounded_and_reserved_with_two_workspaces():
 
 def test_all_is_as_before_afterwards_exceptions_included():
     with pytest.raises(ZeroDivisionError):
-        with fake_meter.fake_tensors_taken():
+        with fake_patches.fake_tensors_taken():
             raise ZeroDivisionError
     for _ in range(2):
         meter = fake_meter.Meter(CUDA, GPU, lambda note: None)
