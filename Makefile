@@ -37,7 +37,7 @@ AS_PROCESSOR = $(AS_$(PROCESSOR)) OMP_NUM_THREADS=$(THREADS) MEMLAB_TEST_THREADS
 SAY_PROCESSOR = @$(if $(filter native avx2 sse41,$(PROCESSOR)),,$(error PROCESSOR is native or avx2 or sse41, not 	'$(PROCESSOR)')) echo "==> As on the processor: $(PROCESSOR), $(THREADS) thread(s) in each process"
 
 .DEFAULT_GOAL := help
-.PHONY: help lab measure measure-large report validate doctor test lint test-unit test-notebooks test-processors test-gpu \
+.PHONY: help lab measure measure-large zoo report validate doctor test lint test-unit test-notebooks test-processors test-gpu \
 	test-browser test-colab address constraints clean
 
 help:
@@ -53,6 +53,10 @@ measure: .venv/.installed ## run the notebooks on this machine's device and prin
 
 measure-large: .venv/.installed ## run the capstone's ladder on GPT-2 124M (on a CPU: 16 GiB, most of an hour on two cores)
 	MEMLAB_SCALE=large .venv/bin/python -m memlab measure --cells large --timeout 36000 11_capstone
+
+zoo: .venv/.installed ## predict and measure small models of many kinds on the CPU (most of an hour on two cores)
+	OMP_NUM_THREADS=1 .venv/bin/python -m tools.zoo
+	.venv/bin/python -m memlab report
 
 doctor: .venv/.installed ## show the device, its scale, and whether the meter measures right here
 	.venv/bin/python -m memlab doctor

@@ -11,13 +11,14 @@ from memlab.course import overviews, tables
 from memlab.course.material import FIGURES, Material, gather
 from memlab.course.notebook import read, written
 from memlab.course.predicted import predictions_table
+from memlab.course.zoo import zoo_table
 from memlab.results import Results, replace
 
 #: The documents that have generated blocks, and the blocks that each has to have.
 DOCUMENTS = {
     "README.md": ("map", "summary", "address"),
     "CHEATSHEET.md": ("cheatsheet",),
-    "results/README.md": ("results", "claims", "gpu_summary", "predictions"),
+    "results/README.md": ("results", "claims", "gpu_summary", "predictions", "zoo"),
 }
 
 NOTHING = "Nothing is recorded yet."
@@ -58,6 +59,10 @@ def _claims(material: Material, base: Path) -> str:
     return table or "No claim is tested yet."
 
 
+def _zoo(material: Material, base: Path) -> str:
+    return zoo_table(material.zoo) if material.zoo is not None else NOTHING
+
+
 def _map(material: Material, base: Path) -> str:
     colab = None
     if material.address and base == material.root:
@@ -91,6 +96,7 @@ BLOCKS: dict[str, Callable[[Material, Path], str]] = {
     "results": _results,
     "claims": _claims,
     "predictions": lambda material, base: predictions_table(material.predictions),
+    "zoo": _zoo,
 }
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from memlab.course.notebook import Lesson, lesson, notebooks, read, relative
 from memlab.results import Predictions, Results, load_all, load_predictions
+from memlab.results.zoo import ZOO, Zoo, load_zoo
 
 #: README.md's figures, by the tag of the cell whose output they are: what opens it, and the
 #: capstone on a GPU.
@@ -24,7 +25,7 @@ LONGEST_DESCRIPTION = 250
 class Material:
     """What the blocks are made of. `pictures` is by tag: the bytes of a PNG, and its description.
     `address` is the repository's public one, None while it has none. `predictions` is None where
-    nothing is predicted.
+    nothing is predicted, `zoo` where it has not run.
     """
 
     root: Path
@@ -33,6 +34,7 @@ class Material:
     pictures: dict[str, tuple[bytes, str]]
     address: str | None
     predictions: Predictions | None
+    zoo: Zoo | None = None
 
     def picture(self, tag: str, base: Path) -> str:
         """A figure in Markdown, empty where no notebook shows one."""
@@ -56,8 +58,16 @@ def gather(root: Path) -> Material:
             f" {', '.join(map(repr, strangers))}"
         )
     pictures = {tag: shown for tag in FIGURES if (shown := figure_of(paths, tag))}
-    lessons = [lesson(path) for path in paths]
-    return Material(root, lessons, files, pictures, address(root), load_predictions(root))
+    at_zoo = Path(root) / "results" / ZOO
+    return Material(
+        root,
+        [lesson(path) for path in paths],
+        files,
+        pictures,
+        address(root),
+        load_predictions(root),
+        load_zoo(at_zoo) if at_zoo.is_file() else None,
+    )
 
 
 def figure_of(paths: Sequence[Path], tag: str = "readme-figure") -> tuple[bytes, str] | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
@@ -37,7 +39,33 @@ def _grouped_mm(
     return first.new_empty((*shape[:-1], padded), dtype=dtype)[..., :columns]
 
 
-KERNELS = {aten._grouped_mm.default: _grouped_mm}
+def _loss(reduction_at: int) -> Callable[..., Tensor]:
+    """A loss whose sum or mean is written into the tensor of its terms, and keeps all their bytes.
+
+    mse_loss and smooth_l1_loss: `build_borrowing_binary_op(maybe_get_output(), ...)` in
+    ATen/native/BinaryOps.cpp, and `mean_out` into that in Loss.cpp. binary_cross_entropy:
+    `loss.resize_as_(loss_reduced)` in Loss.cpp and cuda/Loss.cu.
+
+    Args:
+        reduction_at: the reduction's place among the arguments.
+    """
+
+    def loss(*arguments: object, **keywords: object) -> Tensor:
+        reduction = arguments[reduction_at] if len(arguments) > reduction_at else 1
+        reduction = keywords.get("reduction", reduction)
+        shape = torch.broadcast_shapes(arguments[0].shape, arguments[1].shape)
+        terms = arguments[0].new_empty(shape, dtype=torch.result_type(*arguments[:2]))
+        return terms if reduction == 0 else terms.as_strided((), ())
+
+    return loss
+
+
+KERNELS = {
+    aten._grouped_mm.default: _grouped_mm,
+    aten.mse_loss.default: _loss(2),
+    aten.smooth_l1_loss.default: _loss(2),
+    aten.binary_cross_entropy.default: _loss(3),
+}
 
 #: The operators that are given a storage.
 SET_STORAGE = {

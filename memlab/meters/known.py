@@ -67,5 +67,7 @@ def is_composed(operator: object) -> bool:
     if operator.namespace == "prim":  # what TorchScript asks: `tensor.device`
         return False
     composed = DispatchKey.CompositeImplicitAutograd
+    if operator.has_kernel_for_dispatch_key(DispatchKey.CPU):
+        return False  # it has a kernel of its own beside the row, as the backward of SiLU
     # A row that is written in Python is for compilers.
     return operator.has_kernel_for_dispatch_key(composed) and composed not in operator.py_kernels

@@ -9,6 +9,7 @@ from pathlib import Path
 from memlab.forms import replace
 from memlab.results.models import Claim, Environment, Record, Results
 from memlab.results.predictions import PREDICTIONS
+from memlab.results.zoo import ZOO
 
 
 def file_name(environment: Environment, scale: str | None = None) -> str:
@@ -70,9 +71,13 @@ def load(path: Path) -> Results:
 
 
 def load_all(root: Path) -> list[Results]:
-    """Read every results file of the checkout, the CPU's first. (Predictions are none.)"""
+    """Read the results file of every device, the CPU's first."""
     files = sorted(
-        {*(Path(root) / "results").glob("*.json")} - {Path(root) / "results" / PREDICTIONS},
+        (
+            path
+            for path in (Path(root) / "results").glob("*.json")
+            if path.name not in (PREDICTIONS, ZOO)
+        ),
         key=lambda path: (path.name != "cpu.json", path.name),
     )
     return [load(path) for path in files]

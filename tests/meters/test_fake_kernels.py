@@ -5,7 +5,8 @@ import torch
 
 from memlab.meters.fake_kernels import KERNELS
 
-GROUPED = torch.ops.aten._grouped_mm.default
+aten = torch.ops.aten
+GROUPED = aten._grouped_mm.default
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -25,3 +26,15 @@ def test_a_grouped_product(first, second, ends, dtype):
     assert ours.shape == real.shape and ours.dtype == real.dtype
     # A real one has no last row's padding, or has: it depends on how it was made.
     assert abs(ours.untyped_storage().nbytes() - real.untyped_storage().nbytes()) < 16
+
+
+@pytest.mark.parametrize("reduction", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("loss", "weight"),
+    [(aten.mse_loss, ()), (aten.smooth_l1_loss, ()), (aten.binary_cross_entropy, (None,))],
+)
+def test_the_mean_of_a_loss_keeps_the_bytes_of_its_terms(loss, weight, reduction):
+    call = (torch.rand(3, 4), torch.rand(3, 4), *weight, reduction)
+    real, ours = loss.default(*call), KERNELS[loss.default](*call)
+    assert ours.shape == real.shape
+    assert ours.untyped_storage().nbytes() == real.untyped_storage().nbytes() == 48

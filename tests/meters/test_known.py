@@ -3,7 +3,13 @@
 import torch
 
 from memlab.meters.fake import FakeMode, Shapes
-from memlab.meters.known import fake_like, is_known, may_make_integers, value_of
+from memlab.meters.known import (
+    fake_like,
+    is_composed,
+    is_known,
+    may_make_integers,
+    value_of,
+)
 
 RANGE = torch.ops.aten.arange.default
 
@@ -41,3 +47,9 @@ def test_fake_tensors_of_known_shapes():
     with FakeMode():
         made = fake_like((torch.ones(2, 3), torch.ones(4)), torch.device("cuda", 0))
     assert [tuple(tensor.shape) for tensor in made] == [(2, 3), (4,)]
+
+
+def test_an_operator_is_a_row_of_others_if_no_device_has_a_kernel_for_it():
+    aten = torch.ops.aten
+    assert is_composed(aten.linear.default) and is_composed(aten.reshape.default)
+    assert not is_composed(aten.silu_backward.default) and not is_composed(aten.add.Tensor)
