@@ -5,11 +5,13 @@ Every figure carries an alternative text and its title says what happened.
 - *style*: the palette, the picture that shows itself, title, legend and units;
 - *bars*: ledgers as stacked bars on one axis;
 - *timeline*: what was alive when;
+- *predicted*: predicted ledgers beside the memory of GPUs;
 - *compound*: whole figures, made of these: ledgers, a ladder, a comparison; and plain curves.
 """
 
 from memlab.figures.bars import bars
 from memlab.figures.compound import comparison, curves, ladder, ledgers, trade
+from memlab.figures.predicted import predicted
 from memlab.figures.steps import steps
 from memlab.figures.style import (
     PALETTE,
@@ -35,6 +37,7 @@ __all__ = [
     "ladder",
     "ledgers",
     "legend",
+    "predicted",
     "stack",
     "steps",
     "style",

@@ -115,7 +115,9 @@ def darken(figure: Drawing) -> None:
     figure.canvas.draw()  # makes the ticks and their labels, which come last
     for artist in [*figure.findobj(Line2D), *figure.findobj(Text)]:
         artist.set_color(_in_the_dark(artist.get_color()))
-    for patch in figure.findobj(Patch):
+    # What stands behind a text is no child of the figure.
+    behind = [text.get_bbox_patch() for text in figure.findobj(Text) if text.get_bbox_patch()]
+    for patch in [*figure.findobj(Patch), *behind]:
         patch.set_facecolor(_in_the_dark(patch.get_facecolor()))
         patch.set_edgecolor(_in_the_dark(patch.get_edgecolor()))
     for collection in figure.findobj(Collection):

@@ -1,0 +1,138 @@
+"""A fine-tuning loop for Hugging Face's language models, with the switches that people turn first.
+
+The loop is what a person would write for a GPU. `memlab.predict` runs it without one, and
+notebooks/electives/e8_will_it_fit.ipynb is about what it needs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from memlab.techniques.compilation_and_fusion import apply_fused_loss
+from memlab.techniques.gradient_checkpointing import apply_gradient_checkpointing
+from memlab.techniques.lean_optimizers import AdamW8bit
+from memlab.workloads.geometries import hugging_face_config
+
+
+def fine_tune(
+    model: str = "GPT-2 124M",
+    *,
+    batch: int = 1,
+    sequence: int = 1024,
+    lora: bool = False,
+    checkpoints: bool = False,
+    fused_loss: bool = False,
+    adamw_8bit: bool = False,
+    layers: int | None = None,
+) -> Iterator[Tensor]:
+    """Fine-tune a language model on a GPU; a run for `memlab.predict`.
+
+    Full fine-tuning has FP32 weights under BF16 autocast. The base of a LoRA is frozen, in BF16.
+
+    Args:
+        model: a built-in model's name, or the path of a `config.json`.
+        batch: how many sequences a step has.
+        sequence: how many tokens a sequence has.
+        lora: train adapters of rank 16 on all linear layers (PEFT), and nothing else.
+        checkpoints: keep a block's input, and compute the block again in backward.
+        fused_loss: compute the logits and their loss a few tokens at a time.
+        adamw_8bit: keep AdamW's two moments in 8 bits.
+        layers: build so many blocks instead of all.
+
+    Yields:
+        The loss, a scalar.
+
+    Raises:
+        ImportError: transformers or, for a LoRA, PEFT is not installed.
+        ValueError: the model is not known, a size is no whole number of at least 1, or a sequence
+            is longer than the model can read.
+    """
+    config = hugging_face_config(model)
+    _check_sizes(
+        config, model, batch=batch, sequence=sequence, layers=1 if layers is None else layers
+    )
+    if layers is not None:
+        config.num_hidden_layers = layers
+    network = build_language_model(config, lora)
+    if checkpoints:
+        apply_gradient_checkpointing(network)
+    if fused_loss:
+        apply_fused_loss(network)
+
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    if adamw_8bit:
+        optimizer = AdamW8bit(trained, lr=1e-5)
+    else:
+        optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
+
+    while True:
+        tokens = torch.randint(config.vocab_size, (batch, sequence), device="cuda")
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            loss = network(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        yield loss
+
+
+def _check_sizes(config: object, model: str, **sizes: int) -> None:
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"{name} has to be a whole number of at least 1, not {size!r}")
+    # Shapes alone do not show it: a position too far is a row that the embedding does not have.
+    if sizes["sequence"] > config.max_position_embeddings:
+        raise ValueError(
+            f"{model} reads at most {config.max_position_embeddings:,} tokens, not"
+            f" {sizes['sequence']:,}: give a shorter sequence"
+        )
+
+
+def build_language_model(config: object, lora: bool) -> nn.Module:
+    """Build a language model on the GPU, in training mode.
+
+    Args:
+        config: its transformers configuration.
+        lora: whether it gets adapters, on a frozen base in BF16.
+
+    Raises:
+        ImportError: transformers or, for a LoRA, PEFT is not installed.
+    """
+    dtype = torch.bfloat16 if lora else torch.float32
+    config.use_cache = False  # the cache is for generating text
+    with _quiet(), torch.device("cuda"):
+        import transformers
+
+        network = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+        network.loss_type = "ForCausalLM"  # GPT-2's class has another name than the newer models'
+        if lora:
+            network = _with_adapters(network, config)
+    return network.train()
+
+
+def _with_adapters(network: nn.Module, config: object) -> nn.Module:
+    import peft
+
+    # GPT-2's linear layers have their weights the other way round.
+    turned = config.model_type == "gpt2"
+    return peft.get_peft_model(
+        network, peft.LoraConfig(r=16, target_modules="all-linear", fan_in_fan_out=turned)
+    )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the libraries say of one another: optional packages, names that will go."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        before = logging.root.manager.disable
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(before)

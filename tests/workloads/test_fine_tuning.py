@@ -1,0 +1,82 @@
+"""The fine-tuning loop: what its switches change in a prediction, and what it refuses."""
+
+import functools
+import json
+
+import pytest
+
+from memlab import predict
+from memlab.workloads.fine_tuning import fine_tune
+
+TOKENS = 64
+SIZES = {
+    "vocab_size": 4096,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": False,
+}
+LOGITS = 4 * TOKENS * SIZES["vocab_size"]  # one FP32 tensor
+
+
+@pytest.fixture(scope="module")
+def needs(tmp_path_factory):
+    """A small Llama's prediction, by the switches that are on."""
+    pytest.importorskip("transformers")
+    path = tmp_path_factory.mktemp("llama") / "config.json"
+    path.write_text(json.dumps({"model_type": "llama", **SIZES}))
+
+    @functools.cache
+    def predicted(**options):
+        options = {"sequence": TOKENS, **options}
+        return predict(fine_tune, model=str(path), progress=False, **options)
+
+    return predicted
+
+
+def test_full_fine_tuning_has_sixteen_bytes_a_parameter(needs):
+    most = {column: values.max() for column, values in needs().timeline.bytes.items()}
+    assert most["optimizer_state"] == pytest.approx(2 * most["parameters"], rel=1e-2)
+    assert most["gradients"] == pytest.approx(most["parameters"], rel=1e-2)
+
+
+def test_a_lora_has_a_base_of_two_bytes_a_parameter(needs):
+    pytest.importorskip("peft")
+    full, lora = needs(), needs(lora=True)
+    adapters = lora.columns["optimizer_state"] / 2  # FP32, as AdamW's moments
+    base = lora.columns["parameters"] - adapters
+    assert base == pytest.approx(full.columns["parameters"] / 2, rel=1e-2)
+    assert 0 < adapters < base
+
+
+def test_each_switch_takes_bytes_off_at_its_place(needs):
+    plain = needs()
+    kept = plain.activations_at_backward
+    assert needs(checkpoints=True).activations_at_backward < kept
+    assert needs(fused_loss=True).activations_at_backward <= kept - LOGITS
+    state = needs(adamw_8bit=True).columns["optimizer_state"]
+    assert state < 0.35 * plain.columns["optimizer_state"]
+
+
+def test_fewer_layers_have_fewer_parameters(needs):
+    one, two, three = (needs(layers=layers).columns["parameters"] for layers in (1, 2, 3))
+    assert three - two == two - one > 0 and three == needs().columns["parameters"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"model": "Lama 8B"}, "no model is known as 'Lama 8B'"),
+        ({"sequence": 1025}, "GPT-2 124M reads at most 1,024 tokens, not 1,025"),
+        ({"batch": 0}, "batch has to be a whole number of at least 1, not 0"),
+        ({"sequence": 1.5}, "sequence has to be a whole number of at least 1, not 1.5"),
+        ({"layers": -1}, "layers has to be a whole number of at least 1, not -1"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(options, words):
+    pytest.importorskip("transformers")
+    with pytest.raises(ValueError, match=words):
+        predict(fine_tune, progress=False, **options)
