@@ -193,3 +193,17 @@ def test_the_allocators_settings_decide_what_is_reserved(monkeypatch):
     assert reserved() == divided
     with pytest.raises(ValueError, match="max_split_size"):
         reserved(allocator="max_split_size_gb:1")
+
+
+def test_a_generator_of_the_gpu_is_one_of_the_host():
+    def train():
+        generator = torch.Generator("cuda").manual_seed(1)
+        assert isinstance(generator, torch.Generator)
+        assert isinstance(torch.default_generator, torch.Generator)
+        noise = torch.randn(64, 64, device="cuda", generator=generator)
+        weight = nn.Parameter(torch.empty(64, 64, device="cuda").normal_(generator=generator))
+        yield (weight * noise).sum()
+
+    before = torch.Generator
+    assert predict(train, steps=1, progress=False).allocated_bytes >= 2 * 64 * 64 * 4
+    assert torch.Generator is before

@@ -184,7 +184,7 @@ def beside_the_records(
                 allocated=Bytes(predicted=each["allocated"], measured=variant.peak_bytes),
                 reserved=None if beside else reserved,
                 why_not=f"on the device already: {', '.join(beside)}" if beside else "",
-                reason=REASONS.get((stem, records[number].technique, name), ""),
+                reason=REASONS.get((stem, number, name), ""),
             )
         )
     return places

@@ -41,6 +41,22 @@ class _Stream(contextlib.AbstractContextManager):
     synchronize = wait_stream = wait_event = record = wait = _nothing
 
 
+_PLAIN_GENERATOR = torch.Generator
+
+
+class _Generators(type(_PLAIN_GENERATOR)):
+    def __instancecheck__(cls, value: object) -> bool:
+        return isinstance(value, _PLAIN_GENERATOR)
+
+
+class _Generator(_PLAIN_GENERATOR, metaclass=_Generators):
+    """A GPU's random generator: one of the host's, from which no number is drawn."""
+
+    def __new__(cls, device: object = "cpu") -> torch.Generator:
+        on_gpu = torch.device(device).type == "cuda"
+        return super().__new__(cls, "cpu" if on_gpu else device)
+
+
 @contextlib.contextmanager
 def torch_cuda_stand_in(gpu: GPU, memory: Callable[[], SimpleNamespace]) -> Iterator[None]:
     """Have `torch.cuda` describe one GPU, and count what is predicted for it.
@@ -51,6 +67,7 @@ def torch_cuda_stand_in(gpu: GPU, memory: Callable[[], SimpleNamespace]) -> Iter
             `peak_reserved` (bytes) and `empty_cache()`, `reset_peak()`.
     """
     with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(torch, "Generator", _Generator))
         answers = {**_device(gpu), **_memory(gpu, memory), **_random()}
         for name, answer in answers.items():
             if hasattr(torch.cuda, name):
