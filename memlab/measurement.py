@@ -23,6 +23,7 @@ from memlab.meters.gradients import Missing
 from memlab.notes import notes_on_outside, notes_on_steps
 from memlab.receipt import Receipt, Said, groups, name_largest, step_peaks
 from memlab.show import Table
+from memlab.small_plot import small_plot
 from memlab.timing import Seconds
 from memlab.units import format_bytes
 from memlab.verdict import Verdict, verdict_of, with_peak
@@ -246,4 +247,4 @@ class Measurement:
         if len(self.steps) > 1:
             verdict = f"<div>{html.escape(self.verdict.sentence)}</div>"
         headline = f"<div><b>{html.escape(self._headline())}</b></div>"
-        return f"{headline}{self._table().to_html()}{notes}{verdict}"
+        return f"{headline}{self._table().to_html()}{notes}{verdict}{small_plot(self.steps)}"

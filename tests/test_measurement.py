@@ -24,7 +24,7 @@ def grown():
 def test_it_ends_with_the_verdict(grown):
     assert str(grown).splitlines()[-1] == grown.verdict.sentence
     assert grown.verdict.kind == "creep"
-    assert "list `losses`" in grown._repr_html_()
+    assert "list `losses`" in grown._repr_html_() and "<svg" in grown._repr_html_()
 
 
 def test_its_steps_are_those_of_the_run(grown):

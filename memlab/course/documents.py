@@ -12,13 +12,15 @@ from memlab.course.material import FIGURES, Material, gather
 from memlab.course.notebook import read, written
 from memlab.course.predicted import predictions_table
 from memlab.course.zoo import zoo_table
+from memlab.course.watched import watched_table
 from memlab.results import Results, replace
+from memlab.results.watched import load_watched
 
 #: The documents that have generated blocks, and the blocks that each has to have.
 DOCUMENTS = {
     "README.md": ("map", "summary", "address"),
     "CHEATSHEET.md": ("cheatsheet",),
-    "results/README.md": ("results", "claims", "gpu_summary", "predictions", "zoo"),
+    "results/README.md": ("results", "claims", "gpu_summary", "predictions", "zoo", "watched"),
 }
 
 NOTHING = "Nothing is recorded yet."
@@ -97,6 +99,7 @@ BLOCKS: dict[str, Callable[[Material, Path], str]] = {
     "claims": _claims,
     "predictions": lambda material, base: predictions_table(material.predictions),
     "zoo": _zoo,
+    "watched": lambda material, base: watched_table(load_watched(material.root)),
 }
 
 

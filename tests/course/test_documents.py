@@ -22,7 +22,7 @@ WRITTEN = [
 BLOCKS = {
     "README.md": ("figure", "gpu", "address", "summary", "map"),
     "CHEATSHEET.md": ("cheatsheet",),
-    "results/README.md": ("results", "claims", "gpu_summary", "predictions", "zoo"),
+    "results/README.md": ("results", "claims", "gpu_summary", "predictions", "zoo", "watched"),
 }
 BLOCK = "<!-- memlab:{0}:begin -->\nold\n<!-- memlab:{0}:end -->"
 
