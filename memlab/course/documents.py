@@ -11,8 +11,8 @@ from memlab.course import overviews, tables
 from memlab.course.material import FIGURES, Material, gather
 from memlab.course.notebook import read, written
 from memlab.course.predicted import predictions_table
-from memlab.course.zoo import zoo_table
 from memlab.course.watched import watched_table
+from memlab.course.zoo import zoo_table
 from memlab.results import Results, replace
 from memlab.results.watched import load_watched
 

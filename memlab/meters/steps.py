@@ -28,6 +28,8 @@ class StepCounter:
     over when its optimizer has stepped and a module is called again: so what the loop does after
     the optimizer belongs to it. With several optimizers it is the first one that counts, as long as
     it steps; one that is made anew for its parameters takes its place.
+    Where no optimizer shows itself, as a compiled one does not, it has stepped when the model's
+    first parameter was written.
     A loop that knows better calls `end_step`, and from then on only that counts.
 
     Args:
@@ -50,6 +52,8 @@ class StepCounter:
         self._on_call = called
         self._optimizer: weakref.ref | None = None
         self._others: set[int] = set()
+        self._trained: weakref.ref | None = None  # a parameter, where no optimizer shows itself
+        self._version = 0
         self._stepped = False
         self._by_hand = by_hand
         self._root: int | None = None
@@ -86,6 +90,7 @@ class StepCounter:
 
     def end_last_step(self) -> None:
         """Note the last step, after which no module was called."""
+        self._stepped |= self._is_written()
         if self._stepped and not self._by_hand:
             self._end()
 
@@ -94,6 +99,7 @@ class StepCounter:
         shapes = tuple(self._shapes[:_MOST_SHAPES])
         self.counted.append(Counted(self.number, self._start, now, shapes, heap_in_use()))
         self._stepped, self._root, self._has_shapes = False, None, False
+        self._trained = None
         self._shapes.clear()
         self._on_end()
         # What was done with the step that is over does not count for the next one.
@@ -114,13 +120,32 @@ class StepCounter:
         self._others.clear()
         self._stepped = True
 
+    def _is_written(self) -> bool:
+        """Whether the parameter was written since its model was called: a compiled optimizer runs
+        no hook.
+        """
+        parameter = self._trained() if self._trained is not None else None
+        if self._optimizer is not None or parameter is None:
+            return False
+        return parameter._version != self._version
+
+    def _note_trained(self, module: nn.Module) -> None:
+        parameter = next((p for p in module.parameters() if p.requires_grad), None)
+        self._trained = None if parameter is None else weakref.ref(parameter)
+        self._version = 0 if parameter is None else parameter._version
+
     def _called(self, module: nn.Module, inputs: tuple) -> None:
         if torch.compiler.is_compiling():
             return
+        is_outermost = self._root in (None, id(module))
+        if is_outermost:
+            self._stepped |= self._is_written()
         if self._stepped and not self._by_hand:
             self.coming = (inputs, keywords_of(module))
             self._end()
             self.coming = ()
+        if is_outermost and self._optimizer is None:
+            self._note_trained(module)
         if self._root is None:
             self._root = id(module)
             if not self.counted:

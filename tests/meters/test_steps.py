@@ -1,5 +1,6 @@
 """Counting steps: where one ends, and what shapes it was given."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -56,6 +57,24 @@ def test_with_two_optimizers_the_first_one_counts():
             train(other, second, [4])
         counter.end_last_step()
     assert len(counter.counted) == 3
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_a_compiled_step_ends_a_step(micro_batches):
+    """No hook of the optimizer runs in it."""
+    model = network()
+    model.insert(0, nn.Linear(8, 8).requires_grad_(False))
+    optimizer = torch.optim.SGD(model[1].parameters(), lr=0.1)
+    step = torch.compile(optimizer.step, backend="eager")
+    with StepCounter() as counter:
+        for count in (4, 2, 3):
+            for _ in range(micro_batches):
+                model(torch.randn(count, 8)).mean().backward()
+            step()
+            optimizer.zero_grad()
+        counter.end_last_step()
+        counter.end_last_step()
+    assert shapes_of(counter) == [((rows, 8),) * micro_batches for rows in (4, 2, 3)]
 
 
 def test_an_optimizer_that_is_made_anew_each_step_counts_at_once():
