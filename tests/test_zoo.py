@@ -34,7 +34,7 @@ FAST = {
     ),
     "our GPT, naive, dropout": ("AdamW",),
     "GRU": ("AdamW",),
-    "convolutions, batch norm": ("AdamW, BF16 autocast",),
+    "convolutions, batch norm": ("AdamW",),
     "nn.TransformerEncoder": ("AdamW",),
 }
 ROWS = [row for row in rows() if row.way.name in FAST.get(row.animal.name, ())]

@@ -48,11 +48,17 @@ def fake_addresses(storages: FakeStorages) -> Iterator[None]:
             return storages.address_of(storage) * _APART
         return begin_of(storage)
 
+    def storage_clone(storage: torch.UntypedStorage) -> torch.UntypedStorage:
+        # As `copy.deepcopy` does: the copy has no bytes where the storage has none.
+        copied = torch.UntypedStorage(storage.nbytes(), device=device_of(storage))
+        return copied if device_of(storage).type == "meta" else copied.copy_(storage)
+
     def storage_is_cuda(storage: torch.UntypedStorage) -> bool:
         return storage_device(storage).type == "cuda"
 
     with (
         mock.patch.object(torch.UntypedStorage, "resize_", resize_and_note),
+        mock.patch.object(torch.UntypedStorage, "clone", storage_clone),
         mock.patch.object(torch.UntypedStorage, "data_ptr", storage_data_ptr),
         mock.patch.object(torch.UntypedStorage, "device", property(storage_device)),
         mock.patch.object(torch.UntypedStorage, "is_cuda", property(storage_is_cuda)),

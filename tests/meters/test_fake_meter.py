@@ -1,5 +1,7 @@
 """A fake device has the form of the other meters."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -67,3 +69,15 @@ def test_copies_of_the_random_state_are_noted():
         readings = meter.stop()
     made = [event.bytes for event in readings.events if event.bytes > 0]
     assert made.count(state.nbytes) == 2
+
+
+def test_a_model_can_be_copied():
+    """`copy.deepcopy` copies storages, as `nn.TransformerEncoder` does with its layers."""
+    meter = fake_meter.Meter(torch.device("cpu"), None, lambda note: None)
+    meter.start()
+    try:
+        model = nn.Linear(4, 4, bias=False)
+        copied = copy.deepcopy(model)
+        assert copied.weight.device == model.weight.device and copied.weight is not model.weight
+    finally:
+        meter.stop()
