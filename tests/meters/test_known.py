@@ -2,6 +2,7 @@
 
 import torch
 
+from memlab.meters.cuda_stand_in import accelerator_stand_in
 from memlab.meters.fake import FakeMode, Shapes
 from memlab.meters.known import (
     fake_like,
@@ -19,7 +20,7 @@ def shapes():
 
 
 def test_integers_of_the_host_are_real_and_those_of_the_gpu_know_their_value():
-    with FakeMode(), shapes():
+    with accelerator_stand_in(), FakeMode(), shapes():
         positions = torch.arange(6)
         assert is_known(positions) and value_of(positions.to("cuda")).tolist() == list(range(6))
         far = positions.to("cuda")
@@ -31,7 +32,7 @@ def test_integers_of_the_host_are_real_and_those_of_the_gpu_know_their_value():
 
 
 def test_what_follows_from_numbers_is_not_known():
-    with FakeMode(), shapes():
+    with accelerator_stand_in(), FakeMode(), shapes():
         assert not is_known(torch.randn(3) > 0)
         assert not is_known(torch.randn(3))
 
@@ -44,7 +45,7 @@ def test_which_operators_make_integers_of_nothing():
 
 
 def test_fake_tensors_of_known_shapes():
-    with FakeMode():
+    with accelerator_stand_in(), FakeMode():
         made = fake_like((torch.ones(2, 3), torch.ones(4)), torch.device("cuda", 0))
     assert [tuple(tensor.shape) for tensor in made] == [(2, 3), (4,)]
 
