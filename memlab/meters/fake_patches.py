@@ -97,11 +97,20 @@ def fake_tensors_taken() -> Iterator[None]:
 
     By default an optimizer steps all parameters at once only if their class is `Tensor` or
     `Parameter`. And `module.to(...)` swaps a fake parameter for another one, which it refuses when
-    weak references to it exist, as fake mode has them.
+    weak references to it exist, as fake mode has them. With `parameter.data = other` a fake one
+    does not learn that it is on another device now.
     """
     plain = [torch.Tensor, torch.nn.Parameter, FakeTensor]
     without_references = SimpleNamespace(getweakrefs=lambda tensor: [])
+    data = torch.Tensor.data
+
+    def set_data(tensor: FakeTensor, other: torch.Tensor) -> None:
+        data.__set__(tensor, other)
+        if isinstance(other, FakeTensor):
+            tensor.fake_device = other.fake_device
+
     with (
+        mock.patch.object(FakeTensor, "data", property(data.__get__, set_data), create=True),
         mock.patch.object(optimizers, "_foreach_supported_types", plain),
         mock.patch.object(torch.utils._foreach_utils, "_foreach_supported_types", plain),
         mock.patch.object(torch.utils, "weakref", without_references),

@@ -7,7 +7,11 @@ import contextlib
 import torch
 
 from memlab import predict
-from memlab.techniques.offloading import offload_activations, offload_optimizer_state
+from memlab.techniques.offloading import (
+    offload_activations,
+    offload_optimizer_state,
+    stream_parameters,
+)
 from memlab.workloads import gpt
 
 CONFIG = gpt.tiny(layers=4)
@@ -77,3 +81,27 @@ def test_storages_say_where_they_would_be_and_then_no_more():
     assert prediction.ledger.columns_at(prediction.ledger.end - 1)["temporaries"] == 0
     real = torch.ones(3).untyped_storage()
     assert real.device.type == "cpu" and real.data_ptr() > 2**12
+
+
+def test_streamed_parameters_their_gradients_and_state_are_on_the_host():
+    def train():
+        model = gpt.GPT(CONFIG).cuda()
+        stream_parameters(model.blocks, min_bytes=2**13)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        while True:
+            tokens = torch.randint(100, (8, 64)).cuda()
+            with offload_activations(model, min_bytes=1024):
+                loss = model(tokens, tokens)
+            loss.backward()
+            optimizer.step()
+            model.zero_grad()
+            yield loss
+
+    streamed = sum(
+        parameter.nbytes
+        for parameter in gpt.GPT(CONFIG).blocks.parameters()
+        if parameter.nbytes >= 2**13
+    )
+    far = predict(train, progress=False).host_columns
+    assert far["parameters"] == far["optimizer_state"] == streamed
+    assert far["gradients"] == streamed
