@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed._tools.mem_tracker  # to be found below
+import torch.testing._internal.distributed.fake_pg
 
 from memlab.meters import arrays, cpu
 
@@ -24,6 +26,7 @@ PRIVATE = (
     "torch.cuda._lazy_init",
     "torch.cuda.memory._record_memory_history",
     "torch.cuda.memory._snapshot",
+    "torch.distributed._tools.mem_tracker.MemTracker",
     "torch.library.Library._destroy",
     "torch.ops.aten._amp_foreach_non_finite_check_and_unscale_",
     "torch.ops.aten._foreach_norm",

@@ -102,7 +102,7 @@ class _OnHost(TorchFunctionMode):
 
     def __torch_function__(self, function, types, arguments=(), keywords=None):
         def on_host(value: object) -> object:
-            is_device = isinstance(value, torch.device) and value.type == "cuda"
+            is_device = isinstance(value, torch.device) and str(value).startswith("cuda")
             return torch.device("cpu") if is_device else value
 
         keywords = {name: on_host(value) for name, value in (keywords or {}).items()}
