@@ -153,7 +153,7 @@ def start_run(run: Callable, options: Mapping[str, object] | None = None) -> Run
     if not callable(made):
         raise ValueError(
             "build() has to return the step to call, a function without arguments; it returned"
-            f" {describe(made)}"
+            f" {describe(made)}. Is the training loop in it? Then `yield loss` where a step ends."
         )
     if isinstance(made, nn.Module):
         raise ValueError(

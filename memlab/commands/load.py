@@ -31,7 +31,8 @@ def loaded(text: str) -> Iterator[Callable]:
     file, _, name = text.rpartition(":")
     if not file or not name:
         raise ValueError(
-            f"{text!r} has to be a file and a function in it, with a colon: train.py:train"
+            f"{text!r} has to be a file and a function, with a colon: train.py:train. The loop"
+            " goes into the function, and says `yield loss` where a step ends"
         )
     path = Path(file)
     if not path.is_file():
