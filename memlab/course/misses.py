@@ -25,10 +25,6 @@ NEEDS_OTHER_TEXT: dict[str, dict[str, str]] = {
     }
 }
 
-_NOT_MOVED = (
-    "The prediction does not see that tensors are moved to the host: its bytes are those of the run"
-    " without offloading. A defect of the prediction, which is known and not mended yet."
-)
 _ONE_SEGMENT_MORE = (
     "The H100's allocator held one segment more, of the logits' size, where the simulated one found"
     " a free block. Probably by the choice between blocks of one size: it goes by the address, and"
@@ -44,8 +40,5 @@ _CONVOLUTION = (
 REASONS: dict[tuple[str, int, str], str] = {
     ("07_in_place", 10, "denoiser, LeakyReLU"): _CONVOLUTION,
     ("07_in_place", 10, "denoiser, LeakyReLU in place"): _CONVOLUTION,
-    ("08_offloading", 12, "activations far"): _NOT_MOVED,
-    ("08_offloading", 12, "+ optimizer state far"): _NOT_MOVED,
-    ("08_offloading", 13, "optimizer state far, 8 tokens"): _NOT_MOVED,
     ("11_capstone", 4, "naive"): _ONE_SEGMENT_MORE,
 }
