@@ -25,6 +25,9 @@ from memlab.units import MiB, format_bytes, parse_bytes
 history: list[Result] = []
 
 
+_HIDDEN = 2 * MiB  # Python's own objects may come to that: a graph in pieces had 1.2 MiB of them
+
+
 @dataclass
 class Result:
     """Whether an exercise is solved, why (not), and the ledgers of the reference and of
@@ -161,14 +164,11 @@ def _compare_first_steps(
     """Whether an answer that fits trains the same, and what to say of it."""
     expected, expected_by_python = _first_step_traced(reference)
     answer, answer_by_python = _first_step_traced(build)
-    if answer_by_python - expected_by_python > MiB:
-        # What was imported meanwhile is not there a second time.
-        answer_by_python = min(answer_by_python, _first_step_traced(build)[1])
     hidden = max(
         answer_by_python - expected_by_python,
         after.outside_memory_bytes - before.outside_memory_bytes,
     )
-    if hidden > MiB:
+    if hidden > _HIDDEN:
         return False, [
             f"It fits, but it holds {format_bytes(hidden)} where the meter does not count, in"
             " NumPy's arrays for one"
