@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from memlab.ledger import Ledger, Observation, build_ledger
+from collections.abc import Sequence
+
+from memlab.growth import growth_of
+from memlab.ledger import Ledger, Observation, Step, build_ledger, steps_in
 from memlab.measurement import Measurement
 from memlab.meters import refusals
 from memlab.meters.device import environment
@@ -65,3 +68,20 @@ def measurement_of(recorded: Recorded, described: dict[str, object] | None = Non
         evaluating=recorded.evaluating,
         without_gradient=recorded.missing,
     )
+
+
+def add_steps(measurement: Measurement, recorded: Recorded, counted: Sequence[Step]) -> None:
+    """Give a measurement its steps, and what each of them leaves behind.
+
+    Args:
+        measurement: what `measurement_of` returned.
+        recorded: what the meter and the observer saw, a span for each step among it.
+        counted: the steps, in their order, as they were counted.
+    """
+    spans = [span for span in recorded.spans if span.kind == "step"]
+    steps = [step._replace(start=span.start) for step, span in zip(counted, spans, strict=True)]
+    measurement.steps = tuple(Step(*step) for step in steps)
+    if recorded.readings.complete:
+        measurement.steps = tuple(steps_in(measurement.ledger, steps))
+        measurement.bytes_after_step = tuple(step.bytes_after for step in measurement.steps)
+        measurement.growth = tuple(growth_of(measurement.ledger, measurement.steps))

@@ -8,10 +8,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import torch
 
 from memlab.budget import active_budget
-from memlab.growth import growth_of
 from memlab.holders import Holder, find_holders
-from memlab.join import measurement_of
-from memlab.ledger import Step, steps_in
+from memlab.join import add_steps, measurement_of
 from memlab.measurement import Measurement
 from memlab.meters import refusals
 from memlab.meters.device import resolve_device
@@ -88,28 +86,12 @@ def _measure(
     alive_before = budget.alive() if budget is not None else 0
     recording = Recording(device, collect=budget is not None, lines=lines)
     counter = StepCounter(by_hand=True)
-    try:
-        with recording, counter:
-            losses, holders = _take_steps(recording, counter, run, options, steps)
-    except RuntimeError as error:
-        if "does not require grad" in str(error):
-            raise ValueError(
-                "the step calls backward on a loss that needs no gradient. Is every parameter"
-                " frozen, or does the model run under torch.no_grad()?"
-            ) from error
-        raise
+    with refusals.backward_of_nothing_refused(), recording, counter:
+        losses, holders = _take_steps(recording, counter, run, options, steps)
     recorded = recording.recorded
     measurement = measurement_of(recorded)
     refusals.refuse_nothing_to_train(recorded)
-    spans = [span for span in recorded.spans if span.kind == "step"]
-    counted = [
-        step._replace(start=span.start) for step, span in zip(counter.counted, spans, strict=True)
-    ]
-    measurement.steps = tuple(Step(*step) for step in counted)
-    if recorded.readings.complete:
-        measurement.steps = tuple(steps_in(measurement.ledger, counted))
-        measurement.bytes_after_step = tuple(step.bytes_after for step in measurement.steps)
-        measurement.growth = tuple(growth_of(measurement.ledger, measurement.steps))
+    add_steps(measurement, recorded, counter.counted)
     measurement.holders = holders if measurement.verdict.kind == "creep" else ()
     measurement.losses = tuple(losses) if len(losses) == steps else None
     refusals.refuse_leaks(recorded, measurement.ledger, live_storages(device).keys())

@@ -12,9 +12,8 @@ import torch
 from torch._subclasses import fake_tensor
 from tqdm.auto import tqdm
 
-from memlab.growth import growth_of
-from memlab.join import measurement_of
-from memlab.ledger import Ledger, build_ledger, steps_in
+from memlab.join import add_steps, measurement_of
+from memlab.ledger import Ledger, build_ledger
 from memlab.measurement import Measurement
 from memlab.meters import fake_meter, refusals
 from memlab.meters.allocator import Allocator, Settings, Ties
@@ -107,7 +106,7 @@ def _predict(
     bar = tqdm(desc="predicting", unit=" operators", disable=not progress, delay=1, leave=False)
     meter.shapes.on_progress = bar.update
     try:
-        with recording, counter, host:
+        with refusals.backward_of_nothing_refused(), recording, counter, host:
             _take_steps(recording, host, counter, run, options, steps)
     finally:
         bar.close()
@@ -115,13 +114,7 @@ def _predict(
     found = measurement_of(recorded, _described(gpu))
     refusals.refuse_nothing_to_train(recorded)
     prediction = _prediction(found, gpu, tuple(assumed))
-    spans = [span for span in recorded.spans if span.kind == "step"]
-    counted = [
-        step._replace(start=span.start) for step, span in zip(counter.counted, spans, strict=True)
-    ]
-    prediction.steps = tuple(steps_in(prediction.ledger, counted))
-    prediction.bytes_after_step = tuple(step.bytes_after for step in prediction.steps)
-    prediction.growth = tuple(growth_of(prediction.ledger, prediction.steps))
+    add_steps(prediction, recorded, counter.counted)
     if gpu is not None:
         prediction.host_columns = _host_ledger(meter, host, recorded).peak_columns()
     return prediction

@@ -207,3 +207,14 @@ def test_a_generator_of_the_gpu_is_one_of_the_host():
     before = torch.Generator
     assert predict(train, steps=1, progress=False).allocated_bytes >= 2 * 64 * 64 * 4
     assert torch.Generator is before
+
+
+def test_a_frozen_model_is_refused_as_it_is_in_a_measurement():
+    def train():
+        layer = nn.Linear(4, 4).cuda().requires_grad_(False)
+        loss = layer(torch.ones(2, 4, device="cuda")).sum()
+        loss.backward()
+        yield loss
+
+    with pytest.raises(ValueError, match="a loss that needs no gradient"):
+        predict(train, steps=1, progress=False)

@@ -5,7 +5,8 @@ Each raises an error that says what was wrong and what to do, or returns nothing
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import contextlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 
@@ -133,6 +134,24 @@ def refuse_other_threads(recorded: Recorded) -> None:
             " profiler reports the allocations of one thread only. Run the step in the thread that"
             " measures; a thread that prepares data may stay."
         )
+
+
+@contextlib.contextmanager
+def backward_of_nothing_refused() -> Iterator[None]:
+    """Inside, a backward that has nothing to do is told in words.
+
+    Raises:
+        ValueError: the loss needs no gradient.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "does not require grad" not in str(error):
+            raise
+        raise ValueError(
+            "the step calls backward on a loss that needs no gradient. Is every parameter frozen,"
+            " or does the model run under torch.no_grad()?"
+        ) from error
 
 
 def refuse_nothing_to_train(recorded: Recorded) -> None:
