@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -76,3 +77,19 @@ def test_another_allocator_does_not_say(monkeypatch):
     assert heap._glibc()() is None
     del Library.mallinfo2  # as in a library that does not know it
     assert heap._glibc() is None
+
+
+def test_the_most_that_python_held_is_seen_whatever_is_left_of_it():
+    def act():
+        kept = [np.ones(2**17), bytes(2**20)]
+        kept.pop()
+        return np.ones(2**16)
+
+    most = heap.most_held_by_python(act)
+    assert 2**21 <= most < 2**21 + 2**16
+    assert not tracemalloc.is_tracing()
+    tracemalloc.start()
+    try:
+        assert abs(heap.most_held_by_python(act) - most) < 2**16 and tracemalloc.is_tracing()
+    finally:
+        tracemalloc.stop()
