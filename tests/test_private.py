@@ -24,6 +24,7 @@ PRIVATE = (
     "torch._subclasses.fake_tensor.FakeTensorMode",
     "torch.autograd.graph._engine_run_backward",
     "torch.cuda._lazy_init",
+    "torch.cuda.memory._dump_snapshot",
     "torch.cuda.memory._record_memory_history",
     "torch.cuda.memory._snapshot",
     "torch.distributed._tools.mem_tracker.MemTracker",

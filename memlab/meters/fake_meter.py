@@ -27,6 +27,7 @@ from memlab.meters.fake_patches import (
     fake_addresses,
     fake_tensors_taken,
     random_states_seen,
+    values_made_up,
 )
 from memlab.meters.fake_storages import Made
 from memlab.meters.gpus import GPU
@@ -70,6 +71,8 @@ class Meter:
         self._seen: list[Observation] = []
         self._with_workspace: set[str] = set()
         self._peak = self._workspaces_at_peak = 0
+        # What `torch.cuda` tells the run, which may set them back.
+        self._told_allocated = self._told_reserved = 0
         before = dict.fromkeys(_PRODUCTS, self._take_workspace) if gpu is not None else {}
         self._kernels: dict[object, Callable] = dict(KERNELS)
         # What operators take for themselves on the CPU is measured, and not predicted.
@@ -98,6 +101,7 @@ class Meter:
             stack.enter_context(fake_tensors_taken())
             stack.enter_context(random_states_seen(self.shapes.storages.see))
             stack.enter_context(compiled_as_eager(self._note))
+            stack.enter_context(values_made_up(self._note))
             self._profiler.start()
             stack.enter_context(FakeMode())
             stack.enter_context(self.shapes)
@@ -136,6 +140,8 @@ class Meter:
             size = rounded if size > 0 else -rounded
             if size > 0:
                 self._places[made.address] = self.allocator.allocate(made.size)
+                self._told_allocated = max(self._told_allocated, self.allocator.allocated_bytes)
+                self._told_reserved = max(self._told_reserved, self.allocator.reserved_bytes)
                 if self.allocator.allocated_bytes > self._peak:
                     self._peak = self.allocator.allocated_bytes
                     self._workspaces_at_peak = self._workspace_bytes
@@ -162,7 +168,12 @@ class Meter:
         return SimpleNamespace(
             allocated=allocator.allocated_bytes,
             reserved=allocator.reserved_bytes,
-            peak_allocated=allocator.peak_allocated_bytes,
-            peak_reserved=allocator.peak_reserved_bytes,
+            peak_allocated=self._told_allocated,
+            peak_reserved=self._told_reserved,
             empty_cache=allocator.empty_cache,
+            reset_peak=self._reset_told,
         )
+
+    def _reset_told(self) -> None:
+        self._told_allocated = self.allocator.allocated_bytes
+        self._told_reserved = self.allocator.reserved_bytes

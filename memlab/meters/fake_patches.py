@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from unittest import mock
 
+import numpy as np
 import torch
 import torch.utils._foreach_utils
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.optim import optimizer as optimizers
 
 from memlab.meters import live
@@ -129,5 +130,24 @@ def compiled_as_eager(note: Callable[[str], None]) -> Iterator[None]:
     with (
         mock.patch.object(torch, "compile", as_written),
         torch.compiler.set_stance("force_eager"),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def values_made_up(note: Callable[[str], None]) -> Iterator[None]:
+    """Have `tensor.numpy()` return zeros, and `torch.save` save nothing: there are no values."""
+
+    def numpy(tensor: FakeTensor, *, force: bool = False) -> np.ndarray:
+        note("values that the run asks for (`.numpy()`): taken as zeros")
+        with unset_fake_temporarily():
+            return torch.zeros((), dtype=tensor.dtype).expand(tensor.shape).numpy()
+
+    def save(*arguments: object, **keywords: object) -> None:
+        note("torch.save() saved nothing: there are no values")
+
+    with (
+        mock.patch.object(FakeTensor, "numpy", numpy, create=True),
+        mock.patch.object(torch, "save", save),
     ):
         yield

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from unittest import mock
 
 import torch
+import torch.cuda.nvtx
 
 from memlab.meters.gpus import GPU
+from memlab.units import format_bytes
 
 
 class _Stream(contextlib.AbstractContextManager):
@@ -69,10 +72,21 @@ def torch_cuda_stand_in(gpu: GPU, memory: Callable[[], SimpleNamespace]) -> Iter
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(torch, "Generator", _Generator))
         answers = {**_device(gpu), **_memory(gpu, memory), **_random()}
-        for name, answer in answers.items():
-            if hasattr(torch.cuda, name):
-                stack.enter_context(mock.patch.object(torch.cuda, name, answer))
+        for place, found in (
+            (torch.cuda, answers),
+            (torch.cuda.memory, answers | _history()),
+            (torch.cuda.nvtx, dict.fromkeys(("mark", "range_push", "range_pop", "range"), _Stream)),
+            (torch.accelerator, _memory(gpu, memory)),
+            (torch.Tensor, {"record_stream": _nothing}),
+        ):
+            for name, answer in found.items():
+                if hasattr(place, name):
+                    stack.enter_context(mock.patch.object(place, name, answer))
         yield
+
+
+def _nothing(*arguments: object, **keywords: object) -> None:
+    return None
 
 
 def _device(gpu: GPU) -> dict[str, object]:
@@ -87,9 +101,6 @@ def _device(gpu: GPU) -> dict[str, object]:
         gcnArchName="",
     )
 
-    def nothing(*arguments: object, **keywords: object) -> None:
-        return None
-
     return {
         "is_available": lambda: True,
         "is_initialized": lambda: True,
@@ -101,17 +112,20 @@ def _device(gpu: GPU) -> dict[str, object]:
         "is_bf16_supported": lambda including_emulation=True: (
             major >= 8 or bool(including_emulation)
         ),
-        "init": nothing,
-        "_lazy_init": nothing,
-        "set_device": nothing,
-        "synchronize": nothing,
+        "init": _nothing,
+        "_lazy_init": _nothing,
+        "set_device": _nothing,
+        "synchronize": _nothing,
         "device": _Stream,
         "Stream": _Stream,
         "Event": _Stream,
         "stream": _Stream,
         "current_stream": lambda device=None: _Stream(),
         "default_stream": lambda device=None: _Stream(),
-        "set_stream": nothing,
+        "set_stream": _nothing,
+        "ipc_collect": _nothing,
+        "is_current_stream_capturing": lambda: False,
+        "set_per_process_memory_fraction": _nothing,
     }
 
 
@@ -129,21 +143,41 @@ def _memory(gpu: GPU, memory: Callable[[], SimpleNamespace]) -> dict[str, object
         "max_memory_reserved": lambda device=None: memory().peak_reserved,
         "empty_cache": lambda: memory().empty_cache(),
         "reset_peak_memory_stats": reset,
+        "reset_max_memory_allocated": reset,
         "mem_get_info": free_and_all,
+        "memory_stats": lambda device=None: _statistics(memory()),
+        "memory_summary": lambda device=None, abbreviated=False: _summary(memory()),
     }
 
 
-def _random() -> dict[str, object]:
-    def nothing(*arguments: object, **keywords: object) -> None:
-        return None
+def _statistics(memory: SimpleNamespace) -> dict[str, int]:
+    """The allocator's numbers by PyTorch's names; the others are 0."""
+    found = collections.defaultdict(int)
+    for name in ("allocated", "reserved"):
+        found[f"{name}_bytes.all.current"] = getattr(memory, name)
+        found[f"{name}_bytes.all.peak"] = getattr(memory, f"peak_{name}")
+    return found
 
+
+def _summary(memory: SimpleNamespace) -> str:
+    now = f"allocated {format_bytes(memory.allocated)}, reserved {format_bytes(memory.reserved)}"
+    most = f"{format_bytes(memory.peak_allocated)} and {format_bytes(memory.peak_reserved)}"
+    return f"predicted: {now}; at most {most}"
+
+
+def _history() -> dict[str, object]:
+    """Nothing is recorded of a device that is not there."""
+    return {"_record_memory_history": _nothing, "_dump_snapshot": _nothing}
+
+
+def _random() -> dict[str, object]:
     return {
-        "manual_seed": nothing,
-        "manual_seed_all": nothing,
-        "seed": nothing,
-        "seed_all": nothing,
+        "manual_seed": _nothing,
+        "manual_seed_all": _nothing,
+        "seed": _nothing,
+        "seed_all": _nothing,
         "get_rng_state": lambda device="cuda": torch.zeros(16, dtype=torch.uint8),
         "get_rng_state_all": lambda: [torch.zeros(16, dtype=torch.uint8)],
-        "set_rng_state": nothing,
-        "set_rng_state_all": nothing,
+        "set_rng_state": _nothing,
+        "set_rng_state_all": _nothing,
     }

@@ -105,3 +105,39 @@ def test_streamed_parameters_their_gradients_and_state_are_on_the_host():
     far = predict(train, progress=False).host_columns
     assert far["parameters"] == far["optimizer_state"] == streamed
     assert far["gradients"] == streamed
+
+
+def test_a_peak_that_the_run_sets_back_is_told_from_there_on():
+    told = []
+
+    def train():
+        weight = torch.nn.Parameter(torch.ones(256, device="cuda"))
+        large = torch.ones(2**20, device="cuda")
+        del large
+        told.append(torch.cuda.max_memory_allocated())
+        torch.cuda.reset_peak_memory_stats()
+        told.append(torch.cuda.max_memory_allocated())
+        loss = weight.sum()
+        loss.backward()
+        yield loss
+
+    prediction = predict(train, steps=1, gpu="T4", progress=False)
+    assert told == [1024 + 2**22, 1024]
+    assert prediction.allocated_bytes >= 1024 + 2**22
+
+
+def test_there_are_no_values_for_numpy_and_none_to_save(tmp_path):
+    def train():
+        weight = torch.nn.Parameter(torch.ones(3, device="cuda"))
+        values = weight.detach().cpu().numpy()
+        assert values.shape == (3,) and not values.any()
+        torch.save({"weight": weight}, tmp_path / "weights.pt")
+        loss = weight.sum()
+        loss.backward()
+        yield loss
+
+    prediction = predict(train, steps=1, gpu="T4", progress=False)
+    assert not list(tmp_path.iterdir())
+    assert any(".numpy()" in note for note in prediction.notes)
+    assert any("torch.save() saved nothing" in note for note in prediction.notes)
+    assert torch.ones(1).numpy() == 1
