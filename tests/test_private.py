@@ -55,6 +55,7 @@ PRIVATE = (
     "torch.ops.aten._unsafe_index_put",
     "torch.testing._internal.distributed.fake_pg.FakeStore",
     "torch.utils._foreach_utils._foreach_supported_types",
+    "torch.utils.data.dataloader._BaseDataLoaderIter",
     "torch.utils._python_dispatch.TorchDispatchMode",
     "torch.Tensor._indices",
     "torch.Tensor._is_view",

@@ -15,13 +15,14 @@ from memlab.ledger.backward import activations_at_backward
 from memlab.ledger.blocks import COLUMNS, Block, Event, format_type, lives
 from memlab.ledger.labels import build_ledger
 from memlab.ledger.ledger import Ledger, Timeline
-from memlab.ledger.observations import PRIORITY, Observation, rank_of
+from memlab.ledger.observations import FROM_LOADER, PRIORITY, Observation, rank_of
 from memlab.ledger.phases import PHASES
 from memlab.ledger.spans import Span, Spans
 from memlab.ledger.steps import Counted, Shapes, Step, left_by, numbers_in, steps_in
 
 __all__ = [
     "COLUMNS",
+    "FROM_LOADER",
     "PHASES",
     "PRIORITY",
     "Block",

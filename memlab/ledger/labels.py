@@ -8,7 +8,7 @@ from memlab.ledger.blocks import Block, Event, lives
 from memlab.ledger.kept import mark_kept
 from memlab.ledger.ledger import Ledger
 from memlab.ledger.lines import note_lines
-from memlab.ledger.observations import PRIORITY, Observation, note_type, rank_of
+from memlab.ledger.observations import FROM_LOADER, PRIORITY, Observation, note_type, rank_of
 from memlab.ledger.phases import Phases, find_phases
 from memlab.ledger.scratch import ALLOCATORS, is_operator, tell_scratch
 from memlab.ledger.spans import FOREVER, Span, Spans
@@ -153,8 +153,9 @@ def _label(
         if seen.column not in PRIORITY:
             continue
         # What a module is given is the batch only if it was there before the model ran; else it is
-        # an activation.
-        if seen.column in ("batch", "kept") and block.phase != "other":
+        # an activation. What a loader returned is the batch at any time.
+        surely = seen.column not in ("batch", "kept") or seen.name == FROM_LOADER
+        if block.phase != "other" and not surely:
             continue
         if seen.column == "kept" and id(block) in used_up:
             continue

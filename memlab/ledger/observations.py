@@ -18,6 +18,9 @@ PRIORITY = {
     "activations": 5,
 }
 
+#: The name of a batch that a data loader returned.
+FROM_LOADER = "from a data loader"
+
 
 class Observation(NamedTuple):
     """At `time`, the block at `address` was seen to be `column`; `name` says which (a parameter's

@@ -20,10 +20,12 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from memlab.ledger import Span
+from memlab.ledger import FROM_LOADER, Span
+from memlab.meters.beside import keywords_of, targets_beside
 from memlab.meters.compiled import note_read
 from memlab.meters.lines import Lines
 from memlab.meters.live import tensors_in
+from memlab.meters.loaders import batches_shown
 from memlab.meters.sightings import Sightings
 
 
@@ -55,6 +57,7 @@ class Observer:
         self._optimizer_started: dict[int, int] = {}
         self._handles: list = []
         self._lines = Lines() if lines else contextlib.nullcontext()
+        self._loaders = batches_shown(self._see_batch)
 
     def __enter__(self) -> Observer:
         self._handles = [
@@ -67,9 +70,11 @@ class Observer:
             register_optimizer_step_post_hook(self._leave_optimizer),
         ]
         self._lines.__enter__()
+        self._loaders.__enter__()
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self._loaders.__exit__(None, None, None)
         self._lines.__exit__(*exception)
         self.spans += getattr(self._lines, "spans", ())
         for handle in self._handles:
@@ -91,6 +96,9 @@ class Observer:
             return
         if self.on_first_call is not None:
             self.on_first_call()
+            # The targets of later steps have the end of the run to be told from what is kept.
+            given = list(tensors_in((inputs, keywords_of(module))))
+            self.seen.see(targets_beside(given), "batch", "target", outside=False)
         if not self.stack and module not in self.seen.models.called:
             self.seen.models.note_called(module)
         name = self.seen.names.get(module, type(module).__name__)
@@ -109,6 +117,10 @@ class Observer:
                 self.seen.see_input(tensor)
             else:
                 self.seen.see_types((tensor,))
+
+    def _see_batch(self, batch: object) -> None:
+        tensors = [tensor for tensor in tensors_in(batch) if tensor.grad_fn is None]
+        self.seen.see(tensors, "batch", FROM_LOADER)
 
     def _leave_module(self, module: nn.Module, inputs: tuple, output: object) -> None:
         if torch.compiler.is_compiling() or id(module) not in (entry[2] for entry in self.stack):
