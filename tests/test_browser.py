@@ -22,7 +22,9 @@ from PIL import Image
 CHROMIUM = (
     shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 )
-NOTEBOOK = Path(__file__).resolve().parents[1] / "notebooks" / "00_measuring_memory.ipynb"
+NOTEBOOK = (
+    Path(__file__).resolve().parents[1] / "notebooks" / "in_depth" / "00_measuring_memory.ipynb"
+)
 
 # Seconds. Generous: what is tested is that it happens, not how fast.
 START_TIMEOUT, RUN_TIMEOUT, REDRAW_TIMEOUT = 600, 3600, 300

@@ -23,13 +23,13 @@ def root(tmp_path, monkeypatch):
     """An empty checkout, on a machine without an accelerator."""
     monkeypatch.setenv("MEMLAB_SCALE", "cpu")
     monkeypatch.setattr(notebook, "find_root", lambda: tmp_path)
-    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "notebooks" / "in_depth").mkdir(parents=True)
     return tmp_path
 
 
 def save(root, name, *sources):
     cells = [new.new_markdown_cell("# Title"), *(new.new_code_cell(source) for source in sources)]
-    nbformat.write(new.new_notebook(cells=cells), root / "notebooks" / f"{name}.ipynb")
+    nbformat.write(new.new_notebook(cells=cells), root / "notebooks" / "in_depth" / f"{name}.ipynb")
 
 
 def made_record(notebook, peak):
@@ -45,7 +45,7 @@ def commit_results(root, *records):
 
 def outcome(root, name, peak=None, **more):
     kept = [] if peak is None else [made_record(name, peak)]
-    return run.Outcome(root / "notebooks" / f"{name}.ipynb", 1.0, kept, **more)
+    return run.Outcome(root / "notebooks" / "in_depth" / f"{name}.ipynb", 1.0, kept, **more)
 
 
 def test_measure_prints_this_machines_numbers_beside_the_committed_ones(root, monkeypatch, capsys):
@@ -133,7 +133,7 @@ def test_measure_is_interrupted_without_a_traceback(root, monkeypatch, capsys):
 def test_the_command_runs_in_a_checkout_that_is_not_installed(tmp_path):
     checkout = tmp_path / "checkout"
     package = Path(memlab.__file__).parent
-    (checkout / "notebooks").mkdir(parents=True)
+    (checkout / "notebooks" / "in_depth").mkdir(parents=True)
     (checkout / "memlab").symlink_to(package)
     save(
         checkout,
@@ -148,7 +148,7 @@ def test_the_command_runs_in_a_checkout_that_is_not_installed(tmp_path):
         "-m",
         "memlab",
         "measure",
-        str(checkout / "notebooks" / "00_a.ipynb"),
+        str(checkout / "notebooks" / "in_depth" / "00_a.ipynb"),
         "--output",
         "out",
     ]

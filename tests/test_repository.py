@@ -23,7 +23,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 from memlab.course import documents
-from memlab.course.notebook import source_hash
+from memlab.course.notebook import in_depth, lessons, source_hash
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -92,13 +92,13 @@ def text_files(root):
 
 
 def notebook_paths(root):
-    paths = sorted((root / "notebooks").rglob("*.ipynb"))
-    return [p for p in paths if ".ipynb_checkpoints" not in p.parts]
+    """The lessons, and the notebooks in depth."""
+    return [*lessons(root), *in_depth(root)]
 
 
 def topic(path):
     """`03_gradient_checkpointing.ipynb` is about `gradient_checkpointing`,
-    `electives/e2_pruning.ipynb` about `pruning`.
+    `e2_pruning.ipynb` about `pruning`.
     """
     return re.sub(r"^e?\d+_", "", path.stem)
 
@@ -167,28 +167,27 @@ def taught(path):
 
 
 def name_problems(root):
-    notebooks = [p for p in notebook_paths(root) if topic(p) not in NO_TECHNIQUE]
-    lessons = [name for path in notebooks for name in taught(path)]
+    notebooks = [p for p in in_depth(root) if topic(p) not in NO_TECHNIQUE]
+    subjects = [name for path in notebooks for name in taught(path)]
     tests = {p.stem[5:] for p in (root / "tests/techniques").glob("test_[!_]*.py")}
     places = {
         "memlab/techniques/{}.py": {p.stem for p in (root / "memlab/techniques").glob("[!_]*.py")},
-        "notebooks/NN_{}.ipynb": set(lessons),
+        "notebooks/in_depth/NN_{}.ipynb": set(subjects),
         "tests/techniques/test_{}.py": tests - ABOUT_ALL_TECHNIQUES,
     }
     for name in sorted(set.union(*places.values())):
         missing = [place.format(name) for place, names in places.items() if name not in names]
         if missing:
             yield f"technique {name}: missing {' and '.join(missing)}"
-        if lessons.count(name) > 1:
-            yield f"technique {name} is taught by {lessons.count(name)} notebooks"
-    stems = [p.stem for p in notebook_paths(root)]
+        if subjects.count(name) > 1:
+            yield f"technique {name} is taught by {subjects.count(name)} notebooks"
     for path in notebook_paths(root):
-        elective = path.parent.name == "electives"
-        if not re.fullmatch(r"e\d_[a-z0-9_]+" if elective else r"\d\d_[a-z0-9_]+", path.stem):
-            form = "e and a digit" if elective else "two digits"
-            yield f"{path.name}: a notebook is named by {form} and a name, like those beside it"
-        if stems.count(path.stem) > 1:
-            yield f"{path.name}: there are two of this name"
+        if not re.fullmatch(r"(\d\d|e\d)_[a-z0-9_]+", path.stem):
+            yield f"{path.name}: a notebook is named by two digits, or e and a digit, and a name"
+    behind = {path.name for path in in_depth(root)}
+    for path in lessons(root):
+        if path.name not in behind:
+            yield f"the lesson {path.name} has no notebook in depth of its name"
 
 
 def mirror_problems(root):
@@ -205,7 +204,8 @@ def test_one_technique_one_name_three_places():
 
 
 @pytest.mark.parametrize(
-    "lost", ["memlab/techniques/x.py", "notebooks/01_x.ipynb", "tests/techniques/test_x.py"]
+    "lost",
+    ["memlab/techniques/x.py", "notebooks/in_depth/01_x.ipynb", "tests/techniques/test_x.py"],
 )
 def test_a_technique_without_one_of_its_places_is_found(good_tree, lost):
     assert list(name_problems(good_tree)) == []
@@ -215,7 +215,7 @@ def test_a_technique_without_one_of_its_places_is_found(good_tree, lost):
 
 
 def test_a_notebook_may_say_in_its_metadata_which_techniques_it_teaches(good_tree):
-    path = good_tree / "notebooks/01_x.ipynb"
+    path = good_tree / "notebooks/in_depth/01_x.ipynb"
     notebook = json.loads(path.read_text(encoding="utf-8"))
     notebook["metadata"].setdefault("memlab", {})["techniques"] = ["x", "y"]
     path.write_text(json.dumps(notebook), encoding="utf-8")
@@ -226,17 +226,21 @@ def test_a_notebook_may_say_in_its_metadata_which_techniques_it_teaches(good_tre
 
 
 def test_a_notebook_without_a_number_is_found(good_tree):
-    (good_tree / "notebooks/01_x.ipynb").rename(good_tree / "notebooks/x.ipynb")
+    path = good_tree / "notebooks/in_depth/01_x.ipynb"
+    path = path.rename(path.with_name("e1_x.ipynb"))
+    assert list(name_problems(good_tree)) == []
+    path.rename(path.with_name("x.ipynb"))
     assert ["two digits" in p for p in name_problems(good_tree)] == [True]
 
 
-def test_an_elective_is_numbered_apart(good_tree):
-    (good_tree / "notebooks/electives").mkdir()
-    elective = good_tree / "notebooks/electives/e1_x.ipynb"
-    (good_tree / "notebooks/01_x.ipynb").rename(elective)
+def test_a_lesson_without_its_notebook_in_depth_is_found(good_tree):
+    path = good_tree / "notebooks/in_depth/01_x.ipynb"
+    lesson = good_tree / "notebooks/01_x.ipynb"
+    lesson.write_bytes(path.read_bytes())
     assert list(name_problems(good_tree)) == []
-    elective.rename(elective.with_name("01_x.ipynb"))
-    assert ["e and a digit" in p for p in name_problems(good_tree)] == [True]
+    lesson.rename(lesson.with_name("02_y.ipynb"))
+    problem = "the lesson 02_y.ipynb has no notebook in depth of its name"
+    assert list(name_problems(good_tree)) == [problem]
 
 
 def test_unit_tests_mirror_the_package():
@@ -294,19 +298,19 @@ ASKS_FOR_THE_DEVICE = re.compile(
 #: How many lines ask, by file: these are known, and each is to go. The sizes of a device's
 #: experiments and what is to be expected there are questions for `memlab.workloads.scale()`.
 KNOWN_TO_ASK = {
-    "notebooks/00_measuring_memory.ipynb": 1,
-    "notebooks/01_mixed_precision.ipynb": 1,
-    "notebooks/02_low_precision.ipynb": 2,
-    "notebooks/05_sharding.ipynb": 7,
-    "notebooks/06_data_loading.ipynb": 2,
-    "notebooks/07_in_place.ipynb": 2,
-    "notebooks/08_offloading.ipynb": 10,
-    "notebooks/09_lean_optimizers.ipynb": 1,
-    "notebooks/10_compilation_and_fusion.ipynb": 2,
-    "notebooks/electives/e2_pruning.ipynb": 1,
-    "notebooks/electives/e4_chunked_input.ipynb": 1,
-    "notebooks/electives/e5_distillation.ipynb": 1,
-    "notebooks/electives/e7_memory_pools.ipynb": 2,
+    "notebooks/in_depth/00_measuring_memory.ipynb": 1,
+    "notebooks/in_depth/01_mixed_precision.ipynb": 1,
+    "notebooks/in_depth/02_low_precision.ipynb": 2,
+    "notebooks/in_depth/05_sharding.ipynb": 7,
+    "notebooks/in_depth/06_data_loading.ipynb": 2,
+    "notebooks/in_depth/07_in_place.ipynb": 2,
+    "notebooks/in_depth/08_offloading.ipynb": 10,
+    "notebooks/in_depth/09_lean_optimizers.ipynb": 1,
+    "notebooks/in_depth/10_compilation_and_fusion.ipynb": 2,
+    "notebooks/in_depth/e2_pruning.ipynb": 1,
+    "notebooks/in_depth/e4_chunked_input.ipynb": 1,
+    "notebooks/in_depth/e5_distillation.ipynb": 1,
+    "notebooks/in_depth/e7_memory_pools.ipynb": 2,
 }
 
 
@@ -350,10 +354,12 @@ def test_nobody_asks_which_device_it_is_on():
 )
 def test_a_question_for_the_device_is_found(good_tree, line, asks):
     assert device_questions(good_tree) == {}
-    edit(good_tree / "notebooks/01_x.ipynb", "measure(build)", f"{line} 1".replace('"', "'"))
+    edit(
+        good_tree / "notebooks/in_depth/01_x.ipynb", "measure(build)", f"{line} 1".replace('"', "'")
+    )
     write(good_tree / "memlab/ledger.py", line)
     write(good_tree / "memlab/meters/cpu.py", line)
-    found = {"notebooks/01_x.ipynb": 1, "memlab/ledger.py": 1}
+    found = {"notebooks/in_depth/01_x.ipynb": 1, "memlab/ledger.py": 1}
     assert device_questions(good_tree) == (found if asks else {})
 
 
@@ -484,7 +490,7 @@ def _replace(old, new):
     ],
 )
 def test_what_is_wrong_in_a_notebook_is_found(good_tree, change, found):
-    path = good_tree / "notebooks/01_x.ipynb"
+    path = good_tree / "notebooks/in_depth/01_x.ipynb"
     assert list(notebook_problems(path)) == []
     notebook = nbformat.read(path, as_version=4)
     change(notebook)
@@ -638,9 +644,9 @@ def test_imports_of_the_notebooks_are_declared():
 def test_an_undeclared_import_of_a_notebook_is_found(good_tree):
     assert list(import_problems(good_tree)) == []
     tried = "try:\\n    import jax\\nexcept ImportError:\\n    from scipy import stats"
-    edit(good_tree / "notebooks/01_x.ipynb", "measure(build)", tried)
+    edit(good_tree / "notebooks/in_depth/01_x.ipynb", "measure(build)", tried)
     assert list(import_problems(good_tree)) == [
-        "notebooks/01_x.ipynb imports scipy, which is not declared"
+        "notebooks/in_depth/01_x.ipynb imports scipy, which is not declared"
     ]
 
 
@@ -760,7 +766,7 @@ def test_make_address_writes_the_address_everywhere(good_tree):
     assert len(list(address_problems(good_tree))) == 3  # README.md, CITATION.cff and the notebook
     runpy.run_path(str(ROOT / "tools/address.py"))["main"](good_tree)
     assert list(address_problems(good_tree)) == []
-    assert list(notebook_problems(good_tree / "notebooks/01_x.ipynb")) == []
+    assert list(notebook_problems(good_tree / "notebooks/in_depth/01_x.ipynb")) == []
     citation = (good_tree / "CITATION.cff").read_text(encoding="utf-8")
     assert citation.endswith("\nrepository-code: https://github.com/somebody/memlab\n")
 
@@ -838,6 +844,6 @@ def good_tree(tmp_path):
     }
     for file, text in files.items():
         write(tmp_path / file, text)
-    (tmp_path / "notebooks").mkdir()
-    nbformat.write(good_notebook(), tmp_path / "notebooks/01_x.ipynb")
+    (tmp_path / "notebooks/in_depth").mkdir(parents=True)
+    nbformat.write(good_notebook(), tmp_path / "notebooks/in_depth/01_x.ipynb")
     return tmp_path

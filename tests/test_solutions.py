@@ -15,10 +15,10 @@ import nbformat
 import pytest
 from IPython.core.inputtransformer2 import TransformerManager
 
-from memlab.course.notebook import find_root, notebooks
+from memlab.course.notebook import find_root, in_depth
 from memlab.course.run import run
 
-NOTEBOOKS = notebooks(find_root())
+NOTEBOOKS = in_depth(find_root())
 
 HISTORY = """import json
 from memlab import exercises

@@ -70,7 +70,7 @@ def _map(material: Material, base: Path) -> str:
     if material.address and base == material.root:
         there = material.address.removeprefix("https://github.com/")
         colab = f"https://colab.research.google.com/github/{there}/blob/main"
-    return overviews.map_table(material.lessons, base, colab)
+    return overviews.map_table(material.short, base, colab, material.lessons)
 
 
 def _address(material: Material, base: Path) -> str:
@@ -138,7 +138,8 @@ def generate(root: Path, check: bool = False) -> list[str]:
     writes: dict[Path, bytes] = {}
     differences = []
     filled = [_document(root / name, blocks, material) for name, blocks in DOCUMENTS.items()]
-    filled += [_notebook(lesson.path, material) for lesson in material.lessons]
+    notebooks = [*material.lessons, *material.short]
+    filled += [_notebook(lesson.path, material) for lesson in notebooks]
     for path, content, difference in filled:
         if difference:
             writes[path] = content.encode()

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from memlab.course.notebook import Lesson, lesson, notebooks, read, relative
+from memlab.course.notebook import Lesson, in_depth, lesson, lessons, read, relative
 from memlab.results import Predictions, Results, load_all, load_predictions
 from memlab.results.zoo import ZOO, Zoo, load_zoo
 
@@ -23,7 +23,9 @@ LONGEST_DESCRIPTION = 250
 
 @dataclass(frozen=True)
 class Material:
-    """What the blocks are made of. `pictures` is by tag: the bytes of a PNG, and its description.
+    """What the blocks are made of. `lessons` are the notebooks in depth, which have the records;
+    `short` are those that people begin with. `pictures` is by tag: the bytes of a PNG, and its
+    description.
     `address` is the repository's public one, None while it has none. `predictions` is None where
     nothing is predicted, `zoo` where it has not run.
     """
@@ -35,6 +37,7 @@ class Material:
     address: str | None
     predictions: Predictions | None
     zoo: Zoo | None = None
+    short: Sequence[Lesson] = ()
 
     def picture(self, tag: str, base: Path) -> str:
         """A figure in Markdown, empty where no notebook shows one."""
@@ -49,7 +52,7 @@ def gather(root: Path) -> Material:
     Raises:
         ValueError: a results file is not valid, or a record is of a notebook that is not there.
     """
-    paths = notebooks(root)
+    paths = in_depth(root)
     files = load_all(root)
     recorded = {each.notebook for data in files for each in [*data.records, *data.claims]}
     if strangers := sorted(recorded - {path.stem for path in paths}):
@@ -67,6 +70,7 @@ def gather(root: Path) -> Material:
         address(root),
         load_predictions(root),
         load_zoo(at_zoo) if at_zoo.is_file() else None,
+        [lesson(path) for path in lessons(root)],
     )
 
 

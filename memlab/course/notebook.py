@@ -74,11 +74,14 @@ def find_root() -> Path:
     )
 
 
-def notebooks(root: Path) -> list[Path]:
-    """The course's notebooks in their order: the core, then the electives."""
-    folder = Path(root) / "notebooks"
-    core = sorted(folder.glob("[!.]*.ipynb"))
-    return core + sorted((folder / "electives").glob("[!.]*.ipynb"))
+def in_depth(root: Path) -> list[Path]:
+    """The notebooks that are the benchmark, in their order: the core, then the electives."""
+    return sorted((Path(root) / "notebooks" / "in_depth").glob("[!.]*.ipynb"))
+
+
+def lessons(root: Path) -> list[Path]:
+    """The lessons in their order. Each has the name of the notebook in depth behind it."""
+    return sorted((Path(root) / "notebooks").glob("[!.]*.ipynb"))
 
 
 def read(path: str | Path) -> dict:
@@ -106,12 +109,12 @@ def lesson(path: Path) -> Lesson:
 
 def select(names: Sequence[str], root: Path) -> list[Path]:
     """The notebooks that people mean by "03", "3", "gradient_checkpointing", "03_grad" or a path;
-    all of them by nothing.
+    all that are the benchmark by nothing. A lesson is meant by its path.
 
     Raises:
         ValueError: a name is no notebook's, or that of several.
     """
-    paths = notebooks(root)
+    paths = in_depth(root)
     chosen = []
     for name in names:
         if Path(name).suffix == ".ipynb" and Path(name).is_file():

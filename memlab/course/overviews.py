@@ -110,16 +110,25 @@ def _verdict(tested: Sequence[Claim]) -> str:
     )
 
 
-def map_table(lessons: Sequence[Lesson], base: Path, colab: str | None = None) -> str:
+def map_table(
+    lessons: Sequence[Lesson],
+    base: Path,
+    colab: str | None = None,
+    in_depth: Sequence[Lesson] = (),
+) -> str:
     """The map of the notebooks as Markdown, from their titles and their metadata.
 
     Args:
-        lessons: the notebooks; what one needs (`Lesson.about`) is a notebook, by its number or its
-            name, or words.
+        lessons: what people begin with; what one needs (`Lesson.about`) is a notebook, by its
+            number or its name, or words. A notebook in depth stands for a lesson that is not there.
         base: the folder of the document: links are relative to it.
         colab: the address at which Google Colab opens what lies in `base`; with it each notebook
             has a link to it there.
+        in_depth: the notebooks behind the lessons; a lesson's row has a link to its own.
     """
+    by_name = {each.name: each for each in in_depth}
+    shown = by_name | {each.name: each for each in lessons}
+    lessons = [shown[name] for name in sorted(shown)] if in_depth else lessons
     table = []
     for lesson in lessons:
         needs = [link_to(str(need), lessons, base) for need in lesson.about.get("needs", [])]
@@ -130,6 +139,10 @@ def map_table(lessons: Sequence[Lesson], base: Path, colab: str | None = None) -
             "minutes": str(lesson.about.get("minutes") or "-"),
             "read first": ", ".join(needs) or "-",
         }
+        if in_depth:
+            behind = by_name.get(lesson.name)
+            is_short = behind is not None and behind is not lesson
+            row["in depth"] = behind.link(base, lesson.number) if is_short else "-"
         if colab:
             row["open in"] = lesson.link(Path(base), "Colab").replace("](", f"]({colab}/")
         table.append(row)

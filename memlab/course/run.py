@@ -11,8 +11,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from memlab import results
+from memlab.course.gathered import files_of
 from memlab.course.notebook import count_cells, find_root, runs, source_hash, strip
-from memlab.workloads.scale import scale
 
 
 @dataclass
@@ -85,7 +85,7 @@ def run(
     _need_nbclient()
     root = find_root() if root is None else Path(root)
     output = root / "build" if output is None else Path(output).resolve()
-    gathered = _Gathered(root if in_place else output, root, in_place)
+    files = files_of(root if in_place else output, root, in_place)
     books = [(Path(path).resolve(), count_cells(path, cells)) for path in notebooks]
     outcomes = []
     total = sum(count for _, count in books)
@@ -100,7 +100,8 @@ def run(
                 copy = path if whole else output / "notebooks" / _place(path, root)
                 _save(executed, copy, for_commit=whole)
                 outcome.copy = copy
-            if not outcome.failed and (left := gathered.add(outcome)):
+            file = files[path.parent == (root / "notebooks").resolve()]
+            if not outcome.failed and (left := file.add(path.stem, outcome.records)):
                 bar.write(left)
             outcomes.append(outcome)
             bar.write(str(outcome))
@@ -117,40 +118,6 @@ def _need_nbclient() -> None:
             f"{error.name} is not installed, and it takes it to run notebooks: pip install"
             " 'memlab[course]'"
         ) from error
-
-
-class _Gathered:
-    """The results file of a run, which grows with each notebook."""
-
-    def __init__(self, folder: Path, root: Path, in_place: bool) -> None:
-        sizes = scale()
-        # Now: the run itself makes the checkout's files differ from its commit.
-        self.environment = results.environment(root, sizes.device)
-        self.file = folder / "results" / results.file_name(self.environment, sizes.name)
-        self.data = None
-        if in_place and self.file.is_file():
-            self.data = results.load(self.file)
-        elif not in_place:
-            self.file.unlink(missing_ok=True)  # `build` holds what the latest run recorded
-
-    def add(self, outcome: Outcome) -> str:
-        """Keep what a notebook recorded. Returns what to say of records that are left out.
-
-        A file is about one device. With a single GPU notebook 05 runs its ranks on the CPU, for
-        example.
-        """
-        device = self.environment.device
-        kept = [each for each in outcome.records if each.environment.device == device]
-        name = outcome.notebook.stem
-        self.data = results.merge(self.data, self.environment, name, kept)
-        results.write(self.file, self.data)
-        left_out = len(outcome.records) - len(kept)
-        if not left_out:
-            return ""
-        return (
-            f"{name}: {left_out} of its records are not about {device}, and not kept in"
-            f" {self.file.name}"
-        )
 
 
 def _save(notebook: dict, path: Path, for_commit: bool) -> None:

@@ -28,7 +28,7 @@ from memlab import results
 from memlab.course import rerun
 from memlab.course.kept_calls import Kept
 from memlab.course.misses import NEEDS_OTHER_TEXT, REASONS, SMALL
-from memlab.course.notebook import find_root, notebooks, select
+from memlab.course.notebook import find_root, in_depth, select
 from memlab.results import Bytes, Left, Predictions, Record, Row
 
 GPU = "H100 80GB"
@@ -102,7 +102,7 @@ def predict_notebook(
     """
     records = dict(enumerate(results.load(root / "results" / file).records))
     records = {number: each for number, each in records.items() if each.notebook == stem}
-    path = next(path for path in notebooks(root) if path.stem == stem)
+    path = next(path for path in in_depth(root) if path.stem == stem)
     first = next(iter(records.values()))
     kept = Kept(root, path, file, only is None)
 

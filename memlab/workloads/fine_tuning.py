@@ -1,7 +1,7 @@
 """A fine-tuning loop for Hugging Face's language models, with the switches that people turn first.
 
 The loop is what a person would write for a GPU. `memlab.predict` runs it without one, and
-notebooks/electives/e8_will_it_fit.ipynb is about what it needs.
+notebooks/in_depth/e8_will_it_fit.ipynb is about what it needs.
 """
 
 from __future__ import annotations

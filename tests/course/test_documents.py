@@ -15,7 +15,7 @@ from tests.records import GPU, claim, pair, record, results_file, timed, variant
 WRITTEN = [
     "CHEATSHEET.md",
     "README.md",
-    "notebooks/03_x.ipynb",
+    "notebooks/in_depth/03_x.ipynb",
     "results/README.md",
     "results/figures/headline.png",
 ]
@@ -53,8 +53,8 @@ def edit(root, name, old, new):
 
 @pytest.fixture
 def checkout(tmp_path):
-    (tmp_path / "notebooks").mkdir()
-    show(tmp_path / "notebooks" / "03_x.ipynb")
+    (tmp_path / "notebooks" / "in_depth").mkdir(parents=True)
+    show(tmp_path / "notebooks" / "in_depth" / "03_x.ipynb")
     of_cpu = results_file(record(), claim())
     results.write(tmp_path / "results" / "cpu.json", of_cpu)
     of_gpu = results_file(record(scale="t4"), environment=GPU)
@@ -74,7 +74,7 @@ def test_every_table_stands_in_its_place_and_a_second_run_has_nothing_to_write(c
     cpu, gpu = material.files
     readme = text(checkout, "README.md")
     assert readme.startswith("# Title\n") and readme.endswith("-->\n\nEnd.\n")
-    assert overviews.map_table(material.lessons, checkout) in readme
+    assert overviews.map_table((), checkout, None, material.lessons) in readme
     sheet = text(checkout, "CHEATSHEET.md")
     assert overviews.cheat_sheet(cpu, material.lessons, checkout) in sheet
     long, inside = text(checkout, "results/README.md"), checkout / "results"
@@ -82,7 +82,7 @@ def test_every_table_stands_in_its_place_and_a_second_run_has_nothing_to_write(c
     assert all(tables.results_table(data) in long for data in material.files)
     assert not any("\nold\n" in document for document in (readme, sheet, long))
 
-    book = read(checkout / "notebooks/03_x.ipynb")
+    book = read(checkout / "notebooks/in_depth/03_x.ipynb")
     table = "".join(book["cells"][2]["source"])
     assert tables.results_table(cpu) in table and table.endswith("after — it")
     assert book["cells"][0]["source"] == ["# 03 · The x technique"]
@@ -111,12 +111,12 @@ def test_a_figure_is_described_in_one_sentence(checkout):
     assert line in text(checkout, "README.md").splitlines()
     assert (checkout / "results/figures/headline.png").read_bytes() == PICTURE
 
-    show(checkout / "notebooks/03_x.ipynb", picture=PICTURE + b" of a later run")
+    show(checkout / "notebooks/in_depth/03_x.ipynb", picture=PICTURE + b" of a later run")
     assert "results/figures/headline.png" in documents.generate(checkout)
 
 
 def test_the_gpus_figure_stands_above_its_table(checkout):
-    path = checkout / "notebooks" / "03_x.ipynb"
+    path = checkout / "notebooks" / "in_depth" / "03_x.ipynb"
     show(path, "Less in less. More.", picture=b"another", tag="gpu-figure")
     pieces = record(technique="larger pieces", variants=pair(timed(0.25)))
     file = checkout / "results" / "nvidia-h200.json"
@@ -141,14 +141,14 @@ def test_nothing_leads_to_an_address_that_there_is_not(checkout):
     assert documents.generate(checkout) == ["README.md"]
     there = f"https://colab.research.google.com/github/{owner}/memlab/blob/main"
     readme = text(checkout, "README.md")
-    assert f"| [Colab]({there}/notebooks/03_x.ipynb) |" in readme
+    assert f"| [Colab]({there}/notebooks/in_depth/03_x.ipynb) |" in readme
     assert f"git+https://github.com/{owner}/memlab" in readme and "make address" not in readme
 
 
 def test_a_checkout_with_no_records_says_so(checkout):
     for path in (checkout / "results").glob("*.json"):
         path.unlink()
-    show(checkout / "notebooks" / "03_x.ipynb", tag="other")
+    show(checkout / "notebooks" / "in_depth" / "03_x.ipynb", tag="other")
     assert sorted(documents.generate(checkout)) == WRITTEN[:-1]
     for document, sentence in (
         ("README.md", documents.NOTHING),
@@ -156,7 +156,7 @@ def test_a_checkout_with_no_records_says_so(checkout):
         ("CHEATSHEET.md", documents.NOTHING),
         ("results/README.md", "No claim is tested yet."),
         ("results/README.md", "Nothing is predicted yet."),
-        ("notebooks/03_x.ipynb", documents.NOTHING),
+        ("notebooks/in_depth/03_x.ipynb", documents.NOTHING),
     ):
         assert sentence in text(checkout, document)
     assert documents.generate(checkout, check=True) == []
@@ -170,7 +170,10 @@ def test_a_check_finds_what_differs_and_writes_nothing(checkout):
     found = documents.generate(checkout, check=True)
     assert files(checkout) == before
     assert sorted(re.search(r"[\w/]+\.\w+", each)[0] for each in found) == WRITTEN
-    assert "-old" in found[1] and "+| [The x technique](notebooks/03_x.ipynb) | batch" in found[1]
+    assert (
+        "-old" in found[1]
+        and "+| [The x technique](notebooks/in_depth/03_x.ipynb) | batch" in found[1]
+    )
     assert "-old" in found[2] and "+| 03_x | before | 4.00 MiB" in found[2]
 
     documents.generate(checkout)
@@ -199,8 +202,8 @@ def test_a_check_finds_what_differs_and_writes_nothing(checkout):
         (("README.md", "<!-- memlab:figure:begin -->\n", ""), "README.md: a marker stands alone"),
         (("README.md", "memlab:figure", "memlab:figrue"), "memlab:figrue:begin -->: there is no"),
         (
-            ("notebooks/03_x.ipynb", "<!-- memlab:results:end", "<!-- x"),
-            "notebooks/03_x.ipynb: a marker stands",
+            ("notebooks/in_depth/03_x.ipynb", "<!-- memlab:results:end", "<!-- x"),
+            "notebooks/in_depth/03_x.ipynb: a marker stands",
         ),
         (("results/cpu.json", '"schema": 2', '"schema": 0'), "cpu.json is not a results file"),
         (("results/cpu.json", '"03_x"', '"02_x"'), "notebooks that are not there: '02_x'"),

@@ -85,9 +85,10 @@ def test_the_cells_that_will_run_are_counted(tmp_path):
 @pytest.fixture
 def names(tmp_path):
     core = ("00_measuring_memory", "03_gradient_checkpointing", "04_gradient_accumulation")
-    for name in (*core, "10_fused_loss", "electives/12_muon"):
-        save(tmp_path / "notebooks" / f"{name}.ipynb")
-    save(tmp_path / "notebooks/.ipynb_checkpoints/00_measuring_memory-checkpoint.ipynb")
+    for name in (*core, "10_fused_loss", "e1_muon"):
+        save(tmp_path / "notebooks" / "in_depth" / f"{name}.ipynb")
+    save(tmp_path / "notebooks" / "03_gradient_checkpointing.ipynb")
+    save(tmp_path / "notebooks/in_depth/.ipynb_checkpoints/00_measuring_memory-checkpoint.ipynb")
     return tmp_path
 
 
@@ -98,12 +99,12 @@ def numbers(paths):
 @pytest.mark.parametrize(
     ("given", "found"),
     [
-        ([], ["00", "03", "04", "10", "12"]),  # in order: the core, then the electives
+        ([], ["00", "03", "04", "10", "e1"]),  # in order: the core, then the electives
         (["03"], ["03"]),
         (["3", "0"], ["03", "00"]),
         (["10"], ["10"]),
         (["gradient_checkpointing", "03"], ["03"]),
-        (["03_grad", "muon", "measuring"], ["03", "12", "00"]),
+        (["03_grad", "muon", "measuring"], ["03", "e1", "00"]),
         (["00_measuring_memory.ipynb"], ["00"]),
         (["notebooks/04_gradient_accumulation.ipynb"], ["04"]),
     ],
@@ -111,6 +112,14 @@ def numbers(paths):
 def test_a_notebook_is_found_by_what_people_type(names, given, found, monkeypatch):
     monkeypatch.chdir(names)
     assert numbers(notebook.select(given, names)) == found
+
+
+def test_a_lesson_is_meant_by_its_path_and_the_notebook_behind_it_by_its_name(names, monkeypatch):
+    monkeypatch.chdir(names)
+    (behind,) = notebook.select(["03_gradient_checkpointing"], names)
+    (lesson,) = notebook.select(["notebooks/03_gradient_checkpointing.ipynb"], names)
+    assert (behind.parent.name, lesson.parent.name) == ("in_depth", "notebooks")
+    assert notebook.lessons(names) == [lesson]
 
 
 def test_a_notebook_is_found_by_its_path_from_anywhere(names, tmp_path):

@@ -129,6 +129,19 @@ def test_the_map_of_the_notebooks():
     assert "[The x technique](../03_x.ipynb)" in inside
 
 
+def test_a_lesson_stands_before_the_notebook_behind_it():
+    behind = [
+        lesson("in_depth/03_x", "03 · Long", minutes=90),
+        lesson("in_depth/04_y", "04 · Long"),
+    ]
+    table = overviews.map_table([lesson("03_x", "03 · Short", minutes=15)], ROOT, None, behind)
+    assert table.splitlines()[2:] == [
+        "| 03 | [03 · Short](notebooks/03_x.ipynb) | - | 15 | - |"
+        " [03](notebooks/in_depth/03_x.ipynb) |",
+        "| 04 | [04 · Long](notebooks/in_depth/04_y.ipynb) | - | - | - | - |",
+    ]
+
+
 def test_the_map_leads_to_colab_where_there_is_an_address():
     table = overviews.map_table(LESSONS, ROOT, "https://colab/blob/main")
     assert "| [Colab](https://colab/blob/main/notebooks/03_x.ipynb) |" in table

@@ -43,7 +43,7 @@ def recording(*arguments, tags=(), **more):
 @pytest.fixture
 def root(tmp_path, monkeypatch):
     monkeypatch.setenv("MEMLAB_SCALE", "cpu")
-    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "notebooks" / "in_depth").mkdir(parents=True)
     return tmp_path
 
 
@@ -82,7 +82,7 @@ record(compared, notebook="00_real", technique="real", sizes={"numbers": 1000})
 
 
 def test_a_failing_notebook_does_not_stop_the_others(root, capsys):
-    folder = root / "notebooks"
+    folder = root / "notebooks" / "in_depth"
     (folder / "local.py").write_text("value = 7\n")
     paths = [
         save(
@@ -116,9 +116,9 @@ def test_a_failing_notebook_does_not_stop_the_others(root, capsys):
     assert all(o.seconds > 0 for o in outcomes)
 
     # Copies, with the outputs as far as they went; each in its folder, by this Python.
-    assert fails.copy == root / "build/notebooks/01_fails.ipynb"
+    assert fails.copy == root / "build/notebooks/in_depth/01_fails.ipynb"
     assert outputs(fails.copy) == ["before\n", "", "", ""]
-    copy = root / "build/notebooks/electives/12_y.ipynb"
+    copy = root / "build/notebooks/in_depth/electives/12_y.ipynb"
     assert outputs(copy)[1].splitlines() == [sys.executable, str((folder / "electives").resolve())]
     assert outputs(copy)[2] == "7\n"
     shown = nbformat.read(real.copy, as_version=4).cells[1].outputs
@@ -147,7 +147,7 @@ def test_a_failing_notebook_does_not_stop_the_others(root, capsys):
 
 
 def test_in_place_writes_notebooks_and_records(root):
-    folder = root / "notebooks"
+    folder = root / "notebooks" / "in_depth"
     path = save(
         folder / "03_x.ipynb",
         code("print('hello')"),
@@ -183,7 +183,7 @@ def test_in_place_writes_notebooks_and_records(root):
 
     assert (failed.cell, failed.error) == (2, "ValueError: no")
     assert bad.read_bytes() == bad_before
-    assert failed.copy == root / "build/notebooks/04_bad.ipynb"
+    assert failed.copy == root / "build/notebooks/in_depth/04_bad.ipynb"
 
     data = results.load(file)
     peaks = {kept.notebook: kept.variants[0].peak_bytes for kept in data.records}
@@ -199,7 +199,7 @@ def test_in_place_writes_notebooks_and_records(root):
 
 
 def test_a_results_file_that_is_not_valid_is_found_before_anything_runs(root):
-    path = save(root / "notebooks" / "03_x.ipynb", code("print(1)"))
+    path = save(root / "notebooks" / "in_depth" / "03_x.ipynb", code("print(1)"))
     (root / "results").mkdir()
     (root / "results" / "cpu.json").write_text("{}")
     before = path.read_bytes()
@@ -209,7 +209,7 @@ def test_a_results_file_that_is_not_valid_is_found_before_anything_runs(root):
 
 
 def test_each_way_to_fail_is_told(root):
-    folder = root / "notebooks"
+    folder = root / "notebooks" / "in_depth"
     unreadable = folder / "03_unreadable.ipynb"
     unreadable.write_text("{")
     outcomes = run(
@@ -236,7 +236,7 @@ def test_each_way_to_fail_is_told(root):
 def test_control_c_ends_the_whole_run(root):
     if threading.current_thread() is not threading.main_thread():
         pytest.skip("signals arrive in the main thread, and this is another")
-    folder = root / "notebooks"
+    folder = root / "notebooks" / "in_depth"
     first = save(
         folder / "00_a.ipynb",
         code("import os, signal, time\nos.kill(os.getppid(), signal.SIGINT)\ntime.sleep(60)"),
@@ -263,7 +263,7 @@ def at_a_terminal(monkeypatch):
 
 def test_the_progress_bar_names_notebook_and_cell(root, monkeypatch):
     terminal = at_a_terminal(monkeypatch)
-    run([save(root / "notebooks" / "00_a.ipynb", code("1"), code("2"))], root=root)
+    run([save(root / "notebooks" / "in_depth" / "00_a.ipynb", code("1"), code("2"))], root=root)
     shown = terminal.getvalue()
     assert "00_a [1]" in shown and "00_a [2]" in shown and "0/2" in shown
 
@@ -271,7 +271,7 @@ def test_the_progress_bar_names_notebook_and_cell(root, monkeypatch):
 def test_what_a_cell_prints_is_shown_beside_the_bar(root, monkeypatch):
     terminal = at_a_terminal(monkeypatch)
     cells = [code("print('first line\\nrung 3 of 14')"), code("print(' ')\nprint('x' * 200)")]
-    (outcome,) = run([save(root / "notebooks" / "00_a.ipynb", *cells)], root=root)
+    (outcome,) = run([save(root / "notebooks" / "in_depth" / "00_a.ipynb", *cells)], root=root)
     shown = terminal.getvalue()
     assert "rung 3 of 14" in shown and "first line" not in shown  # the last line that is not empty
     assert "x" * 80 in shown and "x" * 81 not in shown
@@ -287,7 +287,7 @@ def tagged(root):
     record.
     """
     return save(
-        root / "notebooks" / "03_x.ipynb",
+        root / "notebooks" / "in_depth" / "03_x.ipynb",
         code("1 / 0", "exercise"),
         code("order = ['first']\nprint(*order)", "large"),
         new.new_markdown_cell("Words.", metadata={"tags": ["large"]}),
@@ -303,7 +303,7 @@ def test_only_the_tagged_cells_run_and_the_notebook_stays_as_it_is(root, tagged,
     before = contents(root, besides=root / "build")
     (outcome,) = run([tagged], root=root, cells="large", in_place=in_place)
     assert not outcome.failed
-    assert outcome.copy == root / "build/notebooks/03_x.ipynb"
+    assert outcome.copy == root / "build/notebooks/in_depth/03_x.ipynb"
     assert outputs(outcome.copy) == ["first\n", "first second\n", ""]
     file = Path("results/cpu.json") if in_place else Path("build/results/cpu.json")
     assert peaks(root / file) == [3000]
@@ -319,14 +319,18 @@ def test_the_records_of_the_large_scale_go_to_a_file_of_their_own(root, tagged, 
 
 
 def test_a_tagged_cell_that_fails_is_told_and_leaves_no_record(root, capsys):
-    path = save(root / "notebooks" / "03_x.ipynb", recording("03_x"), code("missing", "large"))
+    path = save(
+        root / "notebooks" / "in_depth" / "03_x.ipynb", recording("03_x"), code("missing", "large")
+    )
     (outcome,) = run([path], root=root, cells="large", in_place=True)
     assert (outcome.cell, outcome.error) == (1, "NameError: name 'missing' is not defined")
     assert not (root / "results").exists()
 
 
 def test_a_notebook_without_the_tag_is_told_and_does_not_stop_the_others(root, tagged, capsys):
-    plain = save(root / "notebooks" / "01_plain.ipynb", code("print(1)"), recording("01_plain"))
+    plain = save(
+        root / "notebooks" / "in_depth" / "01_plain.ipynb", code("print(1)"), recording("01_plain")
+    )
     before = plain.read_bytes()
     for in_place in (False, True):
         without, other = run([plain, tagged], root=root, cells="large", in_place=in_place)
@@ -363,6 +367,6 @@ def test_records_of_another_device_do_not_go_to_this_ones_file(root, capsys):
     """With one GPU notebook 05 runs on the CPU: that is no measurement of the GPU."""
     of_gpu = ENVIRONMENT.model_copy(update={"device": "cuda"})
     cells = [recording("03_x", environment=of_gpu), recording("03_x", peak=2000)]
-    run([save(root / "notebooks" / "03_x.ipynb", *cells)], in_place=True, root=root)
+    run([save(root / "notebooks" / "in_depth" / "03_x.ipynb", *cells)], in_place=True, root=root)
     assert peaks(root / "results" / "cpu.json") == [2000]
     assert "1 of its records are not about cpu" in "".join(capsys.readouterr())
