@@ -91,6 +91,7 @@ def _measure(
     recorded = recording.recorded
     measurement = measurement_of(recorded)
     refusals.refuse_nothing_to_train(recorded)
+    counter.leave_out_trials(recorded.spans)
     add_steps(measurement, recorded, counter.counted)
     measurement.holders = holders if measurement.verdict.kind == "creep" else ()
     measurement.losses = tuple(losses) if len(losses) == steps else None

@@ -114,6 +114,7 @@ def _predict(
     found = measurement_of(recorded, _described(gpu))
     refusals.refuse_nothing_to_train(recorded)
     prediction = _prediction(found, gpu, tuple(assumed))
+    counter.leave_out_trials(recorded.spans)
     add_steps(prediction, recorded, counter.counted)
     if gpu is not None:
         prediction.host_columns = _host_ledger(meter, host, recorded).peak_columns()

@@ -73,7 +73,7 @@ def verdict_of(
 
 
 def with_peak(verdict: Verdict, steps: Sequence[Step], peak_bytes: int, moment: int) -> Verdict:
-    """Say where the peak is, if it is in none of the steps.
+    """Say where the peak is, if it is in none of the steps, or in the first one alone.
 
     Args:
         verdict: what the steps say.
@@ -82,6 +82,12 @@ def with_peak(verdict: Verdict, steps: Sequence[Step], peak_bytes: int, moment: 
         moment: when that was (nanoseconds).
     """
     of_steps = [step.peak_bytes for step in steps if step.peak_bytes is not None]
+    if verdict.kind == "steady" and len(of_steps) > 2 and steps[0].peak_bytes == of_steps[0]:
+        others = max(of_steps[1:])
+        if of_steps[0] >= max(peak_bytes, others + LEAST_GROWTH):
+            # A model that was tried out with a backward of its own, for one.
+            words = f" The peak is that of step 1 alone; the others need {format_bytes(others)}."
+            return dataclasses.replace(verdict, sentence=verdict.sentence + words)
     known = verdict.kind in ("building", "unknown")
     inside = any(step.start <= moment < step.end for step in steps)
     if known or inside or not of_steps or peak_bytes <= max(of_steps):

@@ -182,9 +182,15 @@ class watch:  # noqa: N801 - read as a verb: `with watch(model, optimizer) as w:
             recording.observer.seen.look_around(after=True)
             for step in counted:
                 recording.observer.spans.append(Span(step.start, step.end, "step"))
+            recording.builds_in_first_step = self._first_step == 1
             left = references(self._device)
             held = sum(s.nbytes() for reference in left.values() if (s := reference()) is not None)
             recording.__exit__()
+            if self._first_step == 1 and counted:
+                self._counter.leave_out_trials(recording.recorded.spans)
+                counted = self._counter.counted[:]
+                shapes = (shape for step in counted for shape in step.shapes)
+                self._largest = max(map(numbers_in, shapes), default=0)
             measurement = self._stretches.add(recording.recorded, counted)
             measurement.left = left
             if goes_on:

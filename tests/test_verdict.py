@@ -157,3 +157,15 @@ def test_a_peak_outside_all_steps_is_said():
     assert more(300, 15) == ""  # a GPU's counter knows more than the steps do
     assert more(300, 5) == " The peak, 300 B, came before the first step."
     assert more(300, 50).startswith(" The peak, 300 B, came after step 3, in a step that did not")
+
+
+def test_a_peak_of_the_first_step_alone_is_said():
+    def said(peaks):
+        run = steps(peaks, [5 * MiB] * len(peaks))
+        return with_peak(verdict_of(run), run, max(peaks), 0).sentence
+
+    assert said([9 * MiB, 7 * MiB, 8 * MiB]).endswith(
+        " The peak is that of step 1 alone; the others need 8.00 MiB."
+    )
+    assert "alone" not in said([8 * MiB, 8 * MiB, 7 * MiB])
+    assert "alone" not in said([9 * MiB, 8 * MiB])  # one other step says too little

@@ -60,7 +60,8 @@ class Recording:
         self._alive: list[Block] = []
         self._references: list[weakref.ref] = []
         self._steps_begun: int | None = None
-        self._builds_in_first_step = False
+        #: Whether calls that only try the model out are cut off the first step.
+        self.builds_in_first_step = False
         self._nothing_to_train = False
 
     def __enter__(self) -> Recording:
@@ -153,7 +154,7 @@ class Recording:
     def _spans(self, readings: Readings) -> list[Span]:
         spans = [*readings.spans, *self.observer.spans]
         spans = add_compiled_steps(spans, moments_read(self._start))
-        if not self._builds_in_first_step:
+        if not self.builds_in_first_step:
             return spans
         steps = Spans(span for span in spans if span.kind == "step")
         others = [span for span in spans if span.kind != "step"]
@@ -165,7 +166,7 @@ class Recording:
         """Have the steps begin when a model is first called: for a run that builds as it goes. A
         call that only tries the model out is told apart at the end.
         """
-        self._builds_in_first_step = True
+        self.builds_in_first_step = True
         self.observer.on_first_call = self.begin_steps
 
     def begin_steps(self) -> None:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from memlab.ledger import Counted, Shapes
+from memlab.ledger import Counted, Shapes, Span
 from memlab.meters.beside import keywords_of
 from memlab.meters.heap import heap_in_use
 from memlab.meters.live import tensors_in
 
-# The shapes that one step's note has room for: a step may have a thousand micro-batches.
+# The shapes that one step's note has room for, the last ones: it may have a thousand micro-batches.
 _MOST_SHAPES = 64
 
 
@@ -58,7 +59,9 @@ class StepCounter:
         self._by_hand = by_hand
         self._root: int | None = None
         self._has_shapes = False
-        self._shapes: list[tuple[int, ...]] = []
+        #: Of the step that runs: when its calls were, and with what.
+        self._shapes: deque[tuple[int, tuple[int, ...]]] = deque(maxlen=_MOST_SHAPES)
+        self._first_shapes: tuple[tuple[int, tuple[int, ...]], ...] = ()
         self._handles: list = []
 
     def __enter__(self) -> StepCounter:
@@ -83,6 +86,19 @@ class StepCounter:
         """Have the step that runs begin now: what came before built it."""
         self._start = time.time_ns()
 
+    def leave_out_trials(self, spans: Sequence[Span]) -> None:
+        """Take from the first step, which is over, the calls that only tried the model out.
+
+        Args:
+            spans: what ran, the steps among it, as `memlab.ledger.building` cut them.
+        """
+        began = min(span.start for span in spans if span.kind == "step")
+        trials = [span.end for span in spans if span.kind == "module" and span.start < began]
+        if trials:
+            ended = max(trials)
+            shapes = tuple(shape for time, shape in self._first_shapes if time >= ended)
+            self.counted[0] = self.counted[0]._replace(start=began, shapes=shapes)
+
     def end_step(self) -> None:
         """Note that a step is over."""
         self._by_hand = True
@@ -96,7 +112,9 @@ class StepCounter:
 
     def _end(self) -> None:
         now = time.time_ns()
-        shapes = tuple(self._shapes[:_MOST_SHAPES])
+        shapes = tuple(shape for _, shape in self._shapes)
+        if not self.counted:
+            self._first_shapes = tuple(self._shapes)
         self.counted.append(Counted(self.number, self._start, now, shapes, heap_in_use()))
         self._stepped, self._root, self._has_shapes = False, None, False
         self._trained = None
@@ -156,8 +174,8 @@ class StepCounter:
         shapes = tuple(tuple(tensor.shape) for tensor in tensors_in(inputs))[::-1]
         if shapes:
             self._has_shapes = True
-            if len(self._shapes) < _MOST_SHAPES:
-                self._shapes += shapes
+            now = time.time_ns()
+            self._shapes.extend((now, shape) for shape in shapes)
             self._on_call(module, inputs, shapes)
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from memlab import measure, predict, watch
 from memlab.meters.live import tensors_in
 from memlab.meters.steps import StepCounter
 
@@ -170,3 +171,73 @@ def test_what_comes_next_is_known_when_a_step_ends():
     assert [sorted(map(id, tensors_in(each))) for each in coming] == [
         sorted(map(id, batch)) for batch in batches[1:]
     ] + [[]]
+
+
+# Trials: a model is tried out before the first step -----------------------------------------------
+
+TRIAL, STEP = (64, 8), (4, 8)
+
+
+def call_without_gradients(model):
+    model.eval()
+    with torch.no_grad():
+        model(torch.randn(TRIAL))
+        model(torch.randn(TRIAL))
+    model.train()
+
+
+def call_a_part(model):
+    with torch.no_grad():
+        model[0](torch.randn(TRIAL))
+
+
+def call_with_a_graph(model):
+    model(torch.randn(TRIAL)).sum()
+
+
+def gradients_of_inputs(model):
+    inputs = torch.randn(TRIAL, requires_grad=True)
+    torch.autograd.grad(model(inputs).sum(), inputs)
+
+
+def training(trial, many=4):
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trial(model)
+    for _ in range(many):
+        model(torch.randn(STEP)).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        yield
+
+
+TRIALS = (call_without_gradients, call_a_part, call_with_a_graph, gradients_of_inputs)
+
+
+@pytest.mark.parametrize("trial", TRIALS)
+@pytest.mark.parametrize("way", ["watch", "measure", "predict"])
+def test_a_trial_before_the_first_step_belongs_to_building(way, trial):
+    if way == "watch":
+        with watch() as w:
+            for _ in training(trial):
+                pass
+        measured = w.measurement
+    elif way == "measure":
+        measured = measure(training, steps=3, trial=trial)
+    else:
+        measured = predict(training, steps=3, device="cpu", progress=False, trial=trial)
+    first, *others = measured.steps
+    # (A part of a model that was called first is what shows the shapes of its step.)
+    assert [step.shapes for step in measured.steps] == [(STEP,)] * len(measured.steps)
+    assert first.peak_bytes <= max(step.peak_bytes for step in others)
+    assert measured.verdict.kind == "building"
+
+
+def test_a_batch_that_is_smaller_than_the_trials_is_recorded_if_it_is_the_largest():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with watch(every=1_000) as w:
+        call_without_gradients(model)
+        train(model, optimizer, [4] * 200)
+        train(model, optimizer, [32])
+    assert w.measurement.steps[200].peak_bytes is not None
