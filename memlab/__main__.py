@@ -10,6 +10,7 @@ from pathlib import Path
 import memlab
 from memlab import commands, receipt, results, script
 from memlab.course import doctor, documents, notebook, run, tables
+from memlab.watch import EVERY
 from memlab.workloads.scale import scale
 
 
@@ -29,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 report=asked.report,
                 save=asked.save,
                 lines=asked.lines,
+                every=asked.every,
             )
         if asked.command in commands.COMMANDS:
             return commands.run_command(asked)
@@ -131,6 +133,13 @@ def _add_commands_of_receipts(known) -> None:
     )
     run_parser.add_argument(
         "--lines", action="store_true", help="say which lines made most of the peak (slower)"
+    )
+    run_parser.add_argument(
+        "--every",
+        type=int,
+        default=EVERY,
+        metavar="N",
+        help=f"record two of so many steps in full (default: {EVERY}; 1: all, slower)",
     )
     run_parser.add_argument(
         "--report", type=Path, metavar="FILE", help="write the receipt as one HTML page"

@@ -36,8 +36,8 @@ def notes_on_steps(steps: Sequence[Step], kind: str) -> list[str]:
     recorded = sum(step.peak_bytes is not None for step in steps)
     if 0 < recorded < len(steps):
         notes.append(
-            f"recorded in full: {recorded} of {len(steps)} steps; the peak is theirs, the others"
-            " may have needed more"
+            f"recorded in full: {recorded} of {len(steps)} steps, because each costs time and"
+            " memory (all of them: every=1); the peak is theirs, the others may have needed more"
         )
     host = host_growth(steps)
     if host and kind == "creep":

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from memlab.holders import Holder, find_holders
 from memlab.ledger import Block
 from memlab.measurement import Measurement
+from memlab.meters.refusals import OverBudget
 from memlab.receipt import groups
 from memlab.units import format_bytes
 
@@ -157,7 +158,13 @@ def out_of_memory(measurement: Measurement, error: BaseException | None = None) 
     largest = max(measurement.columns, key=measurement.columns.get)
     size = format_bytes(measurement.columns[largest])
     alive = measurement.ledger.alive_at(measurement.ledger.peak_time)
-    lines = [f"The largest column at the peak is {largest.replace('_', ' ')}, {size}:"]
+    lines = []
+    if isinstance(error, OverBudget) and measurement.peak_bytes > error.limit and error.asked:
+        lines.append(
+            f"The peak is over the budget of {format_bytes(error.limit)}: it counts also the"
+            f" {format_bytes(error.asked)} that were asked for and refused."
+        )
+    lines.append(f"The largest column at the peak is {largest.replace('_', ' ')}, {size}:")
     for group in groups(block for block in alive if block.column == largest)[:3]:
         lines.append(f"  {group}, {group.place or 'from before'}")
     lines += [f"  held by {holder}" for holder in _holders(measurement, largest)]
@@ -165,7 +172,8 @@ def out_of_memory(measurement: Measurement, error: BaseException | None = None) 
     if line:
         lines.append(f"It ran out at {line}")
     lines.append("What would take bytes away (each at most, from this peak):")
-    lines += [f"  {remedy}" for remedy in remedies(measurement)[:4]]
+    worth = [each for each in remedies(measurement) if each.bytes * 100 >= measurement.peak_bytes]
+    lines += [f"  {remedy}" for remedy in worth[:4]]
     return lines
 
 

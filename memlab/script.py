@@ -20,7 +20,7 @@ from memlab.budget import budget
 from memlab.delivery import deliver
 from memlab.remedies import out_of_memory
 from memlab.units import format_bytes, parse_bytes
-from memlab.watch import watch
+from memlab.watch import EVERY, watch
 
 
 def run_script(
@@ -32,6 +32,7 @@ def run_script(
     report: Path | None = None,
     save: Path | None = None,
     lines: bool = False,
+    every: int = EVERY,
 ) -> int:
     """Run a script as Python would, watch all of it, and print its receipt.
 
@@ -43,6 +44,7 @@ def run_script(
         report: where to write the receipt as one HTML page.
         save: where to keep the receipt (`memlab.receipt`).
         lines: whether to say which lines of the script made most of the peak. Costs some time.
+        every: of so many steps two are recorded in full (`memlab.watch`).
 
     Returns:
         The exit status that the script would have had: 1 after an exception, 130 after Control-C.
@@ -50,14 +52,14 @@ def run_script(
 
     Raises:
         FileNotFoundError: there is no such script.
-        ValueError: there is no such module, or the budget is not a size.
+        ValueError: there is no such module, the budget is not a size, or `every` no number.
     """
     main, code = _load(script, as_module)
     limit = None if size is None else parse_bytes(size)
     # What the script made has to be alive until the end: that is how memlab sees who holds what.
     # So its module and, after an error, its frames are held here.
     with _as_main(main, script, arguments):
-        with watch(lines=lines) as watched:
+        with watch(lines=lines, every=every) as watched:
             error = _run(code, main, limit)
         status = _say_error(error)
         try:

@@ -17,5 +17,6 @@ def test_what_was_not_recorded_and_what_the_host_keeps():
     assert notes_on_steps(steps([90, 100], [50, 50]), "steady") == []
     run = steps_that_leave(40_000)
     [recorded] = notes_on_steps(run, "steady")  # the verdict says the rest
-    assert recorded.startswith("recorded in full: 2 of 19 steps")
+    assert recorded.startswith("recorded in full: 2 of 19 steps, because each costs time")
+    assert "every=1" in recorded
     assert notes_on_steps(run, "creep")[1:] == ["host: 39.06 KiB more on the heap after each step"]

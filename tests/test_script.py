@@ -13,6 +13,7 @@ import pytest
 from memlab import __main__ as commands
 from memlab import receipt
 from memlab.script import run_script
+from memlab.units import parse_bytes
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -134,9 +135,22 @@ def test_over_a_budget_the_receipt_says_where_and_what_would_help(folder):
     err = run_alone(folder, "--budget", "4 MiB", "--report", "report.html", status=1).stderr
     assert "OverBudget: out of memory: the budget is 4.00 MiB" in err
     assert "The largest column at the peak is activations" in err
+    together, counted = re.search(r"asked for, (.*) together, by column: (.*)\.", err).groups()
+    sizes = [parse_bytes(size) for size in re.findall(r"[\d.]+ (?:B|KiB|MiB)", counted)]
+    assert sum(sizes) == pytest.approx(parse_bytes(together), rel=0.01)
+    assert "over the budget of 4.00 MiB: it counts also the" in err
+    assert "next cell" not in err  # that is advice for a notebook
     assert "It ran out at train.py:5: layers(x).mean().backward()" in err
     assert re.search(r"up to 1\.\d\d MiB of activations: two micro-batches", err)
     assert "What would take bytes away" in (folder / "report.html").read_text()
+
+
+def test_every_step_is_recorded_where_that_is_asked_for(folder, capsys):
+    write(folder / "train.py", TRAIN.replace("range(3)", "range(150)"))
+    assert commands.main(["run", "train.py"]) == 0
+    assert "of 150 steps, because each costs time" in capsys.readouterr().err
+    assert commands.main(["run", "--every", "1", "train.py"]) == 0
+    assert "recorded in full" not in capsys.readouterr().err
 
 
 def test_the_lines_are_said_that_made_most_and_which_of_them_grows(folder, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from memlab.holders.roots import notebook
 from memlab.holders.way import LISTS, Place, Way, is_of_last_error
 from memlab.holders.words import place_of_thing
 
@@ -33,7 +34,8 @@ def line_that_frees(way: Way, place: Place) -> str | None:
         return root_frees if len(way.things) == 2 else _instead_of(way.things[1])
     if place.kind == "traceback":
         if is_of_last_error(way.things[1]):
-            return NEXT_ERROR
+            # A script that failed has no next error and no next cell.
+            return NEXT_ERROR if notebook() is not None else None
         # An exception that has a name: the frames, tracebacks and other exceptions are below it.
         return root_frees if issubclass(type(way.things[-1]), BaseException) else None
     if place.kind in ("list", "dict"):

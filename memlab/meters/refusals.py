@@ -67,10 +67,13 @@ class OverBudget(torch.OutOfMemoryError):
         alive = ", ".join(
             f"{name} {format_bytes(columns[name])}" for name in COLUMNS if columns[name]
         )
+        counted = "Alive"
+        if asked is not None and not measured:
+            counted = "What was alive and what was asked for"
         largest = max(COLUMNS, key=lambda name: columns[name])
         super().__init__(
             f"out of memory: the budget is {format_bytes(limit)}. {place}{detail}.\n"
-            f"Alive by column: {alive}.\n"
+            f"{counted}, {format_bytes(sum(columns.values()))} together, by column: {alive}.\n"
             f"The largest column is {largest}. Try {ADVICE[largest]}."
         )
 

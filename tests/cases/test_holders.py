@@ -1,6 +1,7 @@
 """Who holds the memory: the cases C1 and C15."""
 
 import gc
+import sys
 import textwrap
 
 import nbformat
@@ -164,3 +165,22 @@ def test_c15_a_notebook_holds_what_a_cell_returned_and_what_failed(tmp_path):
         on_print=lambda line: None,
     )
     assert error == ""
+
+
+def test_c15_a_script_that_failed_has_no_next_cell(monkeypatch):
+    """`memlab run` looks at the error that ended a script, as Python's `-i` would."""
+    addresses = []
+
+    def failed():
+        hidden = torch.ones(5)
+        addresses.append(hidden.data_ptr())
+        raise ValueError
+
+    try:
+        failed()
+    except ValueError as error:
+        monkeypatch.setattr(sys, "last_value", error, raising=False)
+        monkeypatch.setattr(sys, "last_traceback", error.__traceback__, raising=False)
+    [holder] = find_holders(addresses, device="cpu")
+    assert holder.kind == "traceback" and "kept by the last error" in holder.path
+    assert holder.frees is None
