@@ -238,7 +238,7 @@ def test_the_budget_raises_on_the_gpu_as_on_the_cpu(warm):
             build(batch=1024)()()
     message = str(caught.value)
     assert "out of memory: the budget is" in message
-    assert "Alive by column: " in message and "parameters" in message
+    assert "together, by column: " in message and "parameters" in message
     assert "The largest column is" in message and "Try " in message
     assert "An operator in " in message  # the module, as far as it had got
     assert torch.cuda.get_per_process_memory_fraction(CUDA) == fraction
