@@ -13,6 +13,7 @@ Nothing here imports torch, so every rule can be tested with a handful of made-u
 
 from memlab.ledger.backward import activations_at_backward
 from memlab.ledger.blocks import COLUMNS, Block, Event, format_type, lives
+from memlab.ledger.buckets import BUCKET
 from memlab.ledger.labels import build_ledger
 from memlab.ledger.ledger import Ledger, Timeline
 from memlab.ledger.observations import FROM_LOADER, PRIORITY, Observation, rank_of
@@ -21,6 +22,7 @@ from memlab.ledger.spans import Span, Spans
 from memlab.ledger.steps import Counted, Shapes, Step, left_by, numbers_in, steps_in
 
 __all__ = [
+    "BUCKET",
     "COLUMNS",
     "FROM_LOADER",
     "PHASES",

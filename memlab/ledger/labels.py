@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 
 from memlab.ledger.blocks import Block, Event, lives
+from memlab.ledger.buckets import tell_buckets
 from memlab.ledger.kept import mark_kept
 from memlab.ledger.ledger import Ledger
 from memlab.ledger.lines import note_lines
@@ -59,6 +60,7 @@ def build_ledger(
         # The record does not begin within a step: what autograd made before is left from another.
         for block in alive:
             block.column = "kept" if block.column == "activations" else block.column
+    tell_buckets(blocks, alive, spans)
     unseen = [block for block in blocks if block.column not in PRIORITY]
     _label_by_life(unseen, found, spans)
     mark_kept(unseen, found, spans, loose)

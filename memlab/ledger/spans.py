@@ -14,9 +14,10 @@ FOREVER = 2**63 - 1
 class Span(NamedTuple):
     """Something ran from `start` to `end` (nanoseconds).
 
-    `kind` is `"module"`, `"operator"`, `"backward"` (autograd evaluating one node), `"optimizer"`
-    or `"step"`. `sequence` is autograd's number of the forward operator, which its backward node
-    carries too (-1: none). For a module it is 0 if it ran with gradients enabled, else -1.
+    `kind` is `"module"`, `"operator"`, `"backward"` (autograd evaluating one node), `"optimizer"`,
+    `"step"` or `"reducer"` (where `DistributedDataParallel` may make its buckets). `sequence` is
+    autograd's number of the forward operator, which its backward node carries too (-1: none). For a
+    module it is 0 if it ran with gradients enabled, else -1.
     """
 
     start: int

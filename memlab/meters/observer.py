@@ -26,6 +26,7 @@ from memlab.meters.compiled import note_read
 from memlab.meters.lines import Lines
 from memlab.meters.live import tensors_in
 from memlab.meters.loaders import batches_shown
+from memlab.meters.reducers import Reducers
 from memlab.meters.sightings import Sightings
 
 
@@ -57,7 +58,8 @@ class Observer:
         self._optimizer_started: dict[int, int] = {}
         self._handles: list = []
         self._lines = Lines() if lines else contextlib.nullcontext()
-        self._loaders = batches_shown(self._see_batch)
+        self._reducers = Reducers(self.spans.append)
+        self._patches = contextlib.ExitStack()
 
     def __enter__(self) -> Observer:
         self._handles = [
@@ -70,11 +72,12 @@ class Observer:
             register_optimizer_step_post_hook(self._leave_optimizer),
         ]
         self._lines.__enter__()
-        self._loaders.__enter__()
+        self._patches.enter_context(batches_shown(self._see_batch))
+        self._patches.enter_context(self._reducers.seen())
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._loaders.__exit__(None, None, None)
+        self._patches.close()
         self._lines.__exit__(*exception)
         self.spans += getattr(self._lines, "spans", ())
         for handle in self._handles:
@@ -109,6 +112,8 @@ class Observer:
         if not self.stack and not runs_again:
             self.last_call = now
             self.first_call = self.first_call or now
+        if self._record:
+            self._reducers.entered(module, now)
         self.stack.append((name, now, id(module)))
         self.forward_with_grad |= torch.is_grad_enabled()
         self.seen.see_module(module, name)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from memlab.ledger import Ledger
+from memlab.ledger import BUCKET, Ledger
 from memlab.meters.heap import heap_in_use
 from memlab.meters.live import live_storages
 from memlab.meters.recording import Recording
+from memlab.meters.reducers import bucket_bytes
 from memlab.units import KiB
 
 #: Less than this is what a heap breathes.
@@ -26,13 +27,20 @@ class Unseen:
 
     def __init__(self, device: torch.device):
         self._device = device
-        self._bytes = 0
+        self._bytes: int | None = None  # not known yet
         self._heap: int | None = None
 
     def note_in(self, recording: Recording) -> None:
         """Count it in a recording that has just begun."""
-        if self._bytes:
-            recording.note_unseen(self._bytes, "kept", "a graph's, or what else C++ holds")
+        buckets = bucket_bytes(self._device)
+        rest = 0
+        if self._bytes is not None:
+            buckets = min(buckets, self._bytes)
+            rest = self._bytes - buckets
+        if buckets:
+            recording.note_unseen(buckets, "gradients", BUCKET)
+        if rest:
+            recording.note_unseen(rest, "kept", "a graph's, or what else C++ holds")
         heap = self._heap_beside()
         if heap is not None and self._heap is not None and heap - self._heap >= LEAST_BY_HEAP:
             name = "from steps not recorded in full, by the heap"

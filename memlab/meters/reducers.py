@@ -1,0 +1,79 @@
+"""The buckets of `DistributedDataParallel`: what its reducer sums over the ranks, as large as all
+gradients. C++ holds them, so no tensor of Python shows them; it is known when they are made.
+
+Source: https://docs.pytorch.org/docs/stable/notes/ddp.html, "Internal Design".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from memlab.ledger import Span
+from memlab.meters.live import live_objects
+
+_listening: list[Callable[[Span], None]] = []
+
+
+class Reducers:
+    """Tells when buckets may be made: while the wrapper is built and, once, at the beginning of its
+    second forward, in the order in which gradients came.
+
+    Args:
+        note: called with each such span, of the kind "reducer".
+    """
+
+    def __init__(self, note: Callable[[Span], None]):
+        self._note = note
+        self._entered = 0
+
+    def entered(self, module: torch.nn.Module, now: int) -> None:
+        """A module is called: what its wrapper did before is over."""
+        if self._entered:
+            self._note(Span(self._entered, now, "reducer"))
+        self._entered = now if isinstance(module, DistributedDataParallel) else 0
+
+    @contextlib.contextmanager
+    def seen(self) -> Iterator[None]:
+        """Inside, see also those that are built."""
+        if not _listening:
+            DistributedDataParallel.__init__ = _timed(DistributedDataParallel.__init__)
+        _listening.append(self._note)
+        try:
+            yield
+        finally:
+            # Those who listen may leave in any order: a watch ends inside a budget.
+            _listening.remove(self._note)
+            if not _listening:
+                DistributedDataParallel.__init__ = DistributedDataParallel.__init__.__wrapped__
+
+
+def _timed(build: Callable) -> Callable:
+    @functools.wraps(build)
+    def __init__(wrapper: DistributedDataParallel, *args: object, **kwargs: object) -> None:
+        start = time.time_ns()
+        build(wrapper, *args, **kwargs)
+        for note in list(_listening):
+            note(Span(start, time.time_ns(), "reducer"))
+
+    return __init__
+
+
+def bucket_bytes(device: torch.device) -> int:
+    """The bytes of the buckets that are there now and that no tensor shows.
+
+    Args:
+        device: whose bytes.
+    """
+    total = 0
+    for wrapper in live_objects(DistributedDataParallel):
+        with contextlib.suppress(Exception):  # one that is just being built
+            trained = [p for p in wrapper.parameters() if p.requires_grad and p.device == device]
+            shown = wrapper.gradient_as_bucket_view and any(p.grad is not None for p in trained)
+            total += 0 if shown else sum(p.numel() * p.element_size() for p in trained)
+    return total

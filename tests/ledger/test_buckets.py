@@ -1,0 +1,34 @@
+"""The buckets of DistributedDataParallel, from blocks and spans alone."""
+
+from memlab.ledger import BUCKET, Block, Event, Span, build_ledger
+from memlab.ledger.buckets import tell_buckets
+from memlab.ledger.spans import Spans
+
+REDUCER = Spans([Span(10, 20, "reducer")])
+
+
+def told(**changes):
+    block = Block(**{"bytes": 64, "address": 1, "born": 12, "operator": "aten::empty"} | changes)
+    before = Block(64, -1, 0, column="gradients", name=BUCKET)
+    tell_buckets([block], [before], REDUCER)
+    return block.column, block.name, before.died
+
+
+def test_what_the_reducer_asks_for_and_keeps_is_a_bucket_and_ends_the_one_before():
+    assert told() == ("gradients", BUCKET, 12)
+    assert told(column="gradients") == ("gradients", BUCKET, 12)  # a gradient is a view of it
+
+
+def test_all_else_is_none():
+    nothing = Block(1, 1, 0).column, "", None
+    assert told(born=9) == nothing
+    assert told(died=19) == nothing
+    assert told(operator="aten::mm") == nothing
+    assert told(column="parameters") == ("parameters", "", None)
+
+
+def test_what_was_sent_is_gone_though_nobody_saw_it_go():
+    events = [Event(12, 1, 64)]
+    spans = [Span(11, 13, "operator", "aten::flatten_dense_tensors"), *REDUCER]
+    ledger, _ = build_ledger(events, spans=spans, start=0, end=100)
+    assert [(block.column, block.died) for block in ledger.blocks] == [("temporaries", 20)]
