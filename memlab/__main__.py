@@ -54,6 +54,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _read(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The command with its options, and what comes after `--`: the arguments of the script."""
     parser = _parser()
+    if arguments[:1] in (["predict"], ["solve"], ["plan"]):
+        asked, unknown = parser.parse_known_args(arguments)
+        if unknown:
+            parser.error(
+                f"memlab {asked.command} does not know {' '.join(unknown)!r}. An option of the"
+                " run's own is written --option NAME=VALUE, such as --option batch=8"
+            )
+        return asked, []
     if arguments[:1] != ["run"]:
         return parser.parse_args(arguments), []
     end = arguments.index("--") if "--" in arguments else len(arguments)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -85,8 +86,9 @@ def predict(
     card = None
     if device != "cpu":
         card = gpu if isinstance(gpu, GPU) else find_gpu(gpu)
+    new_allocator = _new_allocator(allocator)
     with objects_set_aside(), fake_ranks(ranks):
-        return _predict(run, options, steps, card, _allocator(allocator), progress)
+        return _predict(run, options, steps, card, new_allocator, progress)
 
 
 def _predict(
@@ -94,12 +96,12 @@ def _predict(
     options: Mapping[str, object],
     steps: int,
     gpu: GPU | None,
-    allocator: Allocator,
+    new_allocator: Callable[..., Allocator],
     progress: bool,
 ) -> Prediction:
     assumed: dict[str, None] = {}
     device = torch.device("cuda", 0) if gpu is not None else _HOST
-    meter = fake_meter.Meter(device, gpu, assumed.setdefault, allocator)
+    meter = fake_meter.Meter(device, gpu, assumed.setdefault, new_allocator())
     recording = Recording(device, meter=meter)
     counter = StepCounter(by_hand=True)
     host = Observer(_HOST)
@@ -115,6 +117,7 @@ def _predict(
     refusals.refuse_nothing_to_train(recorded)
     prediction = _prediction(found, gpu, tuple(assumed))
     counter.leave_out_trials(recorded.spans)
+    prediction.requests, prediction.new_allocator = tuple(meter.requests), new_allocator
     add_steps(prediction, recorded, counter.counted)
     if gpu is not None:
         prediction.host_columns = _host_ledger(meter, host, recorded).peak_columns()
@@ -169,12 +172,12 @@ def unknown_operators_named() -> Iterator[None]:
         ) from error
 
 
-def _allocator(settings: str | None) -> Allocator:
+def _new_allocator(settings: str | None) -> Callable[..., Allocator]:
     if settings is None:
         new, old = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
         settings = os.environ.get(new) or os.environ.get(old) or ""
     parsed = Settings.parse(settings) if settings else Settings()
-    return Allocator(parsed, ties=Ties.of(torch.__version__))
+    return functools.partial(Allocator, parsed, ties=Ties.of(torch.__version__))
 
 
 def _prediction(found: Measurement, gpu: GPU | None, notes: tuple[str, ...]) -> Prediction:

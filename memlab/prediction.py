@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from memlab.measurement import Measurement
+from memlab.meters.allocator import Allocator, OutOfMemory
 from memlab.meters.gpus import GPU, find_gpu
 from memlab.units import format_bytes, parse_bytes
 
@@ -18,12 +20,15 @@ class Fit:
         needed_bytes: what the process needs: reserved, workspaces, an estimate of CUDA's context.
         free_bytes: what the GPU has, less what others use.
         reserved_bytes: of `needed_bytes`, without the estimate.
+        gives_back: whether it fits only because the allocator, when memory runs short, gives back
+            to the driver what it has cached. That costs time.
     """
 
     gpu: str
     needed_bytes: int
     free_bytes: int
     reserved_bytes: int
+    gives_back: bool = False
 
     @property
     def margin_bytes(self) -> int:
@@ -36,6 +41,11 @@ class Fit:
     def __str__(self) -> str:
         needed, free = format_bytes(self.needed_bytes), format_bytes(self.free_bytes)
         margin = format_bytes(abs(self.margin_bytes))
+        if self.gives_back:
+            return (
+                f"just fits {self.gpu}: {needed} of {free}, {margin} left, and the allocator has to"
+                " give cached blocks back on the way, which costs time (predicted)"
+            )
         if self:
             return f"fits {self.gpu}: {needed} of {free}, {margin} left (predicted)"
         return f"does not fit {self.gpu}: {needed} of {free}, {margin} too much (predicted)"
@@ -51,11 +61,15 @@ class Prediction(Measurement):
         gpu: the GPU that is predicted (None: the CPU).
         host_columns: bytes by column on the host, at their own peak.
         notes: what had to be assumed, each once.
+        requests: what the GPU's allocator was asked for, as `Allocator.replay` takes it.
+        new_allocator: makes an allocator with the settings of this prediction.
     """
 
     gpu: GPU | None = None
     host_columns: dict[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    requests: tuple[tuple[str, int, int, int], ...] = field(default=(), repr=False)
+    new_allocator: Callable[..., Allocator] = field(default=Allocator, repr=False)
 
     @property
     def is_predicted(self) -> bool:
@@ -85,6 +99,10 @@ class Prediction(Measurement):
     def fits(self, gpu: str | None = None, *, in_use: int | str = 0) -> Fit:
         """Say whether it fits.
 
+        Where what was reserved without a limit is too much, and what is allocated is not, the same
+        requests are made once more of an allocator with this limit: it gives cached segments back
+        before it fails.
+
         Args:
             gpu: a name ("RTX 4090") or a size ("24 GiB"); None: the GPU that was predicted.
             in_use: what others hold on it, a desktop for example ("1 GiB").
@@ -106,7 +124,29 @@ class Prediction(Measurement):
             reserved += count * (found.workspace_bytes - self.gpu.workspace_bytes)
             needed = reserved + found.context_bytes
         free = found.memory_bytes - (parse_bytes(in_use) if in_use else 0)
+        enough = needed <= free
+        context = needed - reserved
+        if not enough and self.peak_bytes <= free - context:
+            within = self._reserved_within(free - context, found.workspace_bytes)
+            if within is not None:
+                return Fit(found.name, within + context, free, within, gives_back=True)
         return Fit(found.name, needed, free, reserved)
+
+    def _reserved_within(self, limit: int, workspace_bytes: int) -> int | None:
+        """Bytes reserved at the most where the driver has no more than `limit`; None: too few."""
+        if not self.requests:
+            return None
+        allocator = self.new_allocator(limit=limit)
+        # The workspaces have negative addresses.
+        requests = (
+            (action, address, workspace_bytes if address < 0 else size, stream)
+            for action, address, size, stream in self.requests
+        )
+        try:
+            allocator.replay(requests)
+        except OutOfMemory:
+            return None
+        return allocator.peak_reserved_bytes
 
     def _notes(self) -> list[str]:
         notes = []

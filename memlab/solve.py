@@ -221,6 +221,8 @@ def _check(
         whole = isinstance(value, int) and not isinstance(value, bool)
         if not whole and not (name == "high" and value is None):
             raise ValueError(f"{name} has to be a whole number, not {value!r}")
+    if low < 0:
+        raise ValueError(f"low has to be at least 0, not {low}: it is a size or a number of things")
     if high is not None and low > high:
         raise ValueError(f"low has to be at most high, and they are {low} and {high}")
     if high is None and low > BOUND:

@@ -6,7 +6,7 @@ from torch import nn
 
 from memlab import compare, measure, predict
 from memlab.meters.gpus import find_gpu
-from memlab.units import GiB
+from memlab.units import GiB, MiB
 
 
 def train():
@@ -78,3 +78,25 @@ def test_beside_a_measurement_it_is_outlined_and_called_predicted(prediction):
     assert "after, predicted" in figure.alt
     below = {axes.get_title(loc="left"): axes.get_xlabel() for axes in figure.axes[1:]}
     assert "seconds" in below["before"] and "no time" in below["after, predicted"]
+
+
+def test_what_is_only_cached_is_given_back_before_it_fails():
+    def train():
+        weight = torch.nn.Parameter(torch.ones(1, device="cuda"))
+        while True:
+            for megabytes in (32, 64):
+                blocks = [torch.empty(megabytes * MiB, dtype=torch.uint8, device="cuda")]
+                blocks += [torch.empty_like(blocks[0]) for _ in range(640 // megabytes - 1)]
+                del blocks
+            loss = weight.sum()
+            loss.backward()
+            yield loss
+
+    prediction = predict(train, gpu="T4", progress=False)
+    context = prediction.gpu.context_bytes
+    assert prediction.allocated_bytes < 641 * MiB < 1280 * MiB <= prediction.reserved_bytes
+    assert prediction.fits(1290 * MiB + context) and not prediction.fits(600 * MiB + context)
+    fit = prediction.fits(800 * MiB + context)
+    assert fit and fit.gives_back and "cached blocks" in str(fit)
+    assert 640 * MiB <= fit.reserved_bytes <= 800 * MiB
+    assert fit.needed_bytes == fit.reserved_bytes + context

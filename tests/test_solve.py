@@ -90,6 +90,7 @@ def test_an_error_of_the_run_says_which_value_was_tried():
         ({"field": 3}, "name of one of the run's options"),
         ({"batch": 3}, "batch=3 was given, and batch is what is searched for"),
         ({"low": 1.5}, "low has to be a whole number, not 1.5"),
+        ({"low": -5}, "low has to be at least 0, not -5"),
         ({"low": True}, "low has to be a whole number, not True"),
         ({"high": "many"}, "high has to be a whole number, not 'many'"),
         ({"low": 9, "high": 3}, "at most high, and they are 9 and 3"),

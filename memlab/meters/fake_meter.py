@@ -67,6 +67,9 @@ class Meter:
         self.allocator = allocator or Allocator()
         self._gpu = gpu
         self._events: dict[str, list[Event]] = {"cuda": [], "cpu": []}
+        #: What the allocator was asked for, as `Allocator.replay` takes it; workspaces have
+        #: negative addresses.
+        self.requests: list[tuple[str, int, int, int]] = []
         self._places: dict[int, int] = {}
         self._seen: list[Observation] = []
         self._with_workspace: set[str] = set()
@@ -140,6 +143,7 @@ class Meter:
             size = rounded if size > 0 else -rounded
             if size > 0:
                 self._places[made.address] = self.allocator.allocate(made.size)
+                self.requests.append(("alloc", made.address, made.size, 0))
                 self._told_allocated = max(self._told_allocated, self.allocator.allocated_bytes)
                 self._told_reserved = max(self._told_reserved, self.allocator.reserved_bytes)
                 if self.allocator.allocated_bytes > self._peak:
@@ -147,6 +151,7 @@ class Meter:
                     self._workspaces_at_peak = self._workspace_bytes
             else:
                 self.allocator.free(self._places.pop(made.address))
+                self.requests.append(("free", made.address, 0, 0))
         events.append(Event(made.time, made.address, size))
         if size > 0 and device == self.device.type:
             seen = Observation(made.time, made.address, "", "", made.dtype, made.shape)
@@ -162,6 +167,8 @@ class Meter:
         if thread not in self._with_workspace:
             self._with_workspace.add(thread)
             self.allocator.allocate(self._gpu.workspace_bytes)
+            address = -len(self._with_workspace)
+            self.requests.append(("alloc", address, self._gpu.workspace_bytes, 0))
 
     def _memory(self) -> SimpleNamespace:
         allocator = self.allocator
@@ -170,9 +177,13 @@ class Meter:
             reserved=allocator.reserved_bytes,
             peak_allocated=self._told_allocated,
             peak_reserved=self._told_reserved,
-            empty_cache=allocator.empty_cache,
+            empty_cache=self._empty_cache,
             reset_peak=self._reset_told,
         )
+
+    def _empty_cache(self) -> None:
+        self.allocator.empty_cache()
+        self.requests.append(("segment_unmap", 0, 0, 0))
 
     def _reset_told(self) -> None:
         self._told_allocated = self.allocator.allocated_bytes

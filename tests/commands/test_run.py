@@ -127,6 +127,14 @@ def test_wrong_input_is_said_and_is_status_2(arguments, said, capsys):
     assert said in shown and "Traceback" not in shown
 
 
+def test_an_option_of_the_run_is_not_one_of_the_command(capsys):
+    with pytest.raises(SystemExit) as end:
+        commands.main(["predict", "train.py:train", "--batch", "4"])
+    assert end.value.code == 2
+    shown = capsys.readouterr().err
+    assert "'--batch 4'" in shown and "--option batch=8" in shown
+
+
 def test_the_command_memlab_is_the_same():
     project = tomllib.loads(Path(__file__).parents[2].joinpath("pyproject.toml").read_text())
     place = project["project"]["scripts"]["memlab"]
