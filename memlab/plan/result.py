@@ -73,7 +73,9 @@ class Plan:
         rows = []
         for rung in self.rungs:
             needs = format_bytes(rung.needed_bytes)
-            took = "" if rung.took_bytes is None else format_bytes(rung.took_bytes)
+            took = "" if rung.switch is None else "-"
+            if rung.took_bytes is not None:
+                took = format_bytes(rung.took_bytes)
             switch = BY_NAME.get(rung.switch)
             rows.append(
                 {
@@ -109,7 +111,10 @@ class Plan:
     def _footnotes(self) -> list[str]:
         lines = []
         if not all(rung.predicted for rung in self.rungs):
-            lines.append("* by formula: weights, gradients and state alone are too large")
+            lines.append(
+                "* by formula: weights, gradients and state alone are too large. What a switch took"
+                " off is said between two predictions (every=True predicts all)"
+            )
         if self.switches:
             lines.append(
                 f"time of a step: measured in {NOTEBOOK} ({MODEL}; {RECORDS}), at its place there"

@@ -6,7 +6,8 @@ What is predicted is this text, executed. So the lines that a plan prints are th
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+
+from .loop import Model, loop_of
 
 #: What each switch needs, by the module under memlab.techniques.
 _IMPORTS = {
@@ -17,33 +18,19 @@ _IMPORTS = {
     "8-bit AdamW": ("lean_optimizers", ["AdamW8bit"]),
     "micro-batches": ("gradient_accumulation", ["accumulate_gradients", "split_batch"]),
     "optimizer in backward": ("gradient_accumulation", ["optimizer_in_backward"]),
-    "activations far": ("offloading", ["offload_activations"]),
-    "state far": ("offloading", ["offload_optimizer_state"]),
+    "activation offloading": ("offloading", ["offload_activations"]),
+    "optimizer state offloading": ("offloading", ["offload_optimizer_state"]),
+    "parameter offloading": ("offloading", ["stream_parameters"]),
 }
+
+#: Of weights on the host, too, the state is beside a GPU and not a CPU.
+_ZEROS_ON_HOST = (
+    "def zeros_on_host(*size, dtype=None, device=None):",
+    '    return far_zeros(*size, dtype=dtype, device="cuda")',
+)
 
 #: Parameters from which on a model is large.
 _LARGE = 10**9
-
-
-@dataclass(frozen=True)
-class Model:
-    """A model that is to be trained, and how a script makes it.
-
-    Attributes:
-        name: what people call it.
-        config_source: the expression that gives its configuration.
-        auto_class: the class of transformers that builds it.
-        sixteen_bits: whether its weights are published in 16 bits.
-        parameters: how many numbers it has, shared ones once.
-        images: whether it takes images; else tokens.
-    """
-
-    name: str
-    config_source: str
-    auto_class: str
-    sixteen_bits: bool
-    parameters: int
-    images: bool = False
 
 
 def script_of(
@@ -68,11 +55,14 @@ def script_of(
         Python source with a function `train`, a run.
     """
     on = set(switches)
+    if "parameter offloading" in on:
+        on.discard("optimizer in backward")  # the gradients wait on the host, too
     lines = _imports(model, on, lora)
     lines += ["", "", *_optimizer(on, model)]
     lines += ["", "", "def train():", *_indented(_model(model, on, micro_batch, lora))]
     lines += ["", *_indented(_attached(on))]
-    lines += ["", *_indented(_loop(model, on, batch, sequence, micro_batch))]
+    loop = loop_of(model, on, batch, sequence, micro_batch, _sixteen_bits(model, on))
+    lines += ["", *_indented(loop)]
     lines += ["", "", 'if __name__ == "__main__":', "    for loss in train():"]
     lines += ["        print(float(loss))", ""]
     return "\n".join(lines)
@@ -95,7 +85,7 @@ def _imports(model: Model, on: set[str], lora: int | None) -> list[str]:
     if "8-bit AdamW" in on:
         modules.pop("low_precision", None)
         modules["low_precision"] = ["stochastic_round"] if _sixteen_bits(model, on) else []
-        if "state far" in on:
+        if "optimizer state offloading" in on:
             modules["offloading"].remove("offload_optimizer_state")
             modules["offloading"].append("far_zeros")
     from_memlab = model.config_source.startswith("hugging_face_config")
@@ -125,8 +115,9 @@ def _optimizer(on: set[str], model: Model) -> list[str]:
         options = ["lr=1e-5", *slices]
         if _sixteen_bits(model, on):
             options.append("rounding=stochastic_round")
-        if "state far" in on:
-            options.append("zeros=far_zeros")
+        if "optimizer state offloading" in on:
+            options.append("zeros=zeros_on_host")
+            lines = [*_ZEROS_ON_HOST, "", "", *lines]
         return [*lines, f"    return AdamW8bit(parameters, {', '.join(options)})"]
     if "BF16 weights" in on:
         options = ["lr=1e-5", *slices]
@@ -134,7 +125,7 @@ def _optimizer(on: set[str], model: Model) -> list[str]:
     else:
         fused = ", fused=True" if "fused AdamW" in on else ""
         made = f"torch.optim.AdamW(parameters, lr=1e-5{fused})"
-    if "state far" not in on:
+    if "optimizer state offloading" not in on:
         return [*lines, f"    return {made}"]
     return [
         *lines,
@@ -147,10 +138,12 @@ def _optimizer(on: set[str], model: Model) -> list[str]:
 def _model(model: Model, on: set[str], micro_batch: int, lora: int | None) -> list[str]:
     dtype = "bfloat16" if _sixteen_bits(model, on) else "float32"
     made = f"{model.auto_class}.from_config(config, dtype=torch.{dtype})"
+    # Parameters that are offloaded were never all on the GPU.
+    to_gpu = "" if "parameter offloading" in on else '.to("cuda")'
     lines = [
         f"config = {model.config_source}",
         f"# With your weights: {model.auto_class}.from_pretrained(..., dtype=torch.{dtype})",
-        f'model = {made}.to("cuda").train()',
+        f"model = {made}{to_gpu}.train()",
     ]
     if not model.images:
         lines.append("model.config.use_cache = False")
@@ -160,6 +153,8 @@ def _model(model: Model, on: set[str], micro_batch: int, lora: int | None) -> li
     if "BF16 autocast" in on and "BF16 weights" not in on:
         cache = ", cache_weights=False" if "checkpoints" in on else ""
         lines.append(f"apply_mixed_precision(model, torch.bfloat16{cache})")
+    if "parameter offloading" in on:
+        lines += _offloaded_parameters()
     layer_major = {"micro-batches", "optimizer in backward"} <= on
     if "checkpoints" in on and not layer_major:
         lines.append("apply_gradient_checkpointing(model)")
@@ -171,6 +166,17 @@ def _model(model: Model, on: set[str], micro_batch: int, lora: int | None) -> li
     return lines
 
 
+def _offloaded_parameters() -> list[str]:
+    return [
+        "# The longest list of layers is that of the blocks: they wait on the host, pinned.",
+        "lists = [part for part in model.modules() if isinstance(part, torch.nn.ModuleList)]",
+        'stream_parameters(max(lists, key=len), device="cuda")',
+        "for tensor in [*model.parameters(), *model.buffers()]:",
+        "    if not tensor.is_pinned():",
+        '        tensor.data = tensor.data.to("cuda")',
+    ]
+
+
 def _attached(on: set[str]) -> list[str]:
     lines = []
     if "optimizer in backward" in on:
@@ -178,63 +184,9 @@ def _attached(on: set[str]) -> list[str]:
     else:
         lines.append("trained = [p for p in model.parameters() if p.requires_grad]")
         lines.append("optimizer = make_optimizer(trained)")
-    if "activations far" in on:
+    if "activation offloading" in on:
         lines.append("far = offload_activations(model)")
     return lines
-
-
-def _loop(model: Model, on: set[str], batch: int, sequence: int, micro_batch: int) -> list[str]:
-    lines = ["while True:", "    # Yours: the next batch of your data."]
-    lines += [f"    {line}" for line in _batch(model, on, batch, sequence)]
-    forward = "model(**batch).loss"
-    if "micro-batches" in on and "optimizer in backward" not in on:
-        return [
-            *lines,
-            f"    micro_batches = split_batch(batch, {micro_batch})",
-            *_accumulated(model, "activations far" in on),
-            "    optimizer.step()",
-            "    model.zero_grad()",
-            "    yield loss",
-        ]
-    if "activations far" in on:
-        lines += ["    with far:", f"        loss = {forward}"]
-    else:
-        lines += [f"    loss = {forward}"]
-    lines += ["    loss.backward()", "    optimizer.step()", "    model.zero_grad()"]
-    return [*lines, "    yield loss.detach()", "    del loss"]
-
-
-def _accumulated(model: Model, far: bool) -> list[str]:
-    # Hugging Face's causal models shift the labels.
-    count = "torch.tensor(len(labels))" if model.images else "(labels[:, 1:] != -100).sum()"
-    lines = ["", "    def mean_loss(**micro_batch):"]
-    if far:
-        lines += ["        with far:", "            return model(**micro_batch).loss"]
-    else:
-        lines += ["        return model(**micro_batch).loss"]
-    return [
-        *lines,
-        "",
-        "    def count(labels, **others):",
-        f"        return {count}",
-        "",
-        "    loss = accumulate_gradients(mean_loss, micro_batches, count)",
-    ]
-
-
-def _batch(model: Model, on: set[str], batch: int, sequence: int) -> list[str]:
-    if model.images:
-        size = f"({batch}, config.num_channels, config.image_size, config.image_size)"
-        dtype = "bfloat16" if _sixteen_bits(model, on) else "float32"
-        return [
-            f'images = torch.randn({size}, dtype=torch.{dtype}, device="cuda")',
-            f'labels = torch.randint(config.num_labels, ({batch},), device="cuda")',
-            'batch = {"pixel_values": images, "labels": labels}',
-        ]
-    return [
-        f'tokens = torch.randint(config.vocab_size, ({batch}, {sequence}), device="cuda")',
-        'batch = {"input_ids": tokens, "labels": tokens}',
-    ]
 
 
 def _indented(lines: list[str]) -> list[str]:

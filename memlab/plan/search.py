@@ -153,7 +153,7 @@ class _Search:
         if not fit:
             notes.append(
                 "nothing is left to switch on. What would help: a smaller batch or a shorter"
-                " sequence, LoRA, parameters that wait on the host (notebook 08), several GPUs"
+                " sequence, LoRA, several GPUs"
             )
         switches = self.subject.in_force(self.on)
         rungs = tuple(

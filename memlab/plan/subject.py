@@ -70,7 +70,9 @@ class ModelSubject:
             replaced |= {"BF16 autocast", "fused AdamW"}
         if "8-bit AdamW" in on:
             replaced.add("fused AdamW")
-        if "micro-batches" in on and "optimizer in backward" in on:
+        if "parameter offloading" in on:
+            replaced.add("optimizer in backward")  # the gradients wait on the host, too
+        elif {"micro-batches", "optimizer in backward"} <= set(on):
             replaced.add("checkpoints")  # each micro-batch of a block is one then
         return tuple(name for name in on if name not in replaced)
 
@@ -90,11 +92,13 @@ class ModelSubject:
 
     def least_bytes(self, on: Collection[str]) -> int:
         """What cannot be less: weights, gradients and state, all there when the optimizer steps."""
+        if "parameter offloading" in on:
+            return 0  # how much of the model is in its blocks is not known here
         number = 2 if self.model.sixteen_bits or "BF16 weights" in on else 4
         if self.lora is not None:
             return number * self.model.parameters
         moments = 2 * (_EIGHT_BITS if "8-bit AdamW" in on else number)
-        moments *= "state far" not in on
+        moments *= "optimizer state offloading" not in on
         gradients = number * ("optimizer in backward" not in on)
         # Small tensors keep FP32 moments, which is more and not less.
         return int((number + gradients + moments) * self.model.parameters)

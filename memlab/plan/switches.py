@@ -15,7 +15,7 @@ class Switch:
     """One technique of the course, as a plan switches it on.
 
     Attributes:
-        name: what the course's ladder calls it.
+        name: what a plan calls it.
         technique: its module under `memlab.techniques`; torch's own optimizer has none.
         takes: what it takes off.
         record: the two variants of the record between which only this was switched on.
@@ -105,7 +105,7 @@ SWITCHES = (
         ("optimizer_in_backward",),
     ),
     Switch(
-        "activations far",
+        "activation offloading",
         "offloading",
         "what is kept for backward",
         ("tied, in tiles", "activations far"),
@@ -113,12 +113,20 @@ SWITCHES = (
         ("activations_far", "offload_activations"),
     ),
     Switch(
-        "state far",
+        "optimizer state offloading",
         "offloading",
         "the optimizer's state",
         ("activations far", "state far"),
         (0.475903, 0.520109),
         ("state_far", "offload_optimizer_state"),
+    ),
+    Switch(
+        "parameter offloading",
+        "offloading",
+        "the blocks' weights, gradients and state",
+        ("lean start", "blocks far"),
+        (0.500865, 0.740281),
+        ("parameters_far", "stream_parameters", "offload_parameters"),
     ),
 )
 

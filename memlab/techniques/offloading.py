@@ -448,7 +448,8 @@ def stream_parameters(
         blocks: Modules such as `model.blocks`, which share no parameters. Stream them before the
             first step.
         min_bytes: Smaller parameters stay near.
-        device: Where the blocks run, if their parameters are far already (made by `far_like`).
+        device: Where the blocks run, if their parameters are not there: they are on the host, as
+            a model is before `.to("cuda")`, or far already (made by `far_like`).
         directory: Where the files go that are the far side of a CPU, see `far_like`.
 
     Returns:
@@ -499,7 +500,7 @@ class _Far:
         for reference in self.parameters:
             parameter = reference()
             if not _is_far(parameter):
-                far = far_like(parameter, self.directory)
+                far = far_like(parameter, self.directory, device=self.device)
                 parameter.data = far.copy_(parameter.detach())
                 self.came.append(reference)
             # For a GPU `_Near` does it, and what is frozen gets no gradient.

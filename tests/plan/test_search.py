@@ -47,14 +47,18 @@ def test_the_first_combination_that_fits_and_what_each_switch_took():
 
 def test_what_costs_time_and_is_not_needed_is_left_out():
     found = planned(13)
-    assert found.switches == ("fused loss", "state far")
+    assert found.switches == ("fused loss", "optimizer state offloading")
     assert [rung.switch for rung in found.rungs if rung.off] == ["checkpoints"]
     assert "left out: it fits without" in str(found)
 
 
 def test_where_nothing_fits_the_least_is_said():
     found = planned(4)
-    assert not found and found.switches == ("fused loss", "checkpoints", "state far")
+    assert not found and found.switches == (
+        "fused loss",
+        "checkpoints",
+        "optimizer state offloading",
+    )
     assert not any(rung.off for rung in found.rungs)
     said = str(found)
     assert "does not fit" in said and "6.00 MiB too much" in said and "several GPUs" in said
@@ -83,7 +87,7 @@ def test_a_model_whose_state_alone_is_too_large_is_not_predicted(monkeypatch):
     monkeypatch.setitem(plan.__globals__["_Search"].predict.__globals__, "predict", predict)
     # 2 million parameters and more, 16 bytes each.
     found = plan(config, sequence=8, gpu=CONTEXT + 1 * MiB, progress=False)
-    assert [rung.predicted for rung in found.rungs] == [True] + 8 * [False] + [True]
+    assert [rung.predicted for rung in found.rungs] == [True] + 9 * [False] + [True]
     assert found.rungs[1].needed_bytes > CONTEXT + 16 * 2 * MiB
     assert len(tried) == 2
     every = plan(config, sequence=8, gpu=CONTEXT + 1 * MiB, progress=False, every=True)

@@ -27,6 +27,8 @@ def test_a_later_switch_replaces_an_earlier_one():
     assert subject().in_force(on) == ("checkpoints", "BF16 weights")
     on = ("fused AdamW", "checkpoints", "8-bit AdamW", "micro-batches", "optimizer in backward")
     assert subject().in_force(on) == on[2:]
+    on += ("parameter offloading",)
+    assert subject().in_force(on) == ("checkpoints", *on[2:4], on[-1])
 
 
 def test_the_least_is_weights_gradients_and_state():
@@ -36,7 +38,7 @@ def test_the_least_is_weights_gradients_and_state():
     assert subject().least_bytes(("BF16 weights",)) == 8_000
     assert subject().least_bytes(("8-bit AdamW",)) == 8_000 + 2_000 + 2 * 1000 * 4 // 256
     assert subject().least_bytes(("optimizer in backward",)) == 12_000
-    assert subject().least_bytes(("optimizer in backward", "state far")) == 4_000
+    assert subject().least_bytes(("optimizer in backward", "optimizer state offloading")) == 4_000
     assert subject(lora=8).least_bytes(()) == 4_000
 
 

@@ -675,7 +675,7 @@ def test_without_room_for_all_blocks_none_is_far_and_the_next_try_works(monkeypa
     make = offloading.far_like
     rooms = iter([make] * 5)
     with monkeypatch.context() as context:
-        context.setattr(offloading, "far_like", lambda *args: next(rooms, no_room)(*args))
+        context.setattr(offloading, "far_like", lambda *args, **kwargs: next(rooms, no_room)(*args))
         with pytest.raises(OSError, match="No room"):
             stream_parameters(blocks, min_bytes=1024)
     assert not any(map(is_far, model.parameters()))
