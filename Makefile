@@ -46,7 +46,7 @@ help:
 lab: .venv/.installed ## open the course in JupyterLab
 	@echo "==> Starting JupyterLab; if no browser opens, open the address that it prints (Control-C twice ends it)"
 	.venv/bin/python -m jupyterlab --ServerApp.root_dir=. \
-		--LabApp.default_url=/lab/tree/notebooks/in_depth/00_measuring_memory.ipynb $(AS_ROOT) $(LAB_FLAGS)
+		--LabApp.default_url=/lab/tree/notebooks/00_measuring_memory.ipynb $(AS_ROOT) $(LAB_FLAGS)
 
 measure: .venv/.installed ## run the notebooks on this machine's device and print the before/after table
 	.venv/bin/python -m memlab measure $(NOTEBOOKS)
@@ -100,7 +100,8 @@ test-browser: .venv/.installed ## run a notebook in a real browser (needs chromi
 	.venv/bin/python -m pytest -rs -m browser tests/test_browser.py
 
 test-colab: .venv-colab/.installed ## run notebook 00 on the versions that Google Colab has
-	PYDEVD_DISABLE_FILE_VALIDATION=1 .venv-colab/bin/python -m pytest -rs $(NBVAL) notebooks/in_depth/00_measuring_memory.ipynb
+	PYDEVD_DISABLE_FILE_VALIDATION=1 .venv-colab/bin/python -m pytest -rs $(NBVAL) notebooks/00_measuring_memory.ipynb \
+		notebooks/in_depth/00_measuring_memory.ipynb
 
 address: .venv/.installed ## write the repository's address (pyproject.toml) into the badges and wherever it is named
 	.venv/bin/python tools/address.py

@@ -47,6 +47,20 @@ SECTIONS = (
     "Takeaways",
 )
 FEWER_SECTIONS = ("Predict", "Exercises", "Takeaways")
+#: The headings of a lesson, in order.
+LESSON_SECTIONS = (
+    "The idea",
+    "The problem, measured",
+    "Predict",
+    "By hand",
+    "Measure again",
+    "The same training?",
+    "At your scale",
+    "When it does not help",
+    "In your trainer",
+    "Exercise",
+    "Takeaways",
+)
 
 MAX_NOTEBOOK_BYTES = 1_500_000
 
@@ -398,9 +412,7 @@ def notebook_problems(path):
                 yield f"{where}: a warning in the output: {found[0]}"
             if found := MACHINE_PATH.search(text):
                 yield f"{where}: a path of a machine in the output: {found[0]}"
-    yield from shape_problems(
-        notebook, SECTIONS if topic(path) not in OF_ANOTHER_FORM else FEWER_SECTIONS
-    )
+    yield from shape_problems(notebook, sections_of(path))
     for cell in notebook.cells:
         if found := FORBIDDEN_WORDS.search(cell.source) or MACHINE_PATH.search(cell.source):
             yield f"not to be written in a notebook: {found[0]}"
@@ -408,8 +420,15 @@ def notebook_problems(path):
             yield from link_problems(path, cell.source)
 
 
+def sections_of(path):
+    """The headings that a notebook has to have."""
+    if path.parent.name == "notebooks":
+        return LESSON_SECTIONS
+    return FEWER_SECTIONS if topic(path) in OF_ANOTHER_FORM else SECTIONS
+
+
 def shape_problems(notebook, sections):
-    """The form of notebook.md: a title, a set-up cell, and the sections in their order."""
+    """The form of a notebook: a title, a set-up cell, and the sections in their order."""
     first = notebook.cells[0] if notebook.cells else None
     if first is None or first.cell_type != "markdown" or not first.source.startswith("# "):
         yield "the first cell has to be the title: '# ...'"
@@ -439,7 +458,9 @@ def link_problems(path, markdown):
             yield f"a link leads nowhere: {target}"
 
 
-@pytest.mark.parametrize("path", notebook_paths(ROOT), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", notebook_paths(ROOT), ids=lambda path: f"{path.parent.name}/{path.stem}"
+)
 def test_a_notebook_is_as_it_should_be(path):
     assert list(notebook_problems(path)) == []
 

@@ -15,10 +15,11 @@ import nbformat
 import pytest
 from IPython.core.inputtransformer2 import TransformerManager
 
-from memlab.course.notebook import find_root, in_depth
+from memlab.course.notebook import find_root, in_depth, lessons
 from memlab.course.run import run
 
 NOTEBOOKS = in_depth(find_root())
+LESSONS = lessons(find_root())
 
 HISTORY = """import json
 from memlab import exercises
@@ -246,10 +247,13 @@ def solution_problems(notebook, name, folder):
 # The course ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [*NOTEBOOKS, *LESSONS], ids=lambda path: f"{path.parent.name}/{path.stem}"
+)
 def test_the_exercises_are_unsolved_as_committed(path):
     notebook = nbformat.read(path, as_version=4)
-    assert len(solutions(notebook.cells)) >= 2, "a notebook has two or three exercises"
+    least = 1 if path in LESSONS else 2
+    assert len(solutions(notebook.cells)) >= least, f"fewer exercises than {least}"
     assert unsolved_problems(notebook) == []
 
 
@@ -265,6 +269,7 @@ def class_of(path):
 # A class a notebook, since `pytest --dist=loadscope` gives each class to one process: so they end
 # at about the same time.
 globals().update({f"Test_{path.stem}": class_of(path) for path in NOTEBOOKS})
+globals().update({f"Test_lesson_{path.stem}": class_of(path) for path in LESSONS})
 
 
 # The test itself, on a small notebook that stands in for the course's -----------------------------

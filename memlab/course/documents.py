@@ -7,9 +7,9 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from memlab.course import overviews, tables
+from memlab.course import cards, overviews, tables
 from memlab.course.material import FIGURES, Material, gather
-from memlab.course.notebook import read, written
+from memlab.course.notebook import lesson, read, written
 from memlab.course.predicted import predictions_table
 from memlab.course.watched import watched_table
 from memlab.course.zoo import zoo_table
@@ -102,6 +102,9 @@ BLOCKS: dict[str, Callable[[Material, Path], str]] = {
     "watched": lambda material, base: watched_table(load_watched(material.root)),
 }
 
+#: Blocks of a lesson, made of what its own metadata name.
+OF_A_LESSON = {"card": cards.card, "three_numbers": cards.three_numbers}
+
 
 # Writing ------------------------------------------------------------------------------------------
 
@@ -139,7 +142,7 @@ def generate(root: Path, check: bool = False) -> list[str]:
     differences = []
     filled = [_document(root / name, blocks, material) for name, blocks in DOCUMENTS.items()]
     notebooks = [*material.lessons, *material.short]
-    filled += [_notebook(lesson.path, material) for lesson in notebooks]
+    filled += [_notebook(each.path, material) for each in notebooks]
     for path, content, difference in filled:
         if difference:
             writes[path] = content.encode()
@@ -204,9 +207,12 @@ def fill(text: str, path: Path, material: Material) -> str:
         )
 
     def filled(match: re.Match) -> str:
-        if match[2] not in BLOCKS:
+        if match[2] in OF_A_LESSON:
+            content = OF_A_LESSON[match[2]](lesson(path), material.root)
+        elif match[2] in BLOCKS:
+            content = BLOCKS[match[2]](material, path.parent)
+        else:
             raise ValueError(f"<!-- memlab:{match[2]}:begin -->: there is no such block")
-        content = BLOCKS[match[2]](material, path.parent)
         return match[1] + (f"{content}\n" if content else "") + match[3]
 
     return pattern.sub(filled, text)

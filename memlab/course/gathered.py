@@ -7,18 +7,15 @@ from pathlib import Path
 
 from memlab import results
 from memlab.results import Claim, Record
+from memlab.results.lessons import LESSONS
 from memlab.workloads.scale import scale
-
-#: Where the records of the lessons are. Those of the notebooks in depth, which are the benchmark,
-#: lie one folder above.
-LESSON_RESULTS = "results/lessons"
 
 
 def files_of(folder: Path, root: Path, in_place: bool) -> dict[bool, Gathered]:
     """By whether a notebook is a lesson: the file of its records."""
     return {
         False: Gathered(folder / "results", root, in_place),
-        True: Gathered(folder / LESSON_RESULTS, root, in_place),
+        True: Gathered(folder / LESSONS, root, in_place),
     }
 
 

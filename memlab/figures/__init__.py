@@ -5,6 +5,7 @@ Every figure carries an alternative text and its title says what happened.
 - *style*: the palette, the picture that shows itself, title, legend and units;
 - *bars*: ledgers as stacked bars on one axis;
 - *timeline*: what was alive when;
+- *viewer*: single blocks, as PyTorch's memory viewer has them;
 - *predicted*: predicted ledgers beside the memory of GPUs;
 - *compound*: whole figures, made of these: ledgers, a ladder, a comparison; and plain curves.
 """
@@ -24,6 +25,7 @@ from memlab.figures.style import (
     unit_for,
 )
 from memlab.figures.timeline import stack, timeline
+from memlab.figures.viewer import viewer
 
 __all__ = [
     "PALETTE",
@@ -44,4 +46,5 @@ __all__ = [
     "timeline",
     "trade",
     "unit_for",
+    "viewer",
 ]

@@ -155,6 +155,7 @@ def curves(
     x_label: str,
     y_label: str,
     bands: Mapping[str, tuple[Sequence[float], Sequence[float]]] | None = None,
+    points: Collection[str] = (),
 ) -> Drawing:
     """Lines, such as losses over steps.
 
@@ -164,6 +165,7 @@ def curves(
         x_label: what the x values are, with their unit.
         y_label: what the y values are, with their unit.
         bands: name → (lower values, upper values): shades that range around a line.
+        points: names that are drawn as points alone, where nothing was measured between them.
 
     Returns:
         The figure.
@@ -177,7 +179,9 @@ def curves(
         ends.append(f"{name} from {y[0]:,.4g} to {y[-1]:,.4g}")
         colour = _COLOURS[number % len(_COLOURS)]
         dashes = _DASHES[number % len(_DASHES)]
-        marker = "o" if len(y) <= 12 else None
+        marker = "o" if len(y) <= 12 or name in points else None
+        if name in points:
+            dashes = ""
         axes.plot(x, y, label=name, marker=marker, ms=3.5, color=colour, ls=dashes, lw=1.5)
         if bands and name in bands:
             axes.fill_between(x, *bands[name], color=colour, alpha=0.15, lw=0)

@@ -30,6 +30,7 @@ def fine_tune(
     fused_loss: bool = False,
     adamw_8bit: bool = False,
     layers: int | None = None,
+    attention: str = "sdpa",
 ) -> Iterator[Tensor]:
     """Fine-tune a language model on a GPU; a run for `memlab.predict`.
 
@@ -44,6 +45,7 @@ def fine_tune(
         fused_loss: compute the logits and their loss a few tokens at a time.
         adamw_8bit: keep AdamW's two moments in 8 bits.
         layers: build so many blocks instead of all.
+        attention: "sdpa", or "eager", which holds the scores of every pair of tokens.
 
     Yields:
         The loss, a scalar.
@@ -59,12 +61,11 @@ def fine_tune(
     )
     if layers is not None:
         config.num_hidden_layers = layers
-    network = build_language_model(config, lora)
+    network = build_language_model(config, lora, attention)
     if checkpoints:
         apply_gradient_checkpointing(network)
     if fused_loss:
         apply_fused_loss(network)
-
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     if adamw_8bit:
         optimizer = AdamW8bit(trained, lr=1e-5)
@@ -93,12 +94,13 @@ def _check_sizes(config: object, model: str, **sizes: int) -> None:
         )
 
 
-def build_language_model(config: object, lora: bool) -> nn.Module:
+def build_language_model(config: object, lora: bool, attention: str = "sdpa") -> nn.Module:
     """Build a language model on the GPU, in training mode.
 
     Args:
         config: its transformers configuration.
         lora: whether it gets adapters, on a frozen base in BF16.
+        attention: "sdpa" or "eager", as transformers calls them.
 
     Raises:
         ImportError: transformers or, for a LoRA, PEFT is not installed.
@@ -108,7 +110,9 @@ def build_language_model(config: object, lora: bool) -> nn.Module:
     with _quiet(), torch.device("cuda"):
         import transformers
 
-        network = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+        network = transformers.AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=attention
+        )
         network.loss_type = "ForCausalLM"  # GPT-2's class has another name than the newer models'
         if lora:
             network = _with_adapters(network, config)

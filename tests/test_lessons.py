@@ -1,0 +1,212 @@
+"""The lessons keep their form: short, true at every scale, and with options that exist."""
+
+import ast
+import importlib
+import inspect
+import re
+
+import nbformat
+import pytest
+
+from memlab import measure, predict
+from memlab.course.cards import predict_card
+from memlab.course.notebook import find_root, lesson, lessons
+from memlab.results.lessons import load_cards
+from memlab.workloads.lessons import GPT2_124M, SMALL
+from tools.diagrams import DIAGRAMS
+
+ROOT = find_root()
+LESSONS = lessons(ROOT)
+of_each_lesson = pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+
+MOST_CELLS = 30
+MORE_CELLS = {"00_measuring_memory": 40, "11_capstone": 40}
+MOST_WORDS = 1200
+MOST_CODE_LINES = 200
+
+#: Words that only this course would know.
+PRIVATE_WORDS = re.compile(r"\b(far side|lean start|rungs?|places)\b", re.IGNORECASE)
+
+
+def cells_of(path, kind):
+    return [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == kind]
+
+
+def prose(path):
+    """What a lesson says, without code, tables that are generated, and pictures' descriptions."""
+    text = "\n".join(cell.source for cell in cells_of(path, "markdown"))
+    left_out = (
+        r"^```.*?^```",
+        r"<!-- memlab:(\w+):begin -->.*?<!-- memlab:\1:end -->",
+        r"!\[.*?\]\(.*?\)",
+        r"<[^>]+>",
+    )
+    for pattern in left_out:
+        text = re.sub(pattern, "", text, flags=re.MULTILINE | re.DOTALL)
+    return text
+
+
+# The form -----------------------------------------------------------------------------------------
+
+
+@of_each_lesson
+def test_a_lesson_is_short(path):
+    cells = nbformat.read(path, as_version=4).cells
+    lines = [line for c in cells_of(path, "code") for line in c.source.splitlines() if line.strip()]
+    assert len(cells) <= MORE_CELLS.get(path.stem, MOST_CELLS)
+    assert len(prose(path).split()) <= MOST_WORDS
+    assert len(lines) <= MOST_CODE_LINES
+
+
+@of_each_lesson
+def test_a_lesson_speaks_the_words_of_the_field(path):
+    assert PRIVATE_WORDS.findall(prose(path)) == []
+
+
+@of_each_lesson
+def test_the_time_is_that_of_slow_readers(path):
+    """150 words and 8 lines of code a minute, 10 minutes an exercise."""
+    code = [line for c in cells_of(path, "code") for line in c.source.splitlines() if line.strip()]
+    exercises = [c for c in cells_of(path, "code") if "exercise" in c.metadata.get("tags", ())]
+    minutes = len(prose(path).split()) / 150 + len(code) / 8 + 10 * len(exercises)
+    assert lesson(path).about["minutes"] >= minutes
+
+
+@of_each_lesson
+def test_a_lesson_has_its_card_and_one_diagram(path):
+    text = "\n".join(cell.source for cell in cells_of(path, "markdown"))
+    assert text.count("<!-- memlab:card:begin -->") == 1
+    shown = re.findall(r"!\[([^\]]+)\]\((diagrams/[^)]+)\)", text)
+    assert [name for _, name in shown] == [f"diagrams/{path.stem}.svg"]
+    drawn = (ROOT / "notebooks" / shown[0][1]).read_text(encoding="utf-8")
+    assert drawn == str(DIAGRAMS[path.stem]()), "run: python -m tools.diagrams"
+
+
+# In your trainer ----------------------------------------------------------------------------------
+
+
+def trainer_code(path):
+    text = "\n".join(cell.source for cell in cells_of(path, "markdown"))
+    section = text.partition("## In your trainer")[2].partition("\n## ")[0]
+    return "\n".join(re.findall(r"^```python\n(.*?)^```", section, flags=re.MULTILINE | re.DOTALL))
+
+
+def unknown_options(code):
+    """What an import of this code does not find, and keywords that a call does not take."""
+    known = {}
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.ImportFrom):
+            module = importlib.import_module(node.module)
+            for name in node.names:
+                if not hasattr(module, name.name):
+                    yield f"{node.module} has no {name.name}"
+                known[name.name] = getattr(module, name.name, None)
+    for node in ast.walk(ast.parse(code)):
+        if not isinstance(node, ast.Call):
+            continue
+        called = ast.unparse(node.func)
+        owner, *attributes = called.split(".")
+        function = known.get(owner)
+        for attribute in attributes:
+            function = getattr(function, attribute, None)
+        if function is None:
+            continue
+        try:
+            taken = inspect.signature(function).parameters
+        except ValueError:  # written in C: its documentation begins with its signature
+            taken = {name: None for name in re.findall(r"(\w+)=", function.__doc__ or "")}
+        open_ended = any(p is not None and p.kind is p.VAR_KEYWORD for p in taken.values())
+        for keyword in node.keywords:
+            if keyword.arg not in taken and not open_ended:
+                yield f"{called} takes no {keyword.arg}"
+
+
+@of_each_lesson
+def test_the_options_for_a_trainer_exist(path):
+    code = trainer_code(path)
+    assert "import" in code
+    assert list(unknown_options(code)) == []
+
+
+def test_an_option_that_does_not_exist_is_found():
+    code = (
+        "from torch.optim import AdamW, NoSuch\nAdamW(p, fusedd=True, lr=1)\n"
+        "from torch.nn.functional import scaled_dot_product_attention\n"
+        "scaled_dot_product_attention(q, k, v, causal=True)"
+    )
+    assert list(unknown_options(code)) == [
+        "torch.optim has no NoSuch",
+        "AdamW takes no fusedd",
+        "scaled_dot_product_attention takes no causal",
+    ]
+
+
+# The story, at three scales -----------------------------------------------------------------------
+#
+# The CPU's run is measured, GPT-2's is predicted for a GPU. Of the 8B, two short versions are
+# predicted, and the card's numbers lie on the line through them: so the card is of today's code.
+
+STORIES = {
+    # A column that has to be the largest before; the phases of the peak; how many times less.
+    "00_measuring_memory": ("activations", {"forward", "backward"}, (2.0, 3.3)),
+    "03_gradient_checkpointing": ("activations", {"forward", "backward"}, (2.0, 3.0)),
+}
+
+#: The options of a lesson's loop: before, and after.
+RUNS = {
+    "00_measuring_memory": ({}, {"attention": "sdpa", "fused_loss": True}),
+    "03_gradient_checkpointing": ({}, {"change": "apply_gradient_checkpointing"}),
+}
+
+
+def loop_of(path):
+    """A lesson's loop: its set-up cell and the cell tagged `loop`, run."""
+    names = {}
+    cells = cells_of(path, "code")
+    for cell in (cells[0], *(c for c in cells if "loop" in c.metadata.get("tags", ()))):
+        exec(cell.source.replace("    %pip", "    pass  #"), names)
+    runs = [
+        {
+            key: names.get(value, value) if isinstance(value, str) else value
+            for key, value in o.items()
+        }
+        for o in RUNS[path.stem]
+    ]
+    return names["train"], runs
+
+
+def check_story(name, before, after):
+    column, phases, (least, most) = STORIES[name]
+    assert max(before.columns, key=before.columns.get) == column
+    assert before.phase in phases
+    assert least <= before.peak_bytes / after.peak_bytes <= most
+    assert after.columns[column] < before.columns[column] / 2
+    assert after.phase in phases
+
+
+@of_each_lesson
+def test_every_lesson_has_a_story(path):
+    assert path.stem in STORIES and path.stem in RUNS
+
+
+@of_each_lesson
+def test_the_story_holds_on_the_cpu(path):
+    train, runs = loop_of(path)
+    check_story(path.stem, *(measure(train, size=SMALL, device="cpu", **o) for o in runs))
+
+
+@of_each_lesson
+def test_the_story_holds_for_gpt2_on_a_gpu(path):
+    train, runs = loop_of(path)
+    found = [predict(train, size=GPT2_124M, gpu="H100 80GB", progress=False, **o) for o in runs]
+    check_story(path.stem, *found)
+
+
+@of_each_lesson
+def test_the_story_holds_for_an_8b_and_its_card_is_of_todays_code(path):
+    card = load_cards(ROOT)[path.stem]
+    check_story(path.stem, card.before, card.after)
+    short, longer = (predict_card(lesson(path), layers=layers) for layers in (1, 2))
+    for name in ("before", "after"):
+        one, two = (getattr(each, name).peak_bytes for each in (short, longer))
+        assert getattr(card, name).peak_bytes == pytest.approx(one + 31 * (two - one), rel=0.01)
