@@ -1,4 +1,4 @@
-"""What is kept, since when, and whether it grows: the cases D2, D3, D5 to D7, D13 and D15, C3."""
+"""What is kept, since when, and whether it grows: cases D2, D3, D5 to D7, D13, D15 to D17, C3."""
 
 import copy
 import gc
@@ -10,6 +10,7 @@ from torch import nn
 from memlab import budget, measure, watch
 from memlab.meters.device import bytes_alive
 from memlab.meters.refusals import OverBudget
+from memlab.meters.sightings import Sightings
 from memlab.units import format_bytes
 from tests.helpers import small_gpt2
 
@@ -217,6 +218,29 @@ def test_d5_watch_keeps_nothing_alive():
     assert freed == 4 * MODEL + 4 * FLOAT  # a step count for each parameter
 
 
+def test_d6_a_long_loop_is_recorded_in_part_and_that_is_said():
+    def watched(steps):
+        model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(8)))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with watch(model, optimizer) as w:
+            for _ in range(steps):
+                model(torch.randn(BATCH, WIDTH)).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        return w.measurement
+
+    measured = watched(500)
+    recorded = [step for step in measured.steps if step.peak_bytes is not None]
+    assert len(measured.steps) == 500
+    # 12 at first (108 calls of modules), then two of every hundred and at each doubling.
+    doublings = {32, 64, 128, 256}
+    begun = {number for number in range(100, 501, 100)} | doublings
+    assert len(recorded) <= 12 + 2 * len(begun)
+    # What is kept of them is the ledger of one stretch.
+    assert len(measured.ledger.blocks) <= len(watched(12).ledger.blocks)
+    assert f"recorded in full: {len(recorded)} of 500 steps" in str(measured)
+
+
 def test_d7_a_loss_with_its_graph_is_held_by_a_list():
     losses = []
     model = network()
@@ -336,3 +360,19 @@ def test_c3_whole_outputs_are_kept_from_step_to_step():
         INPUTS * number for number in range(1, 6)
     ]
     assert "list `outputs`" in measured.verdict.holder
+
+
+def test_d17_what_is_alive_already_is_set_aside_while_a_watch_looks_around(monkeypatch):
+    look, set_aside = Sightings.look_around, []
+
+    def looks(self, **when):
+        set_aside.append(gc.get_freeze_count())
+        look(self, **when)
+
+    monkeypatch.setattr(Sightings, "look_around", looks)
+    before = gc.get_freeze_count()
+    with watch(network()):
+        pass
+    # Tens of thousands of objects of the libraries.
+    assert set_aside[0] > before + 10_000
+    assert gc.get_freeze_count() <= before
