@@ -181,7 +181,11 @@ def _holders(measurement: Measurement, column: str) -> list[Holder]:
     """Who holds the largest blocks of a column that are still alive."""
     alive = measurement.ledger.alive_at(measurement.ledger.peak_time)
     held = [block.address for block in alive if block.column == column and block.died is None]
-    return find_holders(held[:8], device=measurement.environment["device"], limit=2)
+    found = find_holders(held[:8], device=measurement.environment["device"])
+    if column == "activations":
+        # That a graph and the frames of a forward hold them says nothing: they are made for that.
+        found = [holder for holder in found if holder.kind not in ("graph", "traceback")]
+    return found[:2]
 
 
 def line_of(error: BaseException) -> str:

@@ -73,7 +73,9 @@ def oldest_of(measurement: Measurement, column: str) -> list[int]:
         Addresses.
     """
     if measurement.growth:
-        return [growth.addresses[0] for growth in measurement.growth]
+        # What grows most is what the verdict names. (A batch that was fetched ahead has variables.)
+        most = measurement.growth[0].column
+        return [growth.addresses[0] for growth in measurement.growth if growth.column == most]
     # What has an owner grows with its owners, such as the state of one optimizer after another.
     ledger = measurement.ledger
     starts = [step.start for step in measurement.steps if step.start >= ledger.start]

@@ -25,6 +25,9 @@ from memlab.stretches import Stretches, oldest_of
 #: 200 KB for each of them.
 CALLS_AT_ONCE = 100
 
+#: After so many, an evaluation is recorded no further: it may go on for as long as it likes.
+CALLS_OF_AN_EVALUATION = 1_000
+
 #: From then on two steps of so many are recorded in full.
 EVERY = 100
 
@@ -95,6 +98,7 @@ class watch:  # noqa: N801 - read as a verb: `with watch(model, optimizer) as w:
         self._counter = StepCounter(self._step_ended, self._called)
         self._largest = 0
         self._first_step = 1
+        self._evaluates = False  # and is not recorded
         self._unseen = Unseen(self._device)
         self._leftovers = Leftovers(self._device)
         self._counter.__enter__()
@@ -163,6 +167,7 @@ class watch:  # noqa: N801 - read as a verb: `with watch(model, optimizer) as w:
                 raise
         self._recording = recording
         self._first_step = self._counter.number
+        self._evaluates = False
 
     def _record_again(self) -> None:
         """Begin to record in the midst of a training, which goes on whatever happens."""
@@ -214,15 +219,22 @@ class watch:  # noqa: N801 - read as a verb: `with watch(model, optimizer) as w:
         return number % self._every == 0 or number & (number - 1) == 0
 
     def _called(self, module: nn.Module, inputs: tuple, shapes: Shapes) -> None:
-        """Record a step with a larger batch than all before."""
+        """Record a step with a larger batch than all before; and stop in a long evaluation, until a
+        step goes on.
+        """
         size = max(map(numbers_in, shapes))
         is_larger = size > self._largest
         self._largest = max(size, self._largest)
-        if is_larger and self._recording is None:
-            self._record_again()
-            if self._recording is not None:
-                self._counter.begin()
-                self._recording.observer.enter_module(module, inputs)
+        trains = torch.is_grad_enabled()
+        if self._recording is None:
+            if is_larger or (self._evaluates and trains):
+                self._record_again()
+                if self._recording is not None:
+                    self._counter.begin()
+                    self._recording.observer.enter_module(module, inputs)
+        elif not trains and len(self._recording.observer.spans) > CALLS_OF_AN_EVALUATION:
+            self._stop()
+            self._evaluates = True
 
     def _find_holders(self) -> None:
         measurement = self._measurement

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from memlab import Measurement, measure, watch
+from memlab.watch import CALLS_OF_AN_EVALUATION
 from tests.helpers import global_hooks, small_gpt2
 
 FLOAT = 4
@@ -367,3 +368,26 @@ def test_the_next_steps_batch_is_nothing_that_the_last_recorded_step_leaves(as_k
     left = {step.bytes_left for step in w.measurement.steps[1:-1] if step.bytes_left is not None}
     assert len(left) == 1
     assert w.measurement.verdict.kind == "steady"
+
+
+@pytest.mark.parametrize("before_step", [1, 3])
+def test_a_long_evaluation_is_recorded_in_part_and_the_steps_as_ever(before_step):
+    """As nanoGPT evaluates before its first step: hundreds of calls, which would take gigabytes."""
+    model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(4)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    recorded = []
+    with watch(model, optimizer, every=1) as w:
+        for number in range(1, 5):
+            if number == before_step:
+                with torch.no_grad():
+                    for _ in range(CALLS_OF_AN_EVALUATION):
+                        model(torch.ones(2 * BATCH, WIDTH))
+                        recorded.append(len(w._recording.observer.spans) if w._recording else 0)
+            model(torch.ones(BATCH, WIDTH)).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert max(recorded) <= CALLS_OF_AN_EVALUATION + 2 * 5
+    assert recorded[-1] == 0
+    steps = w.measurement.steps
+    assert [step.number for step in steps if step.peak_bytes is None] == []
+    assert len({step.peak_bytes for step in steps[1:]}) == 1

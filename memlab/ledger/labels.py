@@ -9,7 +9,7 @@ from memlab.ledger.buckets import tell_buckets
 from memlab.ledger.kept import mark_kept
 from memlab.ledger.ledger import Ledger
 from memlab.ledger.lines import note_lines
-from memlab.ledger.observations import FROM_LOADER, PRIORITY, Observation, note_type, rank_of
+from memlab.ledger.observations import PRIORITY, Observation, note_type, rank_of, was_there
 from memlab.ledger.phases import Phases, find_phases
 from memlab.ledger.scratch import ALLOCATORS, is_operator, tell_scratch
 from memlab.ledger.spans import FOREVER, Span, Spans
@@ -54,7 +54,8 @@ def build_ledger(
     if one_clock:
         tell_scratch(blocks, spans)
     note_lines(blocks, spans)
-    missed, loose = _label(blocks, observations, _made_and_gone(blocks, start, spans))
+    used_up = _made_and_gone(blocks, start, spans)
+    missed, loose = _label(blocks, observations, used_up, found.phases)
     modules = spans.of("module")
     if modules and (not found.backwards or modules[0].start < found.backwards[0].start):
         # The record does not begin within a step: what autograd made before is left from another.
@@ -128,7 +129,10 @@ def _made_and_gone(blocks: Iterable[Block], start: int, spans: Spans) -> set[int
 
 
 def _label(
-    blocks: list[Block], observations: Iterable[Observation], used_up: Collection[int]
+    blocks: list[Block],
+    observations: Iterable[Observation],
+    used_up: Collection[int],
+    phases: Spans,
 ) -> tuple[list[Observation], set[int]]:
     """Give a block the column of what was seen in it. One look labels the block's whole life.
 
@@ -154,10 +158,7 @@ def _label(
             loose.add(id(block))
         if seen.column not in PRIORITY:
             continue
-        # What a module is given is the batch only if it was there before the model ran; else it is
-        # an activation. What a loader returned is the batch at any time.
-        surely = seen.column not in ("batch", "kept") or seen.name == FROM_LOADER
-        if block.phase != "other" and not surely:
+        if seen.column in ("batch", "kept") and not was_there(block, seen, phases):
             continue
         if seen.column == "kept" and id(block) in used_up:
             continue

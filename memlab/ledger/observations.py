@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from memlab.ledger.blocks import Block
-from memlab.ledger.spans import FOREVER
+from memlab.ledger.spans import FOREVER, Spans
 
 #: When one block was seen as several things, the first of these wins: a weight that autograd saved
 #: is a parameter.
@@ -67,3 +67,17 @@ def note_type(block: Block, seen: Observation, best: dict[int, float]) -> None:
             block.shape = seen.shape
     elif block.shape is None:
         block.dtype = seen.dtype if block.dtype in (None, seen.dtype) else "mixed"
+
+
+def was_there(block: Block, seen: Observation, phases: Spans) -> bool:
+    """Whether a block was there before the model ran that was given it; else it is an activation.
+
+    What a data loader returned is the batch at any time. So is what a step makes outside its
+    modules and a later forward is given: the next batch, fetched before the backward.
+    """
+    if block.phase == "other" or seen.name == FROM_LOADER:
+        return True
+    given = phases.at(seen.time)
+    if seen.column != "batch" or block.module or given is None:
+        return False
+    return given.kind == "forward" and given != phases.at(block.born)

@@ -277,6 +277,26 @@ def test_d7_the_holder_is_known_when_the_loops_function_has_returned():
     assert "list `outputs`" in w.measurement.verdict.holder
 
 
+def test_d7_the_holder_is_that_of_what_grows_most():
+    """A variable that holds the next batch, fetched ahead, is nearer, and grows by nothing."""
+    outputs = []
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    fetched = [torch.randn(BATCH // 4, WIDTH) for _ in range(2)]
+    with watch(model, optimizer, every=1) as w:
+        for number in range(8):
+            ahead, fetched = fetched[0], [fetched[1], torch.randn(BATCH // 4, WIDTH)]
+            outputs.append(model(ahead).detach())
+            outputs.append(model(ahead).detach())
+            if number % 2:
+                model(ahead).mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    verdict = w.measurement.verdict
+    assert verdict.kind == "creep" and "list `outputs`" in verdict.holder
+    assert all("outputs" in holder.path for holder in w.measurement.holders)
+
+
 def test_d13_a_data_set_in_a_list_is_kept():
     def train():
         data = [torch.randn(BATCH, WIDTH) for _ in range(50)]

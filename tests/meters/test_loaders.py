@@ -104,3 +104,23 @@ def test_a_budget_knows_it_too():
         fetched = next(iter(batches()))
         assert limit.columns()["batch"] - before == BATCH
     del fetched
+
+
+def fetching_ahead():
+    """As nanoGPT does: the next batch is made between forward and backward."""
+    model = nn.Linear(WIDTH, TARGETS)
+    inputs = torch.randn(ROWS, WIDTH)
+    while True:
+        loss = model(inputs).square().mean()
+        inputs = torch.randn(ROWS, WIDTH)
+        loss.backward()
+        yield loss
+        model.zero_grad()
+
+
+def test_a_batch_that_is_fetched_before_the_backward_is_one():
+    measured = measure(fetching_ahead, steps=4)
+    assert measured.columns["batch"] == 2 * ROWS * WIDTH * FLOAT
+    made = [block for block in measured.ledger.blocks if block.operator == "aten::randn"]
+    # Nobody was given the last one.
+    assert [block.column for block in made] == [*["batch"] * 4, "activations"]
