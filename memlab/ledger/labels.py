@@ -39,8 +39,7 @@ def build_ledger(
             operator's scratch be told from a tensor between two operators.
 
     Returns:
-        The ledger, and the observations that fall on no block: memory that this allocator did not
-        hand out.
+        The ledger, and the observations that fall on no block: of memory from elsewhere.
     """
     spans = Spans(spans)
     blocks = lives(events, alive)
@@ -54,8 +53,8 @@ def build_ledger(
     if one_clock:
         tell_scratch(blocks, spans)
     note_lines(blocks, spans)
-    used_up = _made_and_gone(blocks, start, spans)
-    missed, loose = _label(blocks, observations, used_up, found.phases)
+    gone = _made_and_gone(blocks, start, spans)
+    missed, loose = _label(blocks, observations, gone, found.phases)
     modules = spans.of("module")
     if modules and (not found.backwards or modules[0].start < found.backwards[0].start):
         # The record does not begin within a step: what autograd made before is left from another.
