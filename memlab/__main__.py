@@ -1,4 +1,6 @@
-"""The commands of `python -m memlab`: predict, solve, plan, run, diff, measure, report, doctor."""
+"""The commands of `python -m memlab`: predict, solve, plan, run, diff, measure, check, report,
+doctor.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from pathlib import Path
 
 import memlab
 from memlab import commands, receipt, results, script
-from memlab.course import doctor, documents, notebook, run, tables
+from memlab.course import doctor, documents, homework, notebook, run, tables
 from memlab.watch import EVERY
 from memlab.workloads.scale import scale
 
@@ -38,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return run_measure(
                 asked.notebooks, asked.in_place, asked.output, asked.cells, asked.timeout
             )
+        if asked.command == "check":
+            return run_check(asked.notebook, asked.timeout)
         if asked.command == "diff":
             return run_diff(asked.old, asked.new, asked.at_most)
         if asked.command == "report":
@@ -108,6 +112,14 @@ def _parser() -> argparse.ArgumentParser:
         default=600,
         metavar="S",
         help="seconds a cell may take (default: 600)",
+    )
+
+    check = known.add_parser(
+        "check", help="run a learner's notebook, and say of each exercise whether it passes"
+    )
+    check.add_argument("notebook", type=Path, help="the notebook with the answers")
+    check.add_argument(
+        "--timeout", type=int, default=600, metavar="S", help="seconds a cell may take"
     )
 
     report = known.add_parser(
@@ -202,6 +214,13 @@ def run_measure(
     records = [each for each in kept if isinstance(each, results.Record)]
     print(f"\n{tables.run_table(records, committed)}\n\n{run.summary(outcomes)}")
     return int(any(outcome.failed for outcome in outcomes))
+
+
+def run_check(path: Path, timeout: int = 600) -> int:
+    """Say of each exercise of a notebook whether it passes. 0 if all do, else 1."""
+    answers = homework.check(path, timeout)
+    print("\n".join(map(str, answers)))
+    return int(not all(answer.passed for answer in answers))
 
 
 def run_report(check: bool = False) -> int:

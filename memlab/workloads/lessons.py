@@ -27,12 +27,14 @@ class Size:
         config: the model's sizes.
         batch: sequences in a step.
         sequence: tokens in a sequence.
+        repeats: how often a step is timed. None on a CPU: its seconds say nothing of a GPU's.
     """
 
     name: str
     config: GPTConfig
     batch: int
     sequence: int
+    repeats: int = 0
 
     @property
     def tokens(self) -> int:
@@ -49,9 +51,9 @@ class Size:
 
 
 SMALL = Size("a small GPT", GPTConfig(8192, 256, layers=12, heads=8, hidden=128), 4, 256)
-GPT2_124M = Size("GPT-2 124M", gpt2_124m(), 8, 1024)
+GPT2_124M = Size("GPT-2 124M", gpt2_124m(), 8, 1024, repeats=5)
 #: For a GPU with less than 20 GiB.
-GPT2_124M_IN_SHORT = Size("GPT-2 124M", gpt2_124m(), 2, 1024)
+GPT2_124M_IN_SHORT = Size("GPT-2 124M", gpt2_124m(), 2, 1024, repeats=5)
 
 
 def size() -> Size:
