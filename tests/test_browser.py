@@ -244,6 +244,33 @@ def test_the_figure_of_the_first_notebook_follows_its_slider(page, lab, folder):
     assert_figure_follows_slider(page)
 
 
+FORM = """
+from memlab import will_it_fit
+will_it_fit.form(will_it_fit.load())
+"""
+
+
+def test_the_form_of_the_lesson_predicts_when_it_is_clicked(page, lab, folder):
+    pytest.importorskip("transformers")
+    kernel = {"name": "python3", "display_name": "Python 3"}
+    notebook = nbformat.v4.new_notebook(metadata={"kernelspec": kernel})
+    notebook.cells = [nbformat.v4.new_code_cell(FORM)]
+    nbformat.write(notebook, folder / "form.ipynb")
+    assert [cell["error"] for cell in run_all(page, lab, "form.ipynb")] == [False]
+
+    output = page.locator(".jp-OutputArea-child").filter(has=page.locator("button")).first
+    image = output.locator("img").first
+    image.wait_for(timeout=REDRAW_TIMEOUT * 1000)
+    kept = image.evaluate(PICTURE)
+    models, sequences = output.locator("select").nth(0), output.locator("select").nth(1)
+    models.select_option(label="GPT-2 124M")
+    sequences.select_option(label="512")
+    output.locator("button").click()
+    said = output.get_by_text("GPT-2 124M, LoRA, checkpoints, 1 × 512 tokens fits")
+    said.wait_for(timeout=REDRAW_TIMEOUT * 1000)
+    assert image.evaluate(PICTURE) != kept
+
+
 @pytest.mark.parametrize("name", SLIDERS)
 def test_the_figure_of_a_stand_in_follows_its_slider(page, lab, folder, name):
     cells = run_all(page, lab, stand_in(folder, name, SLIDERS[name], grays=[0, 255]))

@@ -27,9 +27,9 @@ from memlab.course.notebook import in_depth, lessons, source_hash
 
 ROOT = Path(__file__).resolve().parents[1]
 
-#: The notebook that is about no technique, and those that have fewer sections than a technique's.
-NO_TECHNIQUE = {"measuring_memory"}
-OF_ANOTHER_FORM = {"measuring_memory", "capstone"}
+#: The notebooks that are about no technique, and those that have fewer sections than a technique's.
+NO_TECHNIQUE = {"measuring_memory", "will_it_fit"}
+OF_ANOTHER_FORM = {"measuring_memory", "capstone", "will_it_fit"}
 #: The tests in tests/techniques/ that are about no single one.
 ABOUT_ALL_TECHNIQUES = {"contract"}
 

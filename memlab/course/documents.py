@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from memlab import will_it_fit
 from memlab.course import cards, overviews, tables
 from memlab.course.material import FIGURES, Material, gather
 from memlab.course.notebook import lesson, read, written
@@ -100,6 +101,7 @@ BLOCKS: dict[str, Callable[[Material, Path], str]] = {
     "predictions": lambda material, base: predictions_table(material.predictions),
     "zoo": _zoo,
     "watched": lambda material, base: watched_table(load_watched(material.root)),
+    "will_it_fit": lambda material, base: will_it_fit.card(will_it_fit.load()),
 }
 
 #: Blocks of a lesson, made of what its own metadata name.
