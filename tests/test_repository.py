@@ -200,7 +200,9 @@ def name_problems(root):
             yield f"{path.name}: a notebook is named by two digits, or e and a digit, and a name"
     behind = {path.name for path in in_depth(root)}
     for path in lessons(root):
-        if path.name not in behind:
+        metadata = json.loads(path.read_text(encoding="utf-8"))["metadata"].get("memlab", {})
+        evidence = metadata.get("evidence", "")
+        if path.name not in behind and not (evidence and (root / evidence).is_file()):
             yield f"the lesson {path.name} has no notebook in depth of its name"
 
 
@@ -255,6 +257,12 @@ def test_a_lesson_without_its_notebook_in_depth_is_found(good_tree):
     lesson.rename(lesson.with_name("02_y.ipynb"))
     problem = "the lesson 02_y.ipynb has no notebook in depth of its name"
     assert list(name_problems(good_tree)) == [problem]
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    notebook["metadata"]["memlab"] = {"evidence": "results/README.md"}
+    lesson.with_name("02_y.ipynb").write_text(json.dumps(notebook), encoding="utf-8")
+    (good_tree / "results").mkdir(exist_ok=True)
+    (good_tree / "results/README.md").write_text("tables", encoding="utf-8")
+    assert list(name_problems(good_tree)) == []
 
 
 def test_unit_tests_mirror_the_package():

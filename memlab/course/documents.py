@@ -11,7 +11,7 @@ from memlab import will_it_fit
 from memlab.course import cards, overviews, tables
 from memlab.course.material import FIGURES, Material, gather
 from memlab.course.notebook import lesson, read, written
-from memlab.course.predicted import predictions_table
+from memlab.course.predicted import in_one_line, predictions_table
 from memlab.course.watched import watched_table
 from memlab.course.zoo import zoo_table
 from memlab.results import Results, replace
@@ -19,7 +19,7 @@ from memlab.results.watched import load_watched
 
 #: The documents that have generated blocks, and the blocks that each has to have.
 DOCUMENTS = {
-    "README.md": ("map", "summary", "address"),
+    "README.md": ("validation", "map", "summary", "address"),
     "CHEATSHEET.md": ("cheatsheet",),
     "results/README.md": ("results", "claims", "gpu_summary", "predictions", "zoo", "watched"),
 }
@@ -99,6 +99,7 @@ BLOCKS: dict[str, Callable[[Material, Path], str]] = {
     "results": _results,
     "claims": _claims,
     "predictions": lambda material, base: predictions_table(material.predictions),
+    "validation": lambda material, base: in_one_line(material.predictions),
     "zoo": _zoo,
     "watched": lambda material, base: watched_table(load_watched(material.root)),
     "will_it_fit": lambda material, base: will_it_fit.card(will_it_fit.load()),

@@ -80,8 +80,11 @@ def in_depth(root: Path) -> list[Path]:
 
 
 def lessons(root: Path) -> list[Path]:
-    """The lessons in their order. Each has the name of the notebook in depth behind it."""
-    return sorted((Path(root) / "notebooks").glob("[!.]*.ipynb"))
+    """The lessons in their order, the electives last. Each has the name of the notebook in depth
+    behind it, or says in its metadata where its evidence is.
+    """
+    folder = Path(root) / "notebooks"
+    return [*sorted(folder.glob("[!.]*.ipynb")), *sorted(folder.glob("electives/[!.]*.ipynb"))]
 
 
 def read(path: str | Path) -> dict:
@@ -109,12 +112,15 @@ def lesson(path: Path) -> Lesson:
 
 def select(names: Sequence[str], root: Path) -> list[Path]:
     """The notebooks that people mean by "03", "3", "gradient_checkpointing", "03_grad" or a path;
-    all that are the benchmark by nothing. A lesson is meant by its path.
+    all that are the benchmark by nothing. A lesson is meant by its path, or by its name where
+    there is no notebook in depth behind it.
 
     Raises:
         ValueError: a name is no notebook's, or that of several.
     """
-    paths = in_depth(root)
+    benchmark = in_depth(root)
+    behind = {path.name for path in benchmark}
+    paths = [*benchmark, *(path for path in lessons(root) if path.name not in behind)]
     chosen = []
     for name in names:
         if Path(name).suffix == ".ipynb" and Path(name).is_file():
@@ -126,7 +132,7 @@ def select(names: Sequence[str], root: Path) -> list[Path]:
             listed = "\n  ".join(path.stem for path in found or paths)
             raise ValueError(f"{name!r} {what}. There {'match' if found else 'are'}:\n  {listed}")
         chosen += [path for path in found if path not in chosen]
-    return chosen if names else paths
+    return chosen if names else benchmark
 
 
 def _meant(typed: str, paths: Sequence[Path]) -> list[Path]:

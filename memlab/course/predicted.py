@@ -45,6 +45,20 @@ def in_words(summary: Summary | None) -> str:
     )
 
 
+def in_one_line(predictions: Predictions | None) -> str:
+    """How far off predictions were, for people who only want to know whether to believe them."""
+    if predictions is None or predictions.allocated is None:
+        return "Nothing is predicted yet."
+    allocated = predictions.allocated
+    equal = sum(row.allocated.predicted == row.allocated.measured for row in predictions.rows)
+    return (
+        f"Held against measurements on an {predictions.gpu}, to which nothing was fitted:"
+        f" {allocated.rows} runs, allocated bytes equal in {equal}, off by at most"
+        f" {100 * allocated.p95:.2f} % in 95 of 100 and by {100 * allocated.worst:.1f} % in the"
+        " worst ([each with its residual](results/README.md#the-h100-predicted-without-it))."
+    )
+
+
 def _rows(predictions: Predictions) -> Rows:
     table = []
     last = None

@@ -20,7 +20,7 @@ WRITTEN = [
     "results/figures/headline.png",
 ]
 BLOCKS = {
-    "README.md": ("figure", "gpu", "address", "summary", "map"),
+    "README.md": ("figure", "gpu", "validation", "address", "summary", "map"),
     "CHEATSHEET.md": ("cheatsheet",),
     "results/README.md": ("results", "claims", "gpu_summary", "predictions", "zoo", "watched"),
 }
