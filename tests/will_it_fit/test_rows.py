@@ -20,7 +20,11 @@ def test_a_prediction_of_today_equals_the_one_that_is_kept(lora):
     for package in ("transformers", "peft"):
         pytest.importorskip(package)
     kept = rows.load().find(model="GPT-2 124M", checkpoints=True, lora=lora)
-    assert rows.predict_row(kept.options) == kept
+    found = rows.predict_row(kept.options)
+    # Two scalars that a library keeps for the process are there in its first prediction alone.
+    for row in (found, kept):
+        row.columns.pop("kept", None)
+    assert found == kept
 
 
 def test_what_is_written_is_read_again(tmp_path):
