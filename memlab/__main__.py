@@ -12,6 +12,7 @@ from pathlib import Path
 import memlab
 from memlab import commands, receipt, results, script
 from memlab.course import doctor, documents, homework, notebook, run, tables
+from memlab.results.lessons import LESSONS
 from memlab.watch import EVERY
 from memlab.workloads.scale import scale
 
@@ -205,7 +206,9 @@ def run_measure(
         return 1
     sizes = scale()
     print(sizes, flush=True)
-    file = root / "results" / results.file_name(results.environment(root, sizes.device), sizes.name)
+    of_lessons = all(path.parent == root / "notebooks" for path in chosen)
+    folder = root / (LESSONS if of_lessons else "results")
+    file = folder / results.file_name(results.environment(root, sizes.device), sizes.name)
     committed = results.load(file) if file.is_file() else None  # now: a run in place replaces it
     outcomes = run.run(
         chosen, in_place=in_place, output=output, timeout=timeout, root=root, cells=cells

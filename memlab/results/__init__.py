@@ -12,6 +12,9 @@ In Python they are `Results`, `Environment`, `Record` and `Claim` (`memlab/resul
 notebook that is run again replaces its own records only: in the file, a record that stays from an
 earlier run carries an `environment` of its own, which holds what differs from the file's.
 
+`results/lessons/` has the same for the lessons, which are no part of the benchmark, and what is
+predicted for their cards (`memlab/results/lessons.py`).
+
 `results/predictions.json` is no results file: it has what was predicted for a GPU's records,
 without the GPU (`make validate`).
 """
