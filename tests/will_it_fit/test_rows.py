@@ -22,8 +22,8 @@ def test_a_prediction_of_today_equals_the_one_that_is_kept(lora):
     kept = rows.load().find(model="GPT-2 124M", checkpoints=True, lora=lora)
     found = rows.predict_row(kept.options)
     # Two scalars that a library keeps for the process are there in its first prediction alone.
-    for row in (found, kept):
-        row.columns.pop("kept", None)
+    for prediction in (found, kept):
+        prediction.columns.pop("kept", None)
     assert found == kept
 
 
