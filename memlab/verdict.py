@@ -106,8 +106,8 @@ def _creeps(steps: Sequence[Step], changes: Sequence[int], growth: Sequence[Grow
     """
     grown = [index for index, change in enumerate(changes) if change >= LEAST_GROWTH]
     if len(changes) == 1:
-        # A single change may be a loop's variable that is set anew.
-        return bool(grown and growth)
+        # A single change may be a loop's variable that is set anew, or a loader a batch ahead.
+        return bool(grown and growth) and _column_that_grew(steps) != "batch"
     left = [step.bytes_left for step in steps[-len(changes) - 1 :]]
     risen = sum(max(0, after - before) for before, after in zip(left, left[1:], strict=False))
     stayed = left[-1] - left[0] >= risen / 2
@@ -133,11 +133,7 @@ def _creep(
     size, often = round(statistics.median(grown)), "a step"
     if len(grown) < len(changes) / 2:
         size, often = round(sum(changes) / len(changes)), "a step on average"
-    first = 1 if len(steps) > 2 else 0
-    # Where it is highest: when the loop's function returns, what it held goes with the last step.
-    before = steps[first].columns_after
-    last = max(steps[first:], key=lambda step: step.bytes_left).columns_after
-    column = max(last, key=lambda name: last[name] - before[name])
+    column = _column_that_grew(steps)
     largest = growth[0] if growth and column == "kept" else Growth(column, "", "", size)
 
     words = f"It grows by {format_bytes(size)} {often} ({size:,} bytes): {column.replace('_', ' ')}"
@@ -150,6 +146,14 @@ def _creep(
     holder = holders[0].path if holders else ""
     made_by = largest.operator, largest.module, holder, largest.line
     return Verdict("creep", words + ".", size, column, *made_by)
+
+
+def _column_that_grew(steps: Sequence[Step]) -> str:
+    first = 1 if len(steps) > 2 else 0
+    before = steps[first].columns_after
+    # Where it is highest: when the loop's function returns, what it held goes with the last step.
+    last = max(steps[first:], key=lambda step: step.bytes_left).columns_after
+    return max(last, key=lambda name: last[name] - before[name])
 
 
 def _held_by(holders: Sequence[Holder]) -> str:

@@ -60,6 +60,13 @@ def test_two_steps_cannot_tell_whether_it_goes_on():
     assert verdict.sentence.endswith("2 steps cannot tell whether that goes on: measure more.")
 
 
+def test_a_loader_that_is_a_batch_ahead_is_no_creep():
+    run = steps([9 * MiB] * 3, [5 * MiB, 5 * MiB, 6 * MiB], None, "batch")
+    assert verdict_of(run, [Growth("batch", "aten::stack", "", MiB)]).kind == "steady"
+    several = steps([9 * MiB] * 5, [5 * MiB, 6 * MiB, 7 * MiB, 8 * MiB, 9 * MiB], None, "batch")
+    assert verdict_of(several).column == "batch"
+
+
 def test_a_creep_that_ended():
     run = steps([9 * MiB] * 6, [MiB * size for size in (5, 6, 7, 8, 8, 8)])
     verdict = verdict_of(run)
