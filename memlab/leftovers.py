@@ -6,6 +6,7 @@ it held a tensor of each step.
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 
 import torch
@@ -28,7 +29,7 @@ class Leftovers:
         device: whose tensors.
 
     Attributes:
-        holders: who held what was found, then.
+        holders: who held what was found, with how many entries then.
     """
 
     def __init__(self, device: torch.device):
@@ -61,4 +62,11 @@ class Leftovers:
             addresses = [storage.data_ptr() for storage in left]
             del left
             if addresses:
-                self.holders = find_holders(addresses, device=self._device)
+                found = find_holders(addresses, device=self._device)
+                self.holders = [_as_of(holder, self._steps) for holder in found]
+
+
+def _as_of(holder: Holder, step: int) -> Holder:
+    """Say of which step a number of entries is: it may have grown since."""
+    path = holder.path.replace(" entries)", f" entries after step {step})")
+    return dataclasses.replace(holder, path=path)

@@ -8,6 +8,9 @@ from memlab.growth import host_growth
 from memlab.ledger import Step
 from memlab.units import format_bytes
 
+#: Of so few steps nobody expects to hear what the heap does.
+_MANY = 8
+
 
 def notes_on_outside(outside_bytes: int, array_bytes: int) -> list[str]:
     """What the run used and this allocator did not hand out, if anything.
@@ -36,8 +39,12 @@ def notes_on_steps(steps: Sequence[Step], kind: str) -> list[str]:
     recorded = sum(step.peak_bytes is not None for step in steps)
     if 0 < recorded < len(steps):
         notes.append(
-            f"recorded in full: {recorded} of {len(steps)} steps, because each costs time and"
-            " memory (all of them: every=1); the peak is theirs, the others may have needed more"
+            f"recorded in full: {recorded} of {len(steps)} steps, and the peak is that of these"
+            " (every=1, or --every 1, records all)"
+        )
+    if _MANY < len(steps) == recorded:
+        notes.append(
+            "the host's heap is not judged: every step was recorded, and the record lies there, too"
         )
     host = host_growth(steps)
     if host and kind == "creep":

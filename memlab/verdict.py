@@ -112,7 +112,10 @@ def _creeps(steps: Sequence[Step], changes: Sequence[int], growth: Sequence[Grow
     risen = sum(max(0, after - before) for before, after in zip(left, left[1:], strict=False))
     stayed = left[-1] - left[0] >= risen / 2
     near_the_end = min(len(changes) - 2, 2 * len(changes) // 3)
-    return len(grown) > 1 and stayed and grown[-1] >= near_the_end
+    # One large change among small ones is something that was kept once, such as the best weights.
+    sizes = sorted(changes[index] for index in grown)
+    again = len(grown) > 2 or len(grown) == 2 and sizes[0] >= sizes[1] / 2
+    return again and stayed and grown[-1] >= near_the_end
 
 
 def _ended_growing(changes: Sequence[int]) -> bool:
@@ -141,6 +144,9 @@ def _creep(
         made = "" if largest.column == column else f" {largest.column.replace('_', ' ')}"
         words += f",{made} made by {largest.place}"
     words += _held_by(holders)
+    if column == "kept" and not holders:
+        words += ". Who holds it was not seen"
+        words += "" if largest.line else ". The line that made it: --lines, or lines=True"
     if len(changes) == 1:
         words += f". {len(steps)} steps cannot tell whether that goes on: measure more"
     holder = holders[0].path if holders else ""

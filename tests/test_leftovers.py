@@ -26,6 +26,8 @@ def test_what_a_function_held_is_known_after_it(keep):
     paths = [holder.path for holder in leftovers.holders]
     assert any("list `outputs`" in path and "in train()" in path for path in paths) == keep
     assert bool(paths) == keep
+    # How many entries there are is said of the step at which it was seen.
+    assert all("(4 entries after step 5)" in path for path in paths)
 
 
 def test_a_training_afterwards_is_not_looked_at():

@@ -17,6 +17,11 @@ def test_what_was_not_recorded_and_what_the_host_keeps():
     assert notes_on_steps(steps([90, 100], [50, 50]), "steady") == []
     run = steps_that_leave(40_000)
     [recorded] = notes_on_steps(run, "steady")  # the verdict says the rest
-    assert recorded.startswith("recorded in full: 2 of 19 steps, because each costs time")
+    assert recorded.startswith("recorded in full: 2 of 19 steps, and the peak is that of these")
     assert "every=1" in recorded
     assert notes_on_steps(run, "creep")[1:] == ["host: 39.06 KiB more on the heap after each step"]
+
+
+def test_where_every_step_is_recorded_the_heap_is_not_judged():
+    [note] = notes_on_steps(steps([90] * 9, [50] * 9), "steady")
+    assert note.startswith("the host's heap is not judged")

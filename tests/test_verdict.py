@@ -51,6 +51,20 @@ def test_a_creep_of_gradients_and_state_needs_no_holder():
     assert (verdict.kind, verdict.column) == ("creep", "gradients")
 
 
+def test_who_holds_it_may_not_be_known():
+    run = steps([9 * MiB] * 4, [5 * MiB, 6 * MiB, 7 * MiB, 8 * MiB])
+    assert verdict_of(run).sentence.endswith("The line that made it: --lines, or lines=True.")
+    known = Growth("activations", "aten::add", "", MiB, line="train.py:26")
+    assert verdict_of(run, [known]).sentence.endswith("Who holds it was not seen.")
+
+
+def test_what_was_kept_once_is_no_creep():
+    once = [5 * MiB, 5 * MiB, 5 * MiB, 7 * MiB, 7 * MiB, 7 * MiB + 2048, 7 * MiB]
+    assert verdict_of(steps([9 * MiB] * 7, once)).kind != "creep"
+    twice = [5 * MiB, 5 * MiB, 5 * MiB, 6 * MiB, 6 * MiB, 7 * MiB, 7 * MiB]
+    assert verdict_of(steps([9 * MiB] * 7, twice)).kind == "creep"
+
+
 def test_two_steps_cannot_tell_whether_it_goes_on():
     run = steps([9 * MiB] * 2, [5 * MiB, 6 * MiB])
     assert verdict_of(run).kind == "steady"  # a loop's variable
