@@ -83,7 +83,7 @@ lint: .venv/.installed ## check the style, the arrows between the rooms, and the
 	.venv/bin/deptry --no-ansi --ignore DEP002,DEP004 tests
 
 test-unit: .venv/.installed ## run the tests of the package and of the repository's rules
-	@echo "==> Tests, in $(JOBS) processes (a few minutes; what is skipped is listed at the end with its reason)"
+	@echo "==> Tests, in $(JOBS) processes (about twenty-five minutes on two cores; what is skipped is listed at the end with its reason)"
 	$(SAY_PROCESSOR)
 	$(AS_PROCESSOR) .venv/bin/python -m pytest -n $(JOBS) --dist=loadscope -rs -m "not browser" tests
 
