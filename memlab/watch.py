@@ -25,7 +25,8 @@ from memlab.stretches import Stretches, oldest_of
 #: 200 KB for each of them.
 CALLS_AT_ONCE = 100
 
-#: After so many, an evaluation is recorded no further: it may go on for as long as it likes.
+#: After so many, what is recorded of an evaluation is read, and a new stretch begins: it may go on
+#: for as long as it likes.
 CALLS_OF_AN_EVALUATION = 1_000
 
 #: From then on two steps of so many are recorded in full.
@@ -98,7 +99,6 @@ class watch:  # noqa: N801 - read as a verb: `with watch(model, optimizer) as w:
         self._counter = StepCounter(self._step_ended, self._called)
         self._largest = 0
         self._first_step = 1
-        self._evaluates = False  # and is not recorded
         self._unseen = Unseen(self._device)
         self._leftovers = Leftovers(self._device)
         self._counter.__enter__()
@@ -167,7 +167,6 @@ class watch:  # noqa: N801 - read as a verb: `with watch(model, optimizer) as w:
                 raise
         self._recording = recording
         self._first_step = self._counter.number
-        self._evaluates = False
 
     def _record_again(self) -> None:
         """Begin to record in the midst of a training, which goes on whatever happens."""
@@ -219,22 +218,19 @@ class watch:  # noqa: N801 - read as a verb: `with watch(model, optimizer) as w:
         return number % self._every == 0 or number & (number - 1) == 0
 
     def _called(self, module: nn.Module, inputs: tuple, shapes: Shapes) -> None:
-        """Record a step with a larger batch than all before; and stop in a long evaluation, until a
-        step goes on.
-        """
+        """Begin a stretch at a batch that is larger than all before, or in a long evaluation."""
         size = max(map(numbers_in, shapes))
-        is_larger = size > self._largest
+        begins = self._recording is None and size > self._largest
         self._largest = max(size, self._largest)
-        trains = torch.is_grad_enabled()
-        if self._recording is None:
-            if is_larger or (self._evaluates and trains):
-                self._record_again()
-                if self._recording is not None:
-                    self._counter.begin()
-                    self._recording.observer.enter_module(module, inputs)
-        elif not trains and len(self._recording.observer.spans) > CALLS_OF_AN_EVALUATION:
-            self._stop()
-            self._evaluates = True
+        if self._recording is not None and not torch.is_grad_enabled():
+            begins = len(self._recording.observer.spans) > CALLS_OF_AN_EVALUATION
+            if begins:
+                self._stop()
+        if begins:
+            self._record_again()
+        if begins and self._recording is not None:
+            self._counter.begin()
+            self._recording.observer.enter_module(module, inputs)
 
     def _find_holders(self) -> None:
         measurement = self._measurement
