@@ -72,7 +72,7 @@ def bucket_bytes(device: torch.device) -> int:
     """
     total = 0
     for wrapper in live_objects(DistributedDataParallel):
-        with contextlib.suppress(Exception):  # one that is just being built
+        with contextlib.suppress(AttributeError):  # one that is just being built
             trained = [p for p in wrapper.parameters() if p.requires_grad and p.device == device]
             shown = wrapper.gradient_as_bucket_view and any(p.grad is not None for p in trained)
             total += 0 if shown else sum(p.numel() * p.element_size() for p in trained)
