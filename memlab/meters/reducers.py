@@ -64,16 +64,19 @@ def _timed(build: Callable) -> Callable:
     return __init__
 
 
-def bucket_bytes(device: torch.device) -> int:
+def bucket_bytes(device: torch.device) -> list[int]:
     """The bytes of the buckets that are there now and that no tensor shows.
 
     Args:
         device: whose bytes.
+
+    Returns:
+        Those of each wrapper that has some.
     """
-    total = 0
+    sizes = []
     for wrapper in live_objects(DistributedDataParallel):
         with contextlib.suppress(AttributeError):  # one that is just being built
             trained = [p for p in wrapper.parameters() if p.requires_grad and p.device == device]
             shown = wrapper.gradient_as_bucket_view and any(p.grad is not None for p in trained)
-            total += 0 if shown else sum(p.numel() * p.element_size() for p in trained)
-    return total
+            sizes.append(0 if shown else sum(p.numel() * p.element_size() for p in trained))
+    return [size for size in sizes if size]

@@ -35,10 +35,9 @@ class Unseen:
         buckets = bucket_bytes(self._device)
         rest = 0
         if self._bytes is not None:
-            buckets = min(buckets, self._bytes)
-            rest = self._bytes - buckets
-        if buckets:
-            recording.note_unseen(buckets, "gradients", BUCKET)
+            rest = max(0, self._bytes - sum(buckets))
+        for size in buckets:
+            recording.note_unseen(size, "gradients", BUCKET)
         if rest:
             recording.note_unseen(rest, "kept", "a graph's, or what else C++ holds")
         heap = self._heap_beside()

@@ -19,6 +19,13 @@ def test_what_the_reducer_asks_for_and_keeps_is_a_bucket_and_ends_the_one_before
     assert told(column="gradients") == ("gradients", BUCKET, 12)  # a gradient is a view of it
 
 
+def test_the_buckets_of_another_wrapper_stay():
+    new = [Block(64, 1, 12, operator="aten::empty"), Block(32, 2, 13, operator="aten::empty")]
+    other, same = (Block(size, -1, 0, column="gradients", name=BUCKET) for size in (98, 96))
+    tell_buckets(new, [other, same], REDUCER)
+    assert (other.died, same.died) == (None, 12)
+
+
 def test_all_else_is_none():
     nothing = Block(1, 1, 0).column, "", None
     assert told(born=9) == nothing
