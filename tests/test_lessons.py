@@ -156,14 +156,17 @@ def test_an_option_that_does_not_exist_is_found():
 # predicted, and the card's numbers lie on the line through them: so the card is of today's code.
 
 STORIES = {
-    # A column that has to be the largest before; the phases of the peak; how many times less.
-    "00_measuring_memory": ("activations", {"forward", "backward"}, (2.0, 3.3)),
-    "03_gradient_checkpointing": ("activations", {"forward", "backward"}, (2.0, 3.0)),
+    # A column that has to be the largest before; the phases of the peak; how many times less; the
+    # most that may remain of the column.
+    "00_measuring_memory": ("activations", {"forward", "backward"}, (2.0, 3.3), 0.5),
+    "01_mixed_precision": ("activations", {"forward"}, (1.2, 1.8), 0.65),
+    "03_gradient_checkpointing": ("activations", {"forward", "backward"}, (2.0, 3.0), 0.5),
 }
 
 #: The options of a lesson's loop: before, and after.
 RUNS = {
     "00_measuring_memory": ({}, {"attention": "sdpa", "fused_loss": True}),
+    "01_mixed_precision": ({}, {"change": "apply_mixed_precision"}),
     "03_gradient_checkpointing": ({}, {"change": "apply_gradient_checkpointing"}),
 }
 
@@ -185,11 +188,11 @@ def loop_of(path):
 
 
 def check_story(name, before, after):
-    column, phases, (least, most) = STORIES[name]
+    column, phases, (least, most), remains = STORIES[name]
     assert max(before.columns, key=before.columns.get) == column
     assert before.phase in phases
     assert least <= before.peak_bytes / after.peak_bytes <= most
-    assert after.columns[column] < before.columns[column] / 2
+    assert after.columns[column] < remains * before.columns[column]
     assert after.phase in phases
 
 

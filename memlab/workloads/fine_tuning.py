@@ -31,10 +31,12 @@ def fine_tune(
     adamw_8bit: bool = False,
     layers: int | None = None,
     attention: str = "sdpa",
+    mixed_precision: bool = True,
 ) -> Iterator[Tensor]:
     """Fine-tune a language model on a GPU; a run for `memlab.predict`.
 
     Full fine-tuning has FP32 weights under BF16 autocast. The base of a LoRA is frozen, in BF16.
+    Without mixed precision all is FP32.
 
     Args:
         model: a built-in model's name, or the path of a `config.json`.
@@ -46,6 +48,7 @@ def fine_tune(
         adamw_8bit: keep AdamW's two moments in 8 bits.
         layers: build so many blocks instead of all.
         attention: "sdpa", or "eager", which holds the scores of every pair of tokens.
+        mixed_precision: compute in BF16. A LoRA's base is then held in BF16 as well.
 
     Yields:
         The loss, a scalar.
@@ -61,7 +64,7 @@ def fine_tune(
     )
     if layers is not None:
         config.num_hidden_layers = layers
-    network = build_language_model(config, lora, attention)
+    network = build_language_model(config, lora, attention, mixed_precision)
     if checkpoints:
         apply_gradient_checkpointing(network)
     if fused_loss:
@@ -74,7 +77,7 @@ def fine_tune(
 
     while True:
         tokens = torch.randint(config.vocab_size, (batch, sequence), device="cuda")
-        with torch.autocast("cuda", dtype=torch.bfloat16):
+        with torch.autocast("cuda", dtype=torch.bfloat16, enabled=mixed_precision):
             loss = network(input_ids=tokens, labels=tokens).loss
         loss.backward()
         optimizer.step()
@@ -94,18 +97,21 @@ def _check_sizes(config: object, model: str, **sizes: int) -> None:
         )
 
 
-def build_language_model(config: object, lora: bool, attention: str = "sdpa") -> nn.Module:
+def build_language_model(
+    config: object, lora: bool, attention: str = "sdpa", mixed_precision: bool = True
+) -> nn.Module:
     """Build a language model on the GPU, in training mode.
 
     Args:
         config: its transformers configuration.
-        lora: whether it gets adapters, on a frozen base in BF16.
+        lora: whether it gets adapters, on a frozen base.
         attention: "sdpa" or "eager", as transformers calls them.
+        mixed_precision: whether that base is in BF16. What is trained is FP32 in any case.
 
     Raises:
         ImportError: transformers or, for a LoRA, PEFT is not installed.
     """
-    dtype = torch.bfloat16 if lora else torch.float32
+    dtype = torch.bfloat16 if lora and mixed_precision else torch.float32
     config.use_cache = False  # the cache is for generating text
     with _quiet(), torch.device("cuda"):
         import transformers

@@ -52,6 +52,17 @@ def test_a_lora_has_a_base_of_two_bytes_a_parameter(needs):
     assert 0 < adapters < base
 
 
+def test_mixed_precision_shrinks_activations_and_a_frozen_base(needs):
+    pytest.importorskip("peft")
+    full, fp32 = needs(), needs(mixed_precision=False)
+    assert full.columns["parameters"] == fp32.columns["parameters"]
+    lora, lora_fp32 = needs(lora=True), needs(lora=True, mixed_precision=False)
+    assert lora.activations_at_backward < lora_fp32.activations_at_backward
+    adapters = lora.columns["optimizer_state"] / 2
+    base, base_fp32 = (run.columns["parameters"] - adapters for run in (lora, lora_fp32))
+    assert base == pytest.approx(base_fp32 / 2, rel=1e-2)
+
+
 def test_each_switch_takes_bytes_off_at_its_place(needs):
     plain = needs()
     kept = plain.activations_at_backward
