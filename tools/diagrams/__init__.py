@@ -8,13 +8,14 @@ from pathlib import Path
 from memlab.course.notebook import lessons
 from tools.diagrams.drawing import Diagram
 
-FOLDER = Path(__file__).resolve().parents[2] / "notebooks" / "diagrams"
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "notebooks" / "diagrams"
 
 
 def lessons_drawn() -> list[str]:
     """The names of the lessons that have a diagram."""
     here = Path(__file__).parent
-    names = [path.stem for path in lessons()]
+    names = [path.stem for path in lessons(ROOT)]
     return [name for name in names if (here / f"lesson_{name.partition('_')[0]}.py").exists()]
 
 
