@@ -59,11 +59,8 @@ def fine_tune(
             is longer than the model can read.
     """
     config = hugging_face_config(model)
-    _check_sizes(
-        config, model, batch=batch, sequence=sequence, layers=1 if layers is None else layers
-    )
-    if layers is not None:
-        config.num_hidden_layers = layers
+    config.num_hidden_layers = config.num_hidden_layers if layers is None else layers
+    _check_sizes(config, model, batch=batch, sequence=sequence, layers=config.num_hidden_layers)
     network = build_language_model(config, lora, attention, mixed_precision)
     if checkpoints:
         apply_gradient_checkpointing(network)
