@@ -174,6 +174,7 @@ STORIES = {
     "00_measuring_memory": Story("activations", {"forward", "backward"}, (2.0, 3.3)),
     "01_mixed_precision": Story("activations", {"forward"}, (1.2, 1.8), remains=0.65),
     "03_gradient_checkpointing": Story("activations", {"forward", "backward"}, (2.0, 3.0)),
+    "08_offloading": Story("activations", {"forward", "backward"}, (2.3, 3.0), remains=0.05),
     "10_compilation_and_fusion": Story(
         "temporaries", {"forward", "backward"}, (1.4, 1.8), largest_before=False
     ),
@@ -184,6 +185,7 @@ RUNS = {
     "00_measuring_memory": ({}, {"attention": "sdpa", "fused_loss": True}),
     "01_mixed_precision": ({}, {"change": "apply_mixed_precision"}),
     "03_gradient_checkpointing": ({}, {"change": "apply_gradient_checkpointing"}),
+    "08_offloading": ({}, {"offload": "offload"}),
     "10_compilation_and_fusion": ({}, {"change": "apply_fused_loss"}),
 }
 
@@ -265,6 +267,19 @@ def test_more_than_two_of_three_tensors_of_logits_go_at_every_scale():
     }
     for logits, (before, after) in sizes.items():
         assert 2 < (before.peak_bytes - after.peak_bytes) / (4 * logits) < 3
+
+
+def test_the_trip_of_an_8b_is_as_long_as_lesson_08_says():
+    """All activations are 29 GiB, the inputs of checkpointed blocks 1.08 GiB."""
+    path = ROOT / "notebooks/08_offloading.ipynb"
+    options = lesson(path).about["card"]["predicted"]["options"]
+    for checkpoints, gibibytes in ((False, 29.0), (True, 1.08)):
+        chosen = options | {"offload": True, "checkpoints": checkpoints}
+        one, two = (
+            predict(fine_tune, gpu="H100 80GB", progress=False, layers=layers, **chosen).host_bytes
+            for layers in (1, 2)
+        )
+        assert one + 31 * (two - one) == pytest.approx(gibibytes * 2**30, rel=0.01)
 
 
 @functools.cache

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from memlab.techniques.compilation_and_fusion import apply_fused_loss
 from memlab.techniques.gradient_checkpointing import apply_gradient_checkpointing
 from memlab.techniques.lean_optimizers import AdamW8bit
+from memlab.techniques.offloading import offload_activations
 from memlab.workloads.geometries import hugging_face_config
 
 
@@ -32,6 +33,7 @@ def fine_tune(
     layers: int | None = None,
     attention: str = "sdpa",
     mixed_precision: bool = True,
+    offload: bool = False,
 ) -> Iterator[Tensor]:
     """Fine-tune a language model on a GPU; a run for `memlab.predict`.
 
@@ -49,6 +51,7 @@ def fine_tune(
         layers: build so many blocks instead of all.
         attention: "sdpa", or "eager", which holds the scores of every pair of tokens.
         mixed_precision: compute in BF16. A LoRA's base is then held in BF16 as well.
+        offload: keep on the host what forward saves for backward; with `checkpoints`, their inputs.
 
     Yields:
         The loss, a scalar.
@@ -71,10 +74,11 @@ def fine_tune(
         optimizer = AdamW8bit(trained, lr=1e-5)
     else:
         optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
+    saved = offload_activations(network) if offload else contextlib.nullcontext()
 
     while True:
         tokens = torch.randint(config.vocab_size, (batch, sequence), device="cuda")
-        with torch.autocast("cuda", dtype=torch.bfloat16, enabled=mixed_precision):
+        with saved, torch.autocast("cuda", dtype=torch.bfloat16, enabled=mixed_precision):
             loss = network(input_ids=tokens, labels=tokens).loss
         loss.backward()
         optimizer.step()

@@ -68,6 +68,9 @@ def test_each_switch_takes_bytes_off_at_its_place(needs):
     kept = plain.activations_at_backward
     assert needs(checkpoints=True).activations_at_backward < kept
     assert needs(fused_loss=True).activations_at_backward <= kept - LOGITS
+    offloaded = needs(offload=True)
+    assert offloaded.activations_at_backward <= kept - LOGITS
+    assert offloaded.host_columns["activations"] >= LOGITS
     state = needs(adamw_8bit=True).columns["optimizer_state"]
     assert state < 0.35 * plain.columns["optimizer_state"]
 
