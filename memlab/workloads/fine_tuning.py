@@ -69,11 +69,7 @@ def fine_tune(
         apply_gradient_checkpointing(network)
     if fused_loss:
         apply_fused_loss(network)
-    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    if adamw_8bit:
-        optimizer = AdamW8bit(trained, lr=1e-5)
-    else:
-        optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
+    optimizer = _optimizer(network, adamw_8bit)
     saved = offload_activations(network) if offload else contextlib.nullcontext()
 
     while True:
@@ -84,6 +80,13 @@ def fine_tune(
         optimizer.step()
         optimizer.zero_grad()
         yield loss
+
+
+def _optimizer(network: nn.Module, adamw_8bit: bool) -> torch.optim.Optimizer:
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    if adamw_8bit:
+        return AdamW8bit(trained, lr=1e-5)
+    return torch.optim.AdamW(trained, lr=1e-5, fused=True)
 
 
 def _check_sizes(config: object, model: str, **sizes: int) -> None:
