@@ -354,6 +354,15 @@ def test_a_watch_inside_a_budget():
 # One after the other ------------------------------------------------------------------------------
 
 
+def test_an_optimizer_step_that_ran_out_is_told_as_one():
+    weight = nn.Parameter(torch.zeros(1024))
+    weight.grad = torch.zeros(1024)
+    optimizer = torch.optim.AdamW([weight])
+    with watch() as w, pytest.raises(OverBudget), budget(bytes_alive(CPU) + 6 * KiB):
+        optimizer.step()
+    assert w.measurement.phase == "optimizer"
+
+
 def test_a_sequence_of_budgets():
     peak = measure(training).peak_bytes
     for size in (2 * peak, peak // 2, peak + KiB, peak // 4, 3 * peak):

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 from torch.utils.data import dataloader
 
-_listening: list[Callable[[object], None]] = []
+from memlab.meters.listening import method_watched
 
 
-@contextlib.contextmanager
-def batches_shown(show: Callable[[object], None]) -> Iterator[None]:
+def batches_shown(show: Callable[[object], None]) -> AbstractContextManager[None]:
     """Inside, show what the iterators of `torch.utils.data.DataLoader` return. So do those of
     accelerate, of Hugging Face's `Trainer` and of Lightning, which are made of them.
 
@@ -21,24 +19,4 @@ def batches_shown(show: Callable[[object], None]) -> Iterator[None]:
     """
     # An epoch may have begun already, so its iterator is there, and only its class can be changed.
     kind = dataloader._BaseDataLoaderIter
-    if not _listening:
-        kind.__next__ = _showing(kind.__next__)
-    _listening.append(show)
-    try:
-        yield
-    finally:
-        # Those who listen may leave in any order: a watch ends inside a budget.
-        _listening.remove(show)
-        if not _listening:
-            kind.__next__ = kind.__next__.__wrapped__
-
-
-def _showing(fetch: Callable[[object], object]) -> Callable[[object], object]:
-    @functools.wraps(fetch)
-    def __next__(iterator: object) -> object:
-        batch = fetch(iterator)
-        for show in list(_listening):
-            show(batch)
-        return batch
-
-    return __next__
+    return method_watched(kind, "__next__", lambda batch, began: show(batch))

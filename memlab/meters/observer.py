@@ -80,6 +80,10 @@ class Observer:
         self._patches.close()
         self._lines.__exit__(*exception)
         self.spans += getattr(self._lines, "spans", ())
+        if self._record and self._optimizer and self._optimizer_started:
+            # An exception ended the run in the middle of this step.
+            started = max(self._optimizer_started.values())
+            self.spans.append(Span(started, time.time_ns(), "optimizer", self._optimizer))
         for handle in self._handles:
             handle.remove()
         self._handles = []

@@ -7,17 +7,15 @@ Source: https://docs.pytorch.org/docs/stable/notes/ddp.html, "Internal Design".
 from __future__ import annotations
 
 import contextlib
-import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from memlab.ledger import Span
+from memlab.meters.listening import method_watched
 from memlab.meters.live import live_objects
-
-_listening: list[Callable[[Span], None]] = []
 
 
 class Reducers:
@@ -38,30 +36,13 @@ class Reducers:
             self._note(Span(self._entered, now, "reducer"))
         self._entered = now if isinstance(module, DistributedDataParallel) else 0
 
-    @contextlib.contextmanager
-    def seen(self) -> Iterator[None]:
+    def seen(self) -> contextlib.AbstractContextManager[None]:
         """Inside, see also those that are built."""
-        if not _listening:
-            DistributedDataParallel.__init__ = _timed(DistributedDataParallel.__init__)
-        _listening.append(self._note)
-        try:
-            yield
-        finally:
-            # Those who listen may leave in any order: a watch ends inside a budget.
-            _listening.remove(self._note)
-            if not _listening:
-                DistributedDataParallel.__init__ = DistributedDataParallel.__init__.__wrapped__
 
+        def built(nothing: None, began: int) -> None:
+            self._note(Span(began, time.time_ns(), "reducer"))
 
-def _timed(build: Callable) -> Callable:
-    @functools.wraps(build)
-    def __init__(wrapper: DistributedDataParallel, *args: object, **kwargs: object) -> None:
-        start = time.time_ns()
-        build(wrapper, *args, **kwargs)
-        for note in list(_listening):
-            note(Span(start, time.time_ns(), "reducer"))
-
-    return __init__
+        return method_watched(DistributedDataParallel, "__init__", built)
 
 
 def bucket_bytes(device: torch.device) -> list[int]:
