@@ -37,7 +37,7 @@ AS_PROCESSOR = $(AS_$(PROCESSOR)) OMP_NUM_THREADS=$(THREADS) MEMLAB_TEST_THREADS
 SAY_PROCESSOR = @$(if $(filter native avx2 sse41,$(PROCESSOR)),,$(error PROCESSOR is native or avx2 or sse41, not 	'$(PROCESSOR)')) echo "==> As on the processor: $(PROCESSOR), $(THREADS) thread(s) in each process"
 
 .DEFAULT_GOAL := help
-.PHONY: help lab measure measure-large zoo report validate doctor test lint test-unit test-notebooks test-processors test-gpu \
+.PHONY: help lab measure measure-large zoo report validate doctor test lint test-unit test-notebooks test-in-depth test-processors test-gpu \
 	test-browser test-colab address constraints clean
 
 help:
@@ -72,7 +72,7 @@ test: lint test-unit test-notebooks ## run everything that CI runs (ROTATE=1: as
 
 test-processors: lint ## run everything as on each processor, with 1 and with 4 threads (two hours on two cores)
 	set -e; for setting in $(SETTINGS); do \
-		$(MAKE) test-unit test-notebooks PROCESSOR=$${setting%/*} THREADS=$${setting#*/}; done
+		$(MAKE) test-unit test-in-depth test-notebooks PROCESSOR=$${setting%/*} THREADS=$${setting#*/}; done
 
 lint: .venv/.installed ## check the style, the arrows between the rooms, and the dependencies
 	@echo "==> Style, arrows, dependencies (a few seconds)"
@@ -85,12 +85,16 @@ lint: .venv/.installed ## check the style, the arrows between the rooms, and the
 test-unit: .venv/.installed ## run the tests of the package and of the repository's rules
 	@echo "==> Tests, in $(JOBS) processes (about twenty-five minutes on two cores; what is skipped is listed at the end with its reason)"
 	$(SAY_PROCESSOR)
-	$(AS_PROCESSOR) .venv/bin/python -m pytest -n $(JOBS) --dist=loadscope -rs -m "not browser" tests
+	$(AS_PROCESSOR) .venv/bin/python -m pytest -n $(JOBS) --dist=loadscope -rs -m "not browser and not in_depth" tests
 
 test-notebooks: .venv/.installed ## run every notebook from top to bottom
 	@echo "==> Notebooks, in $(JOBS) processes (about a minute each on two cores)"
 	$(SAY_PROCESSOR)
 	$(AS_PROCESSOR) .venv/bin/python -m pytest -n $(JOBS) --dist=loadscope -rs $(NBVAL) notebooks
+
+test-in-depth: .venv/.installed ## run the solutions of the notebooks in depth (ten minutes on two cores; no part of `make test`)
+	@echo "==> Solutions in depth, in $(JOBS) processes"
+	$(AS_PROCESSOR) .venv/bin/python -m pytest -n $(JOBS) --dist=loadscope -m in_depth tests/test_solutions.py
 
 test-gpu: .venv/.installed ## run the tests that need a CUDA device
 	.venv/bin/python -m pytest -rs -m gpu tests

@@ -267,8 +267,12 @@ def class_of(path):
 
 
 # A class a notebook, since `pytest --dist=loadscope` gives each class to one process: so they end
-# at about the same time.
-globals().update({f"Test_{path.stem}": class_of(path) for path in NOTEBOOKS})
+# at about the same time. Where a lesson stands, its exercise is what a learner does: the solutions
+# in depth take long, and are left to `make test-in-depth`.
+WITH_A_LESSON = {path.stem for path in LESSONS}
+for path in NOTEBOOKS:
+    in_depth_only = pytest.mark.in_depth if path.stem in WITH_A_LESSON else lambda each: each
+    globals()[f"Test_{path.stem}"] = in_depth_only(class_of(path))
 globals().update({f"Test_lesson_{path.stem}": class_of(path) for path in LESSONS})
 
 
