@@ -26,6 +26,7 @@ def fine_tune(
     *,
     batch: int = 1,
     sequence: int = 1024,
+    micro_batches: int = 1,
     lora: bool = False,
     checkpoints: bool = False,
     fused_loss: bool = False,
@@ -44,6 +45,7 @@ def fine_tune(
         model: a built-in model's name, or the path of a `config.json`.
         batch: how many sequences a step has.
         sequence: how many tokens a sequence has.
+        micro_batches: go through the batch in so many equal parts, and add up their gradients.
         lora: train adapters of rank 16 on all linear layers (PEFT), and nothing else.
         checkpoints: keep a block's input, and compute the block again in backward.
         fused_loss: compute the logits and their loss a few tokens at a time.
@@ -58,12 +60,13 @@ def fine_tune(
 
     Raises:
         ImportError: transformers or, for a LoRA, PEFT is not installed.
-        ValueError: the model is not known, a size is no whole number of at least 1, or a sequence
-            is longer than the model can read.
+        ValueError: the model is not known, a size is no whole number of at least 1, a sequence is
+            longer than the model can read, or the batch cannot be cut into equal micro-batches.
     """
     config = hugging_face_config(model)
     config.num_hidden_layers = config.num_hidden_layers if layers is None else layers
-    _check_sizes(config, model, batch=batch, sequence=sequence, layers=config.num_hidden_layers)
+    sizes = {"batch": batch, "sequence": sequence, "layers": config.num_hidden_layers}
+    _check_sizes(config, model, **sizes, micro_batches=micro_batches)
     network = build_language_model(config, lora, attention, mixed_precision)
     if checkpoints:
         apply_gradient_checkpointing(network)
@@ -74,12 +77,26 @@ def fine_tune(
 
     while True:
         tokens = torch.randint(config.vocab_size, (batch, sequence), device="cuda")
-        with saved, torch.autocast("cuda", dtype=torch.bfloat16, enabled=mixed_precision):
-            loss = network(input_ids=tokens, labels=tokens).loss
-        loss.backward()
+        loss = _compute_gradients(network, tokens, micro_batches, saved, mixed_precision)
         optimizer.step()
         optimizer.zero_grad()
         yield loss
+
+
+def _compute_gradients(
+    network: nn.Module,
+    tokens: Tensor,
+    micro_batches: int,
+    saved: contextlib.AbstractContextManager,
+    mixed_precision: bool,
+) -> Tensor:
+    """Go forward and backward, and return the loss of the last micro-batch."""
+    for rows in tokens.chunk(micro_batches):
+        with saved, torch.autocast("cuda", dtype=torch.bfloat16, enabled=mixed_precision):
+            loss = network(input_ids=rows, labels=rows).loss
+        # The micro-batches have the same number of tokens: their means weigh the same.
+        (loss / micro_batches).backward()
+    return loss
 
 
 def _optimizer(network: nn.Module, adamw_8bit: bool) -> torch.optim.Optimizer:
@@ -98,6 +115,11 @@ def _check_sizes(config: object, model: str, **sizes: int) -> None:
         raise ValueError(
             f"{model} reads at most {config.max_position_embeddings:,} tokens, not"
             f" {sizes['sequence']:,}: give a shorter sequence"
+        )
+    if sizes["batch"] % sizes["micro_batches"]:
+        raise ValueError(
+            f"a batch of {sizes['batch']} cannot be cut into {sizes['micro_batches']} equal"
+            " micro-batches: give a number that divides it"
         )
 
 

@@ -75,6 +75,13 @@ def test_each_switch_takes_bytes_off_at_its_place(needs):
     assert state < 0.35 * plain.columns["optimizer_state"]
 
 
+def test_micro_batches_divide_the_activations_and_let_gradients_wait(needs):
+    whole, in_four = needs(batch=4), needs(batch=4, micro_batches=4)
+    # Not a quarter: autocast's copies of the weights are the same for each of the four.
+    assert in_four.activations_at_backward < 0.35 * whole.activations_at_backward
+    assert in_four.columns["gradients"] == pytest.approx(whole.columns["parameters"], rel=1e-2)
+
+
 def test_fewer_layers_have_fewer_parameters(needs):
     one, two, three = (needs(layers=layers).columns["parameters"] for layers in (1, 2, 3))
     assert three - two == two - one > 0 and three == needs().columns["parameters"]
@@ -87,6 +94,7 @@ def test_fewer_layers_have_fewer_parameters(needs):
         ({"sequence": 1025}, "GPT-2 124M reads at most 1,024 tokens, not 1,025"),
         ({"batch": 0}, "batch has to be a whole number of at least 1, not 0"),
         ({"sequence": 1.5}, "sequence has to be a whole number of at least 1, not 1.5"),
+        ({"batch": 4, "micro_batches": 3}, "a batch of 4 cannot be cut into 3 equal micro-batches"),
         ({"layers": -1}, "layers has to be a whole number of at least 1, not -1"),
     ],
 )
