@@ -173,6 +173,9 @@ class Story(NamedTuple):
 STORIES = {
     "00_measuring_memory": Story("activations", {"forward", "backward"}, (2.0, 3.3)),
     "01_mixed_precision": Story("activations", {"forward"}, (1.2, 1.8), remains=0.65),
+    "02_low_precision": Story(
+        "optimizer_state", {"forward", "backward", "optimizer"}, (1.7, 2.0), remains=0.51
+    ),
     "03_gradient_checkpointing": Story("activations", {"forward", "backward"}, (2.0, 3.0)),
     # Of the 8B with 4 x 512 tokens the frozen weights are as large as the activations.
     "04_gradient_accumulation": Story(
@@ -188,6 +191,10 @@ STORIES = {
 RUNS = {
     "00_measuring_memory": ({}, {"attention": "sdpa", "fused_loss": True}),
     "01_mixed_precision": ({}, {"change": "apply_mixed_precision"}),
+    "02_low_precision": (
+        {},
+        {"change": "cast_to_low_precision", "make_optimizer": "rounding_adamw"},
+    ),
     "03_gradient_checkpointing": ({}, {"change": "apply_gradient_checkpointing"}),
     "04_gradient_accumulation": ({}, {"compute_gradients": "accumulate"}),
     "08_offloading": ({}, {"offload": "offload"}),

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from memlab.techniques.compilation_and_fusion import apply_fused_loss
 from memlab.techniques.gradient_checkpointing import apply_gradient_checkpointing
 from memlab.techniques.lean_optimizers import AdamW8bit
+from memlab.techniques.low_precision import StochasticRoundingAdamW, stochastic_round
 from memlab.techniques.offloading import offload_activations
 from memlab.workloads.geometries import hugging_face_config
 
@@ -35,16 +36,16 @@ def fine_tune(
     attention: str = "sdpa",
     mixed_precision: bool = True,
     offload: bool = False,
+    bf16_weights: bool = False,
 ) -> Iterator[Tensor]:
     """Fine-tune a language model on a GPU; a run for `memlab.predict`.
 
     Full fine-tuning has FP32 weights under BF16 autocast. The base of a LoRA is frozen, in BF16.
-    Without mixed precision all is FP32.
+    Without mixed precision all is FP32, and with BF16 weights all is BF16.
 
     Args:
         model: a built-in model's name, or the path of a `config.json`.
-        batch: how many sequences a step has.
-        sequence: how many tokens a sequence has.
+        batch, sequence: how many sequences a step has, and how many tokens a sequence has.
         micro_batches: go through the batch in so many equal parts, and add up their gradients.
         lora: train adapters of rank 16 on all linear layers (PEFT), and nothing else.
         checkpoints: keep a block's input, and compute the block again in backward.
@@ -54,30 +55,32 @@ def fine_tune(
         attention: "sdpa", or "eager", which holds the scores of every pair of tokens.
         mixed_precision: compute in BF16. A LoRA's base is then held in BF16 as well.
         offload: keep on the host what forward saves for backward; with `checkpoints`, their inputs.
+        bf16_weights: BF16 weights, gradients and state, rounded stochastically; not for a LoRA.
 
     Yields:
         The loss, a scalar.
 
     Raises:
         ImportError: transformers or, for a LoRA, PEFT is not installed.
-        ValueError: the model is not known, a size is no whole number of at least 1, a sequence is
-            longer than the model can read, or the batch cannot be cut into equal micro-batches.
+        ValueError: an unknown model, a size below 1, a sequence too long for it, a batch that has
+            no such equal micro-batches, or a LoRA of BF16 weights.
     """
     config = hugging_face_config(model)
     config.num_hidden_layers = config.num_hidden_layers if layers is None else layers
     sizes = {"batch": batch, "sequence": sequence, "layers": config.num_hidden_layers}
     _check_sizes(config, model, **sizes, micro_batches=micro_batches)
-    network = build_language_model(config, lora, attention, mixed_precision)
+    network = build_language_model(config, lora, attention, mixed_precision, bf16_weights)
     if checkpoints:
         apply_gradient_checkpointing(network)
     if fused_loss:
         apply_fused_loss(network)
-    optimizer = _optimizer(network, adamw_8bit)
+    optimizer = _optimizer(network, adamw_8bit, bf16_weights)
     saved = offload_activations(network) if offload else contextlib.nullcontext()
+    autocast = mixed_precision and not bf16_weights
 
     while True:
         tokens = torch.randint(config.vocab_size, (batch, sequence), device="cuda")
-        loss = _compute_gradients(network, tokens, micro_batches, saved, mixed_precision)
+        loss = _compute_gradients(network, tokens, micro_batches, saved, autocast)
         optimizer.step()
         optimizer.zero_grad()
         yield loss
@@ -88,21 +91,25 @@ def _compute_gradients(
     tokens: Tensor,
     micro_batches: int,
     saved: contextlib.AbstractContextManager,
-    mixed_precision: bool,
+    autocast: bool,
 ) -> Tensor:
     """Go forward and backward, and return the loss of the last micro-batch."""
     for rows in tokens.chunk(micro_batches):
-        with saved, torch.autocast("cuda", dtype=torch.bfloat16, enabled=mixed_precision):
+        with saved, torch.autocast("cuda", dtype=torch.bfloat16, enabled=autocast):
             loss = network(input_ids=rows, labels=rows).loss
         # The micro-batches have the same number of tokens: their means weigh the same.
         (loss / micro_batches).backward()
     return loss
 
 
-def _optimizer(network: nn.Module, adamw_8bit: bool) -> torch.optim.Optimizer:
+def _optimizer(network: nn.Module, adamw_8bit: bool, bf16_weights: bool) -> torch.optim.Optimizer:
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     if adamw_8bit:
-        return AdamW8bit(trained, lr=1e-5)
+        rounding = stochastic_round if bf16_weights else None
+        return AdamW8bit(trained, lr=1e-5, rounding=rounding)
+    if bf16_weights:
+        # Slices of 16 million numbers, 320 MiB: small beside a model that has billions.
+        return StochasticRoundingAdamW(trained, lr=1e-5, slice_size=2**24)
     return torch.optim.AdamW(trained, lr=1e-5, fused=True)
 
 
@@ -124,7 +131,11 @@ def _check_sizes(config: object, model: str, **sizes: int) -> None:
 
 
 def build_language_model(
-    config: object, lora: bool, attention: str = "sdpa", mixed_precision: bool = True
+    config: object,
+    lora: bool,
+    attention: str = "sdpa",
+    mixed_precision: bool = True,
+    bf16_weights: bool = False,
 ) -> nn.Module:
     """Build a language model on the GPU, in training mode.
 
@@ -132,12 +143,18 @@ def build_language_model(
         config: its transformers configuration.
         lora: whether it gets adapters, on a frozen base.
         attention: "sdpa" or "eager", as transformers calls them.
-        mixed_precision: whether that base is in BF16. What is trained is FP32 in any case.
+        mixed_precision: whether that base is in BF16. What is trained is FP32.
+        bf16_weights: train in BF16 instead. A LoRA's base is in BF16 without it.
 
     Raises:
         ImportError: transformers or, for a LoRA, PEFT is not installed.
+        ValueError: BF16 weights and a LoRA together.
     """
-    dtype = torch.bfloat16 if lora and mixed_precision else torch.float32
+    if lora and bf16_weights:
+        raise ValueError(
+            "the frozen base of a LoRA is in BF16 already: leave bf16_weights out, or lora"
+        )
+    dtype = torch.bfloat16 if bf16_weights or (lora and mixed_precision) else torch.float32
     config.use_cache = False  # the cache is for generating text
     with _quiet(), torch.device("cuda"):
         import transformers

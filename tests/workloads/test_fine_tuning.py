@@ -82,6 +82,15 @@ def test_micro_batches_divide_the_activations_and_let_gradients_wait(needs):
     assert in_four.columns["gradients"] == pytest.approx(whole.columns["parameters"], rel=1e-2)
 
 
+def test_bf16_weights_halve_the_models_state(needs):
+    full, short = needs(), needs(bf16_weights=True)
+    for column in ("parameters", "gradients", "optimizer_state"):
+        most, halved = (run.timeline.bytes[column].max() for run in (full, short))
+        assert halved == pytest.approx(most / 2, rel=1e-2)
+    state = needs(bf16_weights=True, adamw_8bit=True).columns["optimizer_state"]
+    assert state < 0.7 * short.columns["optimizer_state"]
+
+
 def test_fewer_layers_have_fewer_parameters(needs):
     one, two, three = (needs(layers=layers).columns["parameters"] for layers in (1, 2, 3))
     assert three - two == two - one > 0 and three == needs().columns["parameters"]
@@ -95,6 +104,7 @@ def test_fewer_layers_have_fewer_parameters(needs):
         ({"batch": 0}, "batch has to be a whole number of at least 1, not 0"),
         ({"sequence": 1.5}, "sequence has to be a whole number of at least 1, not 1.5"),
         ({"batch": 4, "micro_batches": 3}, "a batch of 4 cannot be cut into 3 equal micro-batches"),
+        ({"lora": True, "bf16_weights": True}, "base of a LoRA is in BF16 already"),
         ({"layers": -1}, "layers has to be a whole number of at least 1, not -1"),
     ],
 )
