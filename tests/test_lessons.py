@@ -110,7 +110,7 @@ def unknown_options(code):
             for name in node.names:
                 if not hasattr(module, name.name):
                     yield f"{node.module} has no {name.name}"
-                known[name.name] = getattr(module, name.name, None)
+                known[name.asname or name.name] = getattr(module, name.name, None)
     for node in ast.walk(ast.parse(code)):
         if not isinstance(node, ast.Call):
             continue
@@ -201,6 +201,10 @@ RUNS = {
     "10_compilation_and_fusion": ({}, {"change": "apply_fused_loss"}),
 }
 
+#: How many layers of the 8B are predicted, where one and two are too few. If all weights are
+#: trained, the peak of less than 8 layers is in forward, when the fused loss is computed.
+FEW_LAYERS = {"02_low_precision": (8, 10)}
+
 
 def loop_of(path):
     """A lesson's loop: its set-up cell and the cell tagged `loop`, run."""
@@ -264,8 +268,11 @@ def test_the_story_holds_for_an_8b_and_its_card_is_of_todays_code(path):
     about = lesson(path).about["card"]["predicted"]
     for name in ("before", "after"):
         options = tuple(sorted((about["options"] | about[name]).items()))
-        one, two = (peak_of_layers(options, layers) for layers in (1, 2))
-        assert getattr(card, name).peak_bytes == pytest.approx(one + 31 * (two - one), rel=0.01)
+        few, more = FEW_LAYERS.get(path.stem, (1, 2))
+        short, longer = (peak_of_layers(options, layers) for layers in (few, more))
+        each = (longer - short) / (more - few)
+        expected = short + (32 - few) * each
+        assert getattr(card, name).peak_bytes == pytest.approx(expected, rel=0.01)
 
 
 def test_more_than_two_of_three_tensors_of_logits_go_at_every_scale():

@@ -62,13 +62,11 @@ def fine_tune(
 
     Raises:
         ImportError: transformers or, for a LoRA, PEFT is not installed.
-        ValueError: an unknown model, a size below 1, a sequence too long for it, a batch that has
-            no such equal micro-batches, or a LoRA of BF16 weights.
+        ValueError: an unknown model, or sizes or switches that do not go together. It says which.
     """
     config = hugging_face_config(model)
     config.num_hidden_layers = config.num_hidden_layers if layers is None else layers
-    sizes = {"batch": batch, "sequence": sequence, "layers": config.num_hidden_layers}
-    _check_sizes(config, model, **sizes, micro_batches=micro_batches)
+    _check_sizes(config, model, batch=batch, sequence=sequence, micro_batches=micro_batches)
     network = build_language_model(config, lora, attention, mixed_precision, bf16_weights)
     if checkpoints:
         apply_gradient_checkpointing(network)
@@ -114,7 +112,7 @@ def _optimizer(network: nn.Module, adamw_8bit: bool, bf16_weights: bool) -> torc
 
 
 def _check_sizes(config: object, model: str, **sizes: int) -> None:
-    for name, size in sizes.items():
+    for name, size in {**sizes, "layers": config.num_hidden_layers}.items():
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ValueError(f"{name} has to be a whole number of at least 1, not {size!r}")
     # Shapes alone do not show it: a position too far is a row that the embedding does not have.

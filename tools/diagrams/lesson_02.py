@@ -60,4 +60,4 @@ def _two_neighbours(drawn: Diagram) -> None:
             drawn.line(x, y - 24, x, y - 11, "mark")
             anchor = "middle" if x == one else "end"
             drawn.text(x if x == one else x - 14, y - 34, words, "small", anchor)
-    drawn.text(one, 474, "The next step starts there. On average over many steps, the sum is right.")
+    drawn.text(one, 474, "The next step starts there. Over many steps the sum is right on average.")
