@@ -13,6 +13,7 @@ import pytest
 from memlab import measure, predict
 from memlab.course.cards import GPUS
 from memlab.course.notebook import find_root, lesson, lessons
+from memlab.meters.fake_ranks import fake_ranks
 from memlab.results.lessons import load_cards
 from memlab.workloads.fine_tuning import fine_tune
 from memlab.workloads.lessons import GPT2_124M, SMALL
@@ -181,6 +182,7 @@ STORIES = {
     "04_gradient_accumulation": Story(
         "activations", {"forward"}, (1.5, 2.3), remains=0.35, largest_before=False
     ),
+    "05_sharding": Story("optimizer_state", {"backward", "optimizer"}, (1.7, 7.0), remains=0.14),
     "08_offloading": Story("activations", {"forward", "backward"}, (2.3, 3.0), remains=0.05),
     "10_compilation_and_fusion": Story(
         "temporaries", {"forward", "backward"}, (1.4, 1.8), largest_before=False
@@ -197,13 +199,18 @@ RUNS = {
     ),
     "03_gradient_checkpointing": ({}, {"change": "apply_gradient_checkpointing"}),
     "04_gradient_accumulation": ({}, {"compute_gradients": "accumulate"}),
+    "05_sharding": ({}, {"change": "shard"}),
     "08_offloading": ({}, {"offload": "offload"}),
     "10_compilation_and_fusion": ({}, {"change": "apply_fused_loss"}),
 }
 
 #: How many layers of the 8B are predicted, where one and two are too few. If all weights are
-#: trained, the peak of less than 8 layers is in forward, when the fused loss is computed.
-FEW_LAYERS = {"02_low_precision": (8, 10)}
+#: trained, the peak of less than 8 layers is in forward, when the fused loss is computed; on each
+#: of 8 ranks that of less than about 20.
+FEW_LAYERS = {"02_low_precision": (8, 10), "05_sharding": (24, 25)}
+
+#: How many ranks a lesson's loop has. What is measured and predicted is one of them.
+RANKS = {"05_sharding": 8}
 
 
 def loop_of(path):
@@ -242,13 +249,15 @@ def test_every_lesson_has_a_story(path):
 @functools.cache
 def on_the_cpu(path):
     train, runs = loop_of(path)
-    return [measure(train, size=SMALL, device="cpu", **o) for o in runs]
+    with fake_ranks(RANKS.get(path.stem)):
+        return [measure(train, size=SMALL, device="cpu", **o) for o in runs]
 
 
 @functools.cache
 def gpt2_on_a_gpu(path):
     train, runs = loop_of(path)
-    return [predict(train, size=GPT2_124M, gpu="H100 80GB", progress=False, **o) for o in runs]
+    same = {"size": GPT2_124M, "gpu": "H100 80GB", "ranks": RANKS.get(path.stem)}
+    return [predict(train, progress=False, **same, **o) for o in runs]
 
 
 @of_each_technique

@@ -28,6 +28,8 @@ PRIVATE = (
     "torch.cuda.memory._record_memory_history",
     "torch.cuda.memory._snapshot",
     "torch.distributed._tools.mem_tracker.MemTracker",
+    "torch.distributed.tensor._sharding_prop.ShardingPropagator",
+    "torch.distributed.tensor._sharding_prop.ShardingPropagator._fake_mode_lock",
     "torch.library.Library._destroy",
     "torch.ops.aten._amp_foreach_non_finite_check_and_unscale_",
     "torch.ops.aten._foreach_norm",

@@ -84,6 +84,8 @@ class Shapes(TorchDispatchMode):
         super().__init__()
         #: Called now and then with the number of operators since.
         self.on_progress: Callable[[int], object] | None = None
+        #: While this is true, what operators make is no part of the run.
+        self.set_aside = False
         self._operators = 0
         self._note = note
         self.storages = FakeStorages(on_event)
@@ -100,6 +102,8 @@ class Shapes(TorchDispatchMode):
             # A tensor made of others (DTensor, torchao's): its class calls operators on those.
             return NotImplemented
         keywords = keywords or {}
+        if self.set_aside:
+            return operator(*arguments, **keywords)
         self.storages.settle()
         self._operators += 1
         if not self._operators % 1000 and self.on_progress is not None:

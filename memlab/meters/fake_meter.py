@@ -29,6 +29,7 @@ from memlab.meters.fake_patches import (
     random_states_seen,
     values_made_up,
 )
+from memlab.meters.fake_ranks import whole_shapes_set_aside
 from memlab.meters.fake_storages import Made
 from memlab.meters.gpus import GPU
 from memlab.meters.kernel_scratch import scratch_of
@@ -105,6 +106,7 @@ class Meter:
             stack.enter_context(random_states_seen(self.shapes.storages.see))
             stack.enter_context(compiled_as_eager(self._note))
             stack.enter_context(values_made_up(self._note))
+            stack.enter_context(whole_shapes_set_aside(self.shapes))
             self._profiler.start()
             stack.enter_context(FakeMode())
             stack.enter_context(self.shapes)

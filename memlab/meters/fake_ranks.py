@@ -9,6 +9,8 @@ from unittest import mock
 
 import torch.distributed
 
+from memlab.meters.fake import Shapes
+
 
 @contextlib.contextmanager
 def fake_ranks(count: int | None) -> Iterator[None]:
@@ -49,6 +51,35 @@ def fake_ranks(count: int | None) -> Iterator[None]:
             yield
     finally:
         leave()
+
+
+@contextlib.contextmanager
+def whole_shapes_set_aside(shapes: Shapes) -> Iterator[None]:
+    """Inside, what DTensor tries on whole shapes is no part of a run on fake tensors.
+
+    To learn the shape of an operator's result, DTensor calls the operator once on fake tensors that
+    are as large as all slices together. On a GPU these have no bytes. In a run on fake tensors they
+    would look like the run's own: 16 bytes a parameter, for a fused AdamW.
+
+    Args:
+        shapes: what notes the run's storages.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        yield
+        return
+    from torch.distributed.tensor._sharding_prop import ShardingPropagator
+
+    class Lock:
+        """DTensor enters its lock around these calls, and around nothing else."""
+
+        def __enter__(self) -> None:
+            shapes.set_aside = True
+
+        def __exit__(self, *error: object) -> None:
+            shapes.set_aside = False
+
+    with mock.patch.object(ShardingPropagator, "_fake_mode_lock", Lock(), create=True):
+        yield
 
 
 def _nothing(*arguments: object, **keywords: object) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from memlab.techniques._blocks import _find_blocks
 from memlab.techniques.compilation_and_fusion import apply_fused_loss
 from memlab.techniques.gradient_checkpointing import apply_gradient_checkpointing
 from memlab.techniques.lean_optimizers import AdamW8bit
@@ -37,6 +38,7 @@ def fine_tune(
     mixed_precision: bool = True,
     offload: bool = False,
     bf16_weights: bool = False,
+    shard: bool = False,
 ) -> Iterator[Tensor]:
     """Fine-tune a language model on a GPU; a run for `memlab.predict`.
 
@@ -56,6 +58,7 @@ def fine_tune(
         mixed_precision: compute in BF16. A LoRA's base is then held in BF16 as well.
         offload: keep on the host what forward saves for backward; with `checkpoints`, their inputs.
         bf16_weights: BF16 weights, gradients and state, rounded stochastically; not for a LoRA.
+        shard: divide the model's state over the ranks: `predict(fine_tune, ranks=8, shard=True)`.
 
     Yields:
         The loss, a scalar.
@@ -67,14 +70,11 @@ def fine_tune(
     config = hugging_face_config(model)
     config.num_hidden_layers = config.num_hidden_layers if layers is None else layers
     _check_sizes(config, model, batch=batch, sequence=sequence, micro_batches=micro_batches)
-    network = build_language_model(config, lora, attention, mixed_precision, bf16_weights)
-    if checkpoints:
-        apply_gradient_checkpointing(network)
-    if fused_loss:
-        apply_fused_loss(network)
+    network = build_language_model(config, lora, attention, mixed_precision, bf16_weights, shard)
+    _apply(network, checkpoints, fused_loss, shard, mixed_precision)
     optimizer = _optimizer(network, adamw_8bit, bf16_weights)
     saved = offload_activations(network) if offload else contextlib.nullcontext()
-    autocast = mixed_precision and not bf16_weights
+    autocast = mixed_precision and not bf16_weights and not shard
 
     while True:
         tokens = torch.randint(config.vocab_size, (batch, sequence), device="cuda")
@@ -82,6 +82,17 @@ def fine_tune(
         optimizer.step()
         optimizer.zero_grad()
         yield loss
+
+
+def _apply(
+    network: nn.Module, checkpoints: bool, fused_loss: bool, shard: bool, mixed_precision: bool
+) -> None:
+    if checkpoints:
+        apply_gradient_checkpointing(network)
+    if fused_loss:
+        apply_fused_loss(network)
+    if shard:
+        _shard(network, mixed_precision)
 
 
 def _compute_gradients(
@@ -128,14 +139,33 @@ def _check_sizes(config: object, model: str, **sizes: int) -> None:
         )
 
 
+def _shard(network: nn.Module, mixed_precision: bool) -> None:
+    """Shard a model on the meta device, each of its blocks by itself, and give it memory.
+
+    A person then loads a checkpoint: each rank reads its own slices.
+    """
+    from torch.distributed import get_world_size, init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    options = {"mesh": init_device_mesh("cuda", (get_world_size(),))}
+    if mixed_precision:
+        # Autocast would keep its 16-bit copy of each weight that was gathered.
+        options["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+    for block in _find_blocks(network).values():
+        fully_shard(block, **options)
+    fully_shard(network, **options)
+    network.to_empty(device="cuda")
+
+
 def build_language_model(
     config: object,
     lora: bool,
     attention: str = "sdpa",
     mixed_precision: bool = True,
     bf16_weights: bool = False,
+    on_meta: bool = False,
 ) -> nn.Module:
-    """Build a language model on the GPU, in training mode.
+    """Build a language model, in training mode.
 
     Args:
         config: its transformers configuration.
@@ -143,6 +173,8 @@ def build_language_model(
         attention: "sdpa" or "eager", as transformers calls them.
         mixed_precision: whether that base is in BF16. What is trained is FP32.
         bf16_weights: train in BF16 instead. A LoRA's base is in BF16 without it.
+        on_meta: whether it is built without bytes instead, as a model that is to be sharded: the
+            whole may be too large for a GPU.
 
     Raises:
         ImportError: transformers or, for a LoRA, PEFT is not installed.
@@ -154,7 +186,7 @@ def build_language_model(
         )
     dtype = torch.bfloat16 if bf16_weights or (lora and mixed_precision) else torch.float32
     config.use_cache = False  # the cache is for generating text
-    with _quiet(), torch.device("cuda"):
+    with _quiet(), torch.device("meta" if on_meta else "cuda"):
         import transformers
 
         network = transformers.AutoModelForCausalLM.from_config(

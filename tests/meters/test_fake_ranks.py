@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
-from memlab import predict
+from memlab import measure, predict
 from memlab.meters.fake_ranks import fake_ranks
 from memlab.workloads import gpt
 
@@ -18,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed")
 
 
-def train(place="cpu"):
+def train(place="cpu", fused=False):
     from torch.distributed.fsdp import fully_shard
 
     dist.init_process_group("nccl" if place == "cuda" else "gloo")
@@ -28,7 +29,7 @@ def train(place="cpu"):
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=fused, foreach=False)
     while True:
         tokens = torch.randint(100, (2, 16)).to(place)
         loss = model(tokens, tokens)
@@ -82,6 +83,16 @@ def test_a_rank_needs_what_a_real_one_does(world, tmp_path):
     assert prediction.columns["optimizer_state"] == state
     # gloo copies what it gathers. That copy is no tensor of the run, and NCCL has none.
     assert 0 <= peak - prediction.peak_bytes <= gathered
+
+
+def test_what_dtensor_tries_on_whole_shapes_is_no_part_of_the_run():
+    """It asks a fused AdamW once for the shapes of its results: 16 bytes for each parameter."""
+    # It asks once in a process. What was asked before, in another test, is asked no more.
+    DTensor._op_dispatcher.sharding_propagator.propagate_op_sharding.cache_clear()
+    predicted = predict(train, fused=True, device="cpu", ranks=4, progress=False)
+    with fake_ranks(4):
+        measured = measure(train, fused=True, device="cpu")
+    assert predicted.known_bytes == measured.known_bytes
 
 
 def test_on_a_gpu_each_rank_holds_its_part():

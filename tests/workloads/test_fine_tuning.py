@@ -112,3 +112,13 @@ def test_what_makes_no_sense_is_refused(options, words):
     pytest.importorskip("transformers")
     with pytest.raises(ValueError, match=words):
         predict(fine_tune, progress=False, **options)
+
+
+def test_of_a_sharded_model_each_rank_holds_its_part(needs):
+    whole, sharded = needs(checkpoints=True), needs(checkpoints=True, ranks=4, shard=True)
+    assert sharded.columns["optimizer_state"] == pytest.approx(
+        whole.columns["optimizer_state"] / 4, rel=0.05
+    )
+    # The weights are never all there: the model is built without bytes.
+    most = sharded.timeline.bytes["parameters"].max()
+    assert most < 0.8 * whole.columns["parameters"]
