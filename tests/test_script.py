@@ -236,8 +236,9 @@ def test_the_arguments_of_the_script_come_after_two_dashes(folder, monkeypatch, 
     assert "python -m memlab run train.py -- --lr 1" in capsys.readouterr().err
 
 
-def test_the_receipt_of_the_readme_is_that_of_its_script(folder):
-    blocks = re.findall(r"```(?:python|text)\n(.*?)```", (PACKAGE / "README.md").read_text(), re.S)
+def test_the_receipt_of_the_documentation_is_that_of_its_script(folder):
+    page = (PACKAGE / "docs" / "in_your_own_run.md").read_text()
+    blocks = re.findall(r"```(?:python|text)\n(.*?)```", page, re.S)
     number = next(n for n, block in enumerate(blocks) if block.startswith("memlab: the receipt"))
     write(folder / "train.py", blocks[number - 1])
     assert run_alone(folder).stderr == blocks[number]

@@ -42,10 +42,10 @@ def card(of: Lesson, root: Path) -> str:
     """Return a lesson's card as a Markdown table; what has no record yet has no row."""
     about = of.about.get("card", {})
     rows = []
-    if found := _measured_here(of.name, root):
+    if found := measured_here(of.name, root):
         rows.append(_measured("**measured** here", _what(found), found, *_ends(found)))
     if "gpu" in about:
-        record, before, after = _on_gpu(about["gpu"], root)
+        record, before, after = on_gpu(about["gpu"], root)
         rows.append(_measured("**measured** on a GPU", about["gpu"]["what"], record, before, after))
     if predicted := load_cards(root).get(of.name):
         rows.append(_predicted(predicted))
@@ -60,7 +60,7 @@ def three_numbers(of: Lesson, root: Path) -> str:
     """
     about = of.about["three_numbers"]
     first, *_, last = about["variants"]
-    record, _, _ = _on_gpu(about | {"before": first, "after": last}, root)
+    record, _, _ = on_gpu(about | {"before": first, "after": last}, root)
     rows = [
         {
             record.environment.gpu: variant.name,
@@ -123,7 +123,7 @@ def _ends(record: Record) -> tuple[Variant, Variant]:
     return record.variants[0], record.variants[-1]
 
 
-def _measured_here(name: str, root: Path) -> Record | None:
+def measured_here(name: str, root: Path) -> Record | None:
     """The lesson's first record, from the largest device that has run it."""
     files = sorted(path for path in (root / LESSONS).glob("*.json") if path.stem != "predicted")
     data = [results.load(path) for path in files]
@@ -132,8 +132,12 @@ def _measured_here(name: str, root: Path) -> Record | None:
     return found[0] if found else None
 
 
-def _on_gpu(about: Mapping[str, str], root: Path) -> tuple[Record, Variant, Variant]:
+def on_gpu(about: Mapping[str, str], root: Path) -> tuple[Record, Variant, Variant]:
     """The record that is meant, and its two variants.
+
+    Args:
+        about: its `file`, its `notebook`, and the variants' names, `before` and `after`.
+        root: the checkout.
 
     Raises:
         ValueError: no record of this notebook has both.

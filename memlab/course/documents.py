@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from memlab import will_it_fit
-from memlab.course import cards, overviews, tables
+from memlab.course import cards, lessons_table, overviews, tables
 from memlab.course.material import FIGURES, Material, gather
 from memlab.course.notebook import lesson, read, written
 from memlab.course.predicted import in_one_line, predictions_table
@@ -19,9 +19,11 @@ from memlab.results.watched import load_watched
 
 #: The documents that have generated blocks, and the blocks that each has to have.
 DOCUMENTS = {
-    "README.md": ("validation", "map", "summary", "address"),
+    "README.md": ("validation", "map", "lessons", "three_factors", "address"),
     "CHEATSHEET.md": ("cheatsheet",),
-    "results/README.md": ("results", "claims", "gpu_summary", "predictions", "zoo", "watched"),
+    "results/README.md": (
+        *("results", "summary", "claims", "gpu", "gpu_summary", "predictions", "zoo", "watched"),
+    ),
 }
 
 NOTHING = "Nothing is recorded yet."
@@ -49,7 +51,9 @@ def _summary(material: Material, base: Path, on_a_gpu: bool = False) -> str:
 def _cheat_sheet(material: Material, base: Path) -> str:
     if not material.files:
         return NOTHING
-    return overviews.cheat_sheet(material.files[0], material.lessons, base)
+    return lessons_table.cheat_sheet(
+        material.files, material.lessons, material.short, material.root, base
+    )
 
 
 def _gpu(material: Material, base: Path) -> str:
@@ -93,6 +97,10 @@ BLOCKS: dict[str, Callable[[Material, Path], str]] = {
     "gpu": _gpu,
     "address": _address,
     "map": _map,
+    "lessons": lambda material, base: lessons_table.lessons_table(
+        material.short, material.root, base
+    ),
+    "three_factors": lambda material, base: lessons_table.three_factors(material.root),
     "summary": _summary,
     "gpu_summary": lambda material, base: _summary(material, base, on_a_gpu=True),
     "cheatsheet": _cheat_sheet,

@@ -51,33 +51,6 @@ def summary_table(data: Results, lessons: Sequence[Lesson], base: Path) -> str:
     return captioned(data, table)
 
 
-def cheat_sheet(data: Results, lessons: Sequence[Lesson], base: Path) -> str:
-    """Every technique in one row, as Markdown: what it shrinks, by how much here, what it costs,
-    when to leave it.
-
-    The numbers are those of each notebook's first record in a results file, the words those of its
-    metadata (`Lesson.about`). A notebook without words has no row.
-    """
-    table = []
-    for lesson, record in first_records(data, lessons):
-        if not lesson.about.get("leave"):
-            continue
-        before, after = record.variants[0], record.variants[-1]
-        name = lesson.title.partition("·")[2].strip() or lesson.name
-        table.append(
-            {
-                "technique": lesson.link(base, name),
-                "shrinks": lesson.columns,
-                "here": f"{before.name} → {after.name}",
-                "× less": times(after.times_less(before)),
-                "× time": times(after.times_time(before)),
-                "exact?": lesson.about.get("exact", "-"),
-                "leave it when": lesson.about["leave"],
-            }
-        )
-    return captioned(data, table)
-
-
 def claims_table(files: Sequence[Results], lessons: Sequence[Lesson], base: Path) -> str:
     """Every claim that the notebooks tested, with its verdict, as Markdown. Devices that disagree
     are named.

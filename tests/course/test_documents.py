@@ -5,7 +5,7 @@ import re
 import pytest
 
 from memlab import results
-from memlab.course import documents, overviews, tables
+from memlab.course import documents, lessons_table, overviews, tables
 from memlab.course.material import gather
 from memlab.course.notebook import read, written
 from memlab.units import MiB
@@ -20,9 +20,11 @@ WRITTEN = [
     "results/figures/headline.png",
 ]
 BLOCKS = {
-    "README.md": ("figure", "gpu", "validation", "address", "summary", "map"),
+    "README.md": ("figure", "validation", "address", "lessons", "three_factors", "map"),
     "CHEATSHEET.md": ("cheatsheet",),
-    "results/README.md": ("results", "claims", "gpu_summary", "predictions", "zoo", "watched"),
+    "results/README.md": (
+        *("results", "summary", "claims", "gpu", "gpu_summary", "predictions", "zoo", "watched"),
+    ),
 }
 BLOCK = "<!-- memlab:{0}:begin -->\nold\n<!-- memlab:{0}:end -->"
 
@@ -76,7 +78,9 @@ def test_every_table_stands_in_its_place_and_a_second_run_has_nothing_to_write(c
     assert readme.startswith("# Title\n") and readme.endswith("-->\n\nEnd.\n")
     assert overviews.map_table((), checkout, None, material.lessons) in readme
     sheet = text(checkout, "CHEATSHEET.md")
-    assert overviews.cheat_sheet(cpu, material.lessons, checkout) in sheet
+    assert (
+        lessons_table.cheat_sheet(material.files, material.lessons, (), checkout, checkout) in sheet
+    )
     long, inside = text(checkout, "results/README.md"), checkout / "results"
     assert overviews.claims_table(material.files, material.lessons, inside) in long
     assert all(tables.results_table(data) in long for data in material.files)
@@ -97,11 +101,9 @@ def test_a_gpu_in_the_courses_sizes_is_in_the_long_document_only(checkout):
     documents.generate(checkout)
     material = gather(checkout)
     readme, long = text(checkout, "README.md"), text(checkout, "results/README.md")
-    for data, document, base in zip(
-        material.files, (readme, readme, long), ("", "", "results"), strict=True
-    ):
-        summary = overviews.summary_table(data, material.lessons, checkout / base)
-        assert summary in document
+    for data in material.files:
+        summary = overviews.summary_table(data, material.lessons, checkout / "results")
+        assert long.count(summary) == 1
     assert "scale t4" not in readme
 
 
@@ -122,9 +124,9 @@ def test_the_gpus_figure_stands_above_its_table(checkout):
     file = checkout / "results" / "nvidia-h200.json"
     results.write(file, results_file(pieces, environment=GPU))
     documents.generate(checkout)
-    readme = text(checkout, "README.md")
-    figure = readme.index("![Less in less.](results/figures/gpu.png)")
-    assert figure < readme.index("| after | 2.00 MiB | 2.0 | 0.250 | 0.50 |")
+    long = text(checkout, "results/README.md")
+    figure = long.index("![Less in less.](figures/gpu.png)")
+    assert figure < long.index("| after | 2.00 MiB | 2.0 | 0.250 | 0.50 |")
     assert (checkout / "results/figures/gpu.png").read_bytes() == b"another"
 
 
@@ -151,7 +153,7 @@ def test_a_checkout_with_no_records_says_so(checkout):
     show(checkout / "notebooks" / "in_depth" / "03_x.ipynb", tag="other")
     assert sorted(documents.generate(checkout)) == WRITTEN[:-1]
     for document, sentence in (
-        ("README.md", documents.NOTHING),
+        ("results/README.md", documents.NOTHING),
         ("README.md", "<!-- memlab:figure:begin -->\n<!-- memlab:figure:end -->"),
         ("CHEATSHEET.md", documents.NOTHING),
         ("results/README.md", "No claim is tested yet."),
@@ -179,10 +181,10 @@ def test_a_check_finds_what_differs_and_writes_nothing(checkout):
     documents.generate(checkout)
     other = record(variants=[variant(predicted=3 * MiB), pair()[1]])
     results.write(checkout / "results" / "cpu.json", results_file(other, claim()))
-    # Both tables of predictions, and the notebook's.
-    assert len(documents.generate(checkout, check=True)) == 3
+    # The tables of the predictions, and the notebook's.
+    assert len(documents.generate(checkout, check=True)) == 2
     documents.generate(checkout)
-    edit(checkout, "README.md", "4.00 MiB |", "4.01 MiB |")
+    edit(checkout, "results/README.md", "4.00 MiB |", "4.01 MiB |")
     assert len(documents.generate(checkout, check=True)) == 1
 
 

@@ -52,40 +52,6 @@ def test_no_seconds_of_a_busy_machine_are_compared(spread, shown):
     data = results_file(record(variants=pair(timed(0.75, spread))))
     lessons = [lesson("03_x", column="batch", leave="it is small")]
     assert shown in overviews.summary_table(data, lessons, ROOT)
-    assert shown in overviews.cheat_sheet(data, lessons, ROOT)
-
-
-# The cheat sheet ----------------------------------------------------------------------------------
-
-
-def test_the_cheat_sheet_has_a_row_for_each_notebook_with_words_and_records():
-    words = {"exact": "yes", "leave": "the batch is small"}
-    both = ["gradients", "optimizer_state"]
-    lessons = [
-        lesson("02_no_record", "02 · Not run", column="batch", leave="ever"),
-        lesson("03_x", "03 · The x technique", column="optimizer_state", **words),
-        lesson("04_y", "No number", column=both, leave="it is slow"),
-        lesson("05_z", "05 · No words", column="batch"),
-    ]
-    data = results_file(
-        record(variants=pair(timed(0.75))),
-        record(technique="second"),
-        record("04_y", "y"),
-        record("05_z", "z"),
-    )
-    assert overviews.cheat_sheet(data, lessons, ROOT).splitlines() == [
-        CAPTION,
-        "",
-        "| technique | shrinks | here | × less | × time | exact? | leave it when |",
-        "| --- | --- | --- | ---: | ---: | --- | --- |",
-        "| [The x technique](notebooks/03_x.ipynb) | optimizer state | before → after | 2.00 | 1.50"
-        " | yes | the batch is small |",
-        "| [04_y](notebooks/04_y.ipynb) | gradients, optimizer state | before → after | 2.00 | -"
-        " | - | it is slow |",
-    ]
-    inside = overviews.cheat_sheet(data, lessons, ROOT / "results")
-    assert "(../notebooks/03_x.ipynb)" in inside
-    assert overviews.cheat_sheet(data, lessons[:1], ROOT) == CAPTION
 
 
 # Claims -------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Two receipts compared: as a function, as a command, and as the fixture of README.md."""
+"""Two receipts compared: as a function, as a command, and as the fixture of the documentation."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,7 @@ from tests.receipt.test_models import train
 
 pytest_plugins = "pytester"
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "in_your_own_run.md"
 
 
 @pytest.fixture(scope="module")
@@ -91,8 +91,8 @@ def test_the_command_says_it_by_its_exit_status(receipts, tmp_path, capsys):
     assert "none.json" in capsys.readouterr().err
 
 
-def test_the_fixture_of_the_readme_fails_when_a_run_grows(pytester):
-    (fixture,) = re.findall(r"```python\n([^`]*def same_memory.*?)```", README.read_text(), re.S)
+def test_the_fixture_of_the_documentation_fails_when_a_run_grows(pytester):
+    (fixture,) = re.findall(r"```python\n([^`]*def same_memory.*?)```", PAGE.read_text(), re.S)
     assert len(fixture.strip().splitlines()) <= 20
     pytester.makeconftest(fixture)
     source = Path(__file__).with_name("test_models.py").read_text()
