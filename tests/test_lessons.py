@@ -183,6 +183,9 @@ STORIES = {
         "activations", {"forward"}, (1.5, 2.3), remains=0.35, largest_before=False
     ),
     "05_sharding": Story("optimizer_state", {"backward", "optimizer"}, (1.7, 7.0), remains=0.14),
+    "06_data_loading": Story(
+        "kept", {"forward", "backward"}, (1.05, 1.5), remains=0.01, largest_before=False
+    ),
     "08_offloading": Story("activations", {"forward", "backward"}, (2.3, 3.0), remains=0.05),
     "10_compilation_and_fusion": Story(
         "temporaries", {"forward", "backward"}, (1.4, 1.8), largest_before=False
@@ -200,6 +203,7 @@ RUNS = {
     "03_gradient_checkpointing": ({}, {"change": "apply_gradient_checkpointing"}),
     "04_gradient_accumulation": ({}, {"compute_gradients": "accumulate"}),
     "05_sharding": ({}, {"change": "shard"}),
+    "06_data_loading": ({}, {"batches": "streamed"}),
     "08_offloading": ({}, {"offload": "offload"}),
     "10_compilation_and_fusion": ({}, {"change": "apply_fused_loss"}),
 }

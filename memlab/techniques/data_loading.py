@@ -188,6 +188,17 @@ def prefetch(batches: Iterable, device: torch.device | str, in_flight: int = 1) 
     return _prefetch(iter(batches), torch.device(device), in_flight)
 
 
+def pinned(tensor: Tensor) -> Tensor:
+    """Return a tensor in pinned memory, from where a GPU can fetch it beside the computation.
+
+    Without a GPU there is nothing to pin for: the tensor comes back as it is.
+
+    Args:
+        tensor: In the host's memory, of any shape.
+    """
+    return tensor.pin_memory() if torch.cuda.is_available() else tensor
+
+
 def _prefetch(source: Iterator, device: torch.device, in_flight: int) -> Iterator:
     cuda = device.type == "cuda"
     compute = torch.cuda.current_stream(device) if cuda else None

@@ -39,6 +39,7 @@ def fine_tune(
     offload: bool = False,
     bf16_weights: bool = False,
     shard: bool = False,
+    sequences_on_gpu: int = 0,
 ) -> Iterator[Tensor]:
     """Fine-tune a language model on a GPU; a run for `memlab.predict`.
 
@@ -59,6 +60,7 @@ def fine_tune(
         offload: keep on the host what forward saves for backward; with `checkpoints`, their inputs.
         bf16_weights: BF16 weights, gradients and state, rounded stochastically; not for a LoRA.
         shard: divide the model's state over the ranks: `predict(fine_tune, ranks=8, shard=True)`.
+        sequences_on_gpu: keep so many sequences of training data on the GPU, as int64.
 
     Yields:
         The loss, a scalar.
@@ -69,15 +71,15 @@ def fine_tune(
     """
     config = hugging_face_config(model)
     config.num_hidden_layers = config.num_hidden_layers if layers is None else layers
-    _check_sizes(config, model, batch=batch, sequence=sequence, micro_batches=micro_batches)
+    sizes = {"batch": batch, "sequence": sequence, "sequences_on_gpu": sequences_on_gpu}
+    _check_sizes(config, model, **sizes, micro_batches=micro_batches)
     network = build_language_model(config, lora, attention, mixed_precision, bf16_weights, shard)
     _apply(network, checkpoints, fused_loss, shard, mixed_precision)
     optimizer = _optimizer(network, adamw_8bit, bf16_weights)
     saved = offload_activations(network) if offload else contextlib.nullcontext()
     autocast = mixed_precision and not bf16_weights and not shard
 
-    while True:
-        tokens = torch.randint(config.vocab_size, (batch, sequence), device="cuda")
+    for tokens in _batches(config.vocab_size, **sizes):
         loss = _compute_gradients(network, tokens, micro_batches, saved, autocast)
         optimizer.step()
         optimizer.zero_grad()
@@ -111,6 +113,16 @@ def _compute_gradients(
     return loss
 
 
+def _batches(vocabulary: int, batch: int, sequence: int, sequences_on_gpu: int) -> Iterator[Tensor]:
+    """Tokens `(batch, sequence)`, without end. They come alone, or out of data that stays."""
+    data = torch.zeros(sequences_on_gpu, sequence, dtype=torch.int64, device="cuda")
+    while True:
+        if sequences_on_gpu:
+            yield data[torch.randint(sequences_on_gpu, (batch,), device="cuda")]
+        else:
+            yield torch.randint(vocabulary, (batch, sequence), device="cuda")
+
+
 def _optimizer(network: nn.Module, adamw_8bit: bool, bf16_weights: bool) -> torch.optim.Optimizer:
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     if adamw_8bit:
@@ -124,8 +136,9 @@ def _optimizer(network: nn.Module, adamw_8bit: bool, bf16_weights: bool) -> torc
 
 def _check_sizes(config: object, model: str, **sizes: int) -> None:
     for name, size in {**sizes, "layers": config.num_hidden_layers}.items():
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(f"{name} has to be a whole number of at least 1, not {size!r}")
+        least = 0 if name == "sequences_on_gpu" else 1
+        if isinstance(size, bool) or not isinstance(size, int) or size < least:
+            raise ValueError(f"{name} has to be a whole number of at least {least}, not {size!r}")
     # Shapes alone do not show it: a position too far is a row that the embedding does not have.
     if sizes["sequence"] > config.max_position_embeddings:
         raise ValueError(

@@ -19,6 +19,7 @@ from memlab.techniques.data_loading import (
     TOKEN_TYPES,
     MemoryMappedTokens,
     ResumableBatches,
+    pinned,
     prefetch,
 )
 from memlab.workloads import gpt, vit
@@ -577,3 +578,9 @@ def test_another_stream_is_refused():
         pytest.raises(RuntimeError, match="stay in one stream"),
     ):
         next(batches)
+
+
+def test_a_batch_is_pinned_where_there_is_a_gpu():
+    batch = torch.arange(6, dtype=torch.uint8)
+    found = pinned(batch)
+    assert torch.equal(found, batch) and found.is_pinned() == torch.cuda.is_available()

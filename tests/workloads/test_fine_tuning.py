@@ -91,6 +91,12 @@ def test_bf16_weights_halve_the_models_state(needs):
     assert state < 0.7 * short.columns["optimizer_state"]
 
 
+def test_a_data_set_on_the_gpu_has_eight_bytes_a_token(needs):
+    count = 1000
+    kept = needs(sequences_on_gpu=count).columns["kept"] - needs().columns["kept"]
+    assert kept == pytest.approx(8 * count * TOKENS, abs=4096)
+
+
 def test_fewer_layers_have_fewer_parameters(needs):
     one, two, three = (needs(layers=layers).columns["parameters"] for layers in (1, 2, 3))
     assert three - two == two - one > 0 and three == needs().columns["parameters"]
@@ -106,6 +112,7 @@ def test_fewer_layers_have_fewer_parameters(needs):
         ({"batch": 4, "micro_batches": 3}, "a batch of 4 cannot be cut into 3 equal micro-batches"),
         ({"lora": True, "bf16_weights": True}, "base of a LoRA is in BF16 already"),
         ({"layers": -1}, "layers has to be a whole number of at least 1, not -1"),
+        ({"sequences_on_gpu": -1}, "sequences_on_gpu has to be a whole number of at least 0"),
     ],
 )
 def test_what_makes_no_sense_is_refused(options, words):
