@@ -69,8 +69,7 @@ def fine_tune(
         ImportError: transformers or, for a LoRA, PEFT is not installed.
         ValueError: an unknown model, or sizes or switches that do not go together. It says which.
     """
-    config = hugging_face_config(model)
-    config.num_hidden_layers = config.num_hidden_layers if layers is None else layers
+    config = _configuration(model, layers)
     sizes = {"batch": batch, "sequence": sequence, "sequences_on_gpu": sequences_on_gpu}
     _check_sizes(config, model, **sizes, micro_batches=micro_batches)
     network = build_language_model(config, lora, attention, mixed_precision, bf16_weights, shard)
@@ -84,6 +83,12 @@ def fine_tune(
         optimizer.step()
         optimizer.zero_grad()
         yield loss
+
+
+def _configuration(model: str, layers: int | None) -> object:
+    config = hugging_face_config(model)
+    config.num_hidden_layers = config.num_hidden_layers if layers is None else layers
+    return config
 
 
 def _apply(
