@@ -187,6 +187,9 @@ STORIES = {
         "kept", {"forward", "backward"}, (1.05, 1.5), remains=0.01, largest_before=False
     ),
     "08_offloading": Story("activations", {"forward", "backward"}, (2.3, 3.0), remains=0.05),
+    "09_lean_optimizers": Story(
+        "optimizer_state", {"forward", "backward", "optimizer"}, (1.35, 1.65), remains=0.3
+    ),
     "10_compilation_and_fusion": Story(
         "temporaries", {"forward", "backward"}, (1.4, 1.8), largest_before=False
     ),
@@ -205,13 +208,18 @@ RUNS = {
     "05_sharding": ({}, {"change": "shard"}),
     "06_data_loading": ({}, {"batches": "streamed"}),
     "08_offloading": ({}, {"offload": "offload"}),
+    "09_lean_optimizers": ({}, {"make_optimizer": "adamw_8bit"}),
     "10_compilation_and_fusion": ({}, {"change": "apply_fused_loss"}),
 }
 
 #: How many layers of the 8B are predicted, where one and two are too few. If all weights are
 #: trained, the peak of less than 8 layers is in forward, when the fused loss is computed; on each
 #: of 8 ranks that of less than about 20.
-FEW_LAYERS = {"02_low_precision": (8, 10), "05_sharding": (24, 25)}
+FEW_LAYERS = {
+    "02_low_precision": (8, 10),
+    "05_sharding": (24, 25),
+    "09_lean_optimizers": (8, 10),
+}
 
 #: How many ranks a lesson's loop has. What is measured and predicted is one of them.
 RANKS = {"05_sharding": 8}
