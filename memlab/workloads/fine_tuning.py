@@ -22,6 +22,10 @@ from memlab.techniques.low_precision import StochasticRoundingAdamW, stochastic_
 from memlab.techniques.offloading import offload_activations
 from memlab.workloads.geometries import hugging_face_config
 
+#: Numbers that a step of our own optimizers takes at a time. Its temporaries are 192 to 320 MiB:
+#: small beside a model of billions, and a GPU has few kernels to launch.
+SLICE = 2**24
+
 
 def fine_tune(
     model: str = "GPT-2 124M",
@@ -132,10 +136,9 @@ def _optimizer(network: nn.Module, adamw_8bit: bool, bf16_weights: bool) -> torc
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     if adamw_8bit:
         rounding = stochastic_round if bf16_weights else None
-        return AdamW8bit(trained, lr=1e-5, rounding=rounding)
+        return AdamW8bit(trained, lr=1e-5, rounding=rounding, slice_size=SLICE)
     if bf16_weights:
-        # Slices of 16 million numbers, 320 MiB: small beside a model that has billions.
-        return StochasticRoundingAdamW(trained, lr=1e-5, slice_size=2**24)
+        return StochasticRoundingAdamW(trained, lr=1e-5, slice_size=SLICE)
     return torch.optim.AdamW(trained, lr=1e-5, fused=True)
 
 
