@@ -37,6 +37,7 @@ def fine_tune(
     checkpoints: bool = False,
     fused_loss: bool = False,
     adamw_8bit: bool = False,
+    fused_adamw: bool = True,
     layers: int | None = None,
     attention: str = "sdpa",
     mixed_precision: bool = True,
@@ -57,7 +58,7 @@ def fine_tune(
         lora: train adapters of rank 16 on all linear layers (PEFT), and nothing else.
         checkpoints: keep a block's input, and compute the block again in backward.
         fused_loss: compute the logits and their loss a few tokens at a time.
-        adamw_8bit: keep AdamW's two moments in 8 bits.
+        adamw_8bit, fused_adamw: AdamW's moments in 8 bits; its step in one kernel, not foreach.
         layers: build so many blocks instead of all.
         attention: "sdpa", or "eager", which holds the scores of every pair of tokens.
         mixed_precision: compute in BF16. A LoRA's base is then held in BF16 as well.
@@ -78,7 +79,7 @@ def fine_tune(
     _check_sizes(config, model, **sizes, micro_batches=micro_batches)
     network = build_language_model(config, lora, attention, mixed_precision, bf16_weights, shard)
     _apply(network, checkpoints, fused_loss, shard, mixed_precision)
-    optimizer = _optimizer(network, adamw_8bit, bf16_weights)
+    optimizer = _optimizer(network, adamw_8bit, bf16_weights, fused_adamw)
     saved = offload_activations(network) if offload else contextlib.nullcontext()
     autocast = mixed_precision and not bf16_weights and not shard
 
@@ -132,14 +133,16 @@ def _batches(vocabulary: int, batch: int, sequence: int, sequences_on_gpu: int) 
             yield torch.randint(vocabulary, (batch, sequence), device="cuda")
 
 
-def _optimizer(network: nn.Module, adamw_8bit: bool, bf16_weights: bool) -> torch.optim.Optimizer:
+def _optimizer(
+    network: nn.Module, adamw_8bit: bool, bf16_weights: bool, fused_adamw: bool
+) -> torch.optim.Optimizer:
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     if adamw_8bit:
         rounding = stochastic_round if bf16_weights else None
         return AdamW8bit(trained, lr=1e-5, rounding=rounding, slice_size=SLICE)
     if bf16_weights:
         return StochasticRoundingAdamW(trained, lr=1e-5, slice_size=SLICE)
-    return torch.optim.AdamW(trained, lr=1e-5, fused=True)
+    return torch.optim.AdamW(trained, lr=1e-5, fused=fused_adamw, foreach=not fused_adamw)
 
 
 def _check_sizes(config: object, model: str, **sizes: int) -> None:

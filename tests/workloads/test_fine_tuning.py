@@ -75,6 +75,13 @@ def test_each_switch_takes_bytes_off_at_its_place(needs):
     assert state < 0.35 * plain.columns["optimizer_state"]
 
 
+def test_a_step_that_is_not_fused_makes_a_copy_of_the_weights(needs):
+    fused, foreach = needs(sequence=1), needs(sequence=1, fused_adamw=False)
+    assert foreach.phase == "optimizer"
+    assert foreach.columns["temporaries"] == pytest.approx(foreach.columns["parameters"], rel=1e-2)
+    assert fused.peak_bytes < foreach.peak_bytes
+
+
 def test_micro_batches_divide_the_activations_and_let_gradients_wait(needs):
     whole, in_four = needs(batch=4), needs(batch=4, micro_batches=4)
     # Not a quarter: autocast's copies of the weights are the same for each of the four.
