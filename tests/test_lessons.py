@@ -186,6 +186,7 @@ STORIES = {
     "05_sharding": Story("optimizer_state", {"backward", "optimizer"}, (1.7, 7.0), remains=0.14),
     "06_data_loading": Story(
         "kept", {"forward", "backward"}, (1.05, 1.5), remains=0.01, largest_before=False
+    ),
     "07_in_place": Story(
         "temporaries", {"optimizer", "backward"}, (1.1, 1.25), remains=0.35, largest_before=False
     ),

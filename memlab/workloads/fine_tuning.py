@@ -59,8 +59,7 @@ def fine_tune(
         checkpoints: keep a block's input, and compute the block again in backward.
         fused_loss: compute the logits and their loss a few tokens at a time.
         adamw_8bit, fused_adamw: AdamW's moments in 8 bits; its step in one kernel, not foreach.
-        layers: build so many blocks instead of all.
-        attention: "sdpa", or "eager", which holds the scores of every pair of tokens.
+        layers, attention: so many blocks instead of all; "eager" holds each pair of tokens' score.
         mixed_precision: compute in BF16. A LoRA's base is then held in BF16 as well.
         offload: keep on the host what forward saves for backward; with `checkpoints`, their inputs.
         bf16_weights: BF16 weights, gradients and state, rounded stochastically; not for a LoRA.
