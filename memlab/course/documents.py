@@ -51,9 +51,10 @@ def _summary(material: Material, base: Path, on_a_gpu: bool = False) -> str:
 def _cheat_sheet(material: Material, base: Path) -> str:
     if not material.files:
         return NOTHING
-    return lessons_table.cheat_sheet(
+    table = lessons_table.cheat_sheet(
         material.files, material.lessons, material.short, material.root, base
     )
+    return table or NOTHING
 
 
 def _gpu(material: Material, base: Path) -> str:

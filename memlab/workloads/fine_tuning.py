@@ -118,7 +118,7 @@ def _compute_gradients(
         with saved, torch.autocast("cuda", dtype=torch.bfloat16, enabled=autocast):
             loss = network(input_ids=rows, labels=rows).loss
         # The micro-batches have the same number of tokens: their means weigh the same.
-        (loss / micro_batches).backward()
+        (loss if micro_batches == 1 else loss / micro_batches).backward()
     return loss
 
 
