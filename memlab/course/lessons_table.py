@@ -16,12 +16,10 @@ from memlab.units import format_bytes
 
 #: GPT-2 on a GPU, and the rungs of the capstone's ladder that its three factors compare.
 LARGE = "nvidia-h100-80gb-hbm3-large.json"
-NAIVE, CAREFUL, PIECES, SMALLEST = (
-    "naive",
-    "BF16 autocast",
-    "embedding far, 8 at a time",
-    "embedding far",
-)
+NAIVE = "naive"
+CAREFUL = "BF16 autocast"
+PIECES = "embedding far, 8 at a time"
+SMALLEST = "embedding far"
 
 
 def lessons_table(lessons: Sequence[Lesson], root: Path, base: Path) -> str:

@@ -5,7 +5,8 @@ import pytest
 from memlab import results
 from memlab.course import lessons_table
 from memlab.course.notebook import Lesson
-from tests.records import GPU, pair, record, results_file, timed
+from memlab.units import MiB
+from tests.records import GPU, pair, record, results_file, timed, variant
 
 CARD = {
     "gpu": {"file": "nvidia-h200.json", "notebook": "03_x", "before": "before", "after": "after"}
@@ -70,3 +71,17 @@ def test_the_cheat_sheet_has_a_row_for_each_notebook_with_words(checkout):
 
 def test_the_three_factors_are_those_of_the_capstone(checkout):
     assert lessons_table.three_factors(checkout) == ""
+    naive = variant(lessons_table.NAIVE, 120 * MiB, seconds=timed(1.0), device_bytes=160 * MiB)
+    careful = variant(lessons_table.CAREFUL, 60 * MiB, seconds=timed(0.25))
+    pieces = variant(lessons_table.PIECES, 12 * MiB, seconds=timed(0.5))
+    smallest = variant(lessons_table.SMALLEST, 4 * MiB, device_bytes=10 * MiB)
+    records = [
+        record("11_capstone", variants=[naive, careful, smallest]),
+        record("11_capstone", "pieces", variants=[naive, pieces]),
+    ]
+    file = checkout / "results" / lessons_table.LARGE
+    results.write(file, results_file(*records, environment=GPU))
+    said = lessons_table.three_factors(checkout)
+    assert "**10× less** than the naive loop in 0.50 of its time" in said
+    assert "it is 5× less at 2.0 times the time" in said
+    assert "the smallest recipe is 16× less than the naive loop" in said

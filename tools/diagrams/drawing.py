@@ -73,3 +73,27 @@ class Diagram:
                 "</svg>\n",
             ]
         )
+
+
+def bytes_of_a_parameter(
+    drawn: Diagram, y: float, name: str, parts: list[tuple[str, int, str]], total: str
+) -> None:
+    """A row of boxes: what one parameter has, a byte as wide as every other.
+
+    Args:
+        drawn: what it is drawn into.
+        y: the boxes' upper edge.
+        name: whose row it is.
+        parts: of each box its column, its bytes, and its words.
+        total: the words after the last box.
+    """
+    x, byte, height = 190, 34, 50
+    drawn.text(x - 16, y + 31, name, "", "end")
+    for column, count, words in parts:
+        width = byte * count
+        drawn.rectangle(x, y, width, height, column)
+        # The light colour of the gradients needs dark words.
+        kind = "dark" if column == "gradients" else "on"
+        drawn.text(x + width / 2, y + 31, words, kind, "middle")
+        x += width
+    drawn.text(x + 14, y + 31, total)

@@ -1,6 +1,6 @@
 """The bytes of one parameter, and where an update goes that is smaller than BF16's spacing."""
 
-from tools.diagrams.drawing import Diagram
+from tools.diagrams.drawing import Diagram, bytes_of_a_parameter
 
 
 def draw() -> Diagram:
@@ -17,25 +17,15 @@ def draw() -> Diagram:
 
 
 def _bytes_of_a_parameter(drawn: Diagram) -> None:
-    left, byte, height = 190, 34, 50
-    columns = (
-        ("parameters", 4, "weight"),
-        ("gradients", 4, "gradient"),
-        ("optimizer_state", 8, "optimizer state: two moments"),
-    )
     drawn.text(24, 34, "The bytes of one parameter")
-    for y, name, share in ((54, "with autocast", 1), (124, "BF16 weights", 2)):
-        drawn.text(left - 16, y + 31, name, "", "end")
-        x = left
-        for column, count, words in columns:
-            width = byte * count / share
-            drawn.rectangle(x, y, width, height, column)
-            # The light colour of the gradients needs dark words.
-            kind = "dark" if column == "gradients" else "on"
-            label = f"{words}, {count}" if share == 1 else f"{count // share}"
-            drawn.text(x + width / 2, y + 31, label, kind, "middle")
-            x += width
-        drawn.text(x + 14, y + 31, f"{16 // share} bytes")
+    autocast = [
+        ("parameters", 4, "weight, 4"),
+        ("gradients", 4, "gradient, 4"),
+        ("optimizer_state", 8, "optimizer state: two moments, 8"),
+    ]
+    bytes_of_a_parameter(drawn, 54, "with autocast", autocast, "16 bytes")
+    half = [("parameters", 2, "2"), ("gradients", 2, "2"), ("optimizer_state", 4, "4")]
+    bytes_of_a_parameter(drawn, 124, "BF16 weights", half, "8 bytes")
 
 
 def _two_neighbours(drawn: Diagram) -> None:

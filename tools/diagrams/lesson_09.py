@@ -1,6 +1,6 @@
 """What AdamW keeps of one parameter, and how a block of a moment becomes codes of one byte."""
 
-from tools.diagrams.drawing import Diagram
+from tools.diagrams.drawing import Diagram, bytes_of_a_parameter
 
 #: A stretch of a moment, drawn: its largest number is the block's scale.
 HEIGHTS = (9, 22, 5, 14, 60, 7, 31, 3, 18, 11, 44, 6, 25, 4, 16, 36, 8, 12, 28, 10)
@@ -21,26 +21,13 @@ def draw() -> Diagram:
 
 
 def _bytes_of_a_parameter(drawn: Diagram) -> None:
-    left, byte, height = 190, 34, 50
     drawn.text(24, 34, "The bytes of one parameter")
-    for y, name, moment in ((54, "AdamW", 4), (124, "AdamW in 8 bits", 1)):
-        drawn.text(left - 16, y + 31, name, "", "end")
-        x = left
-        for column, count, words in (
-            ("parameters", 4, "weight, 4"),
-            ("gradients", 4, "gradient, 4"),
-            ("optimizer_state", moment, "first moment, 4"),
-            ("optimizer_state", moment, "second, 4"),
-        ):
-            drawn.rectangle(x, y, byte * count, height, column)
-            # The light colour of the gradients needs dark words.
-            kind = "dark" if column == "gradients" else "on"
-            label = words if count == 4 else "1"
-            drawn.text(x + byte * count / 2, y + 31, label, kind, "middle")
-            x += byte * count
-        drawn.text(
-            x + 14, y + 31, "16 bytes" if moment == 4 else "10 bytes, 2 scales for 256 weights"
-        )
+    model = [("parameters", 4, "weight, 4"), ("gradients", 4, "gradient, 4")]
+    exact = [("optimizer_state", 4, "first moment, 4"), ("optimizer_state", 4, "second, 4")]
+    bytes_of_a_parameter(drawn, 54, "AdamW", model + exact, "16 bytes")
+    codes = [("optimizer_state", 1, "1")] * 2
+    total = "10 bytes, 2 scales for 256 weights"
+    bytes_of_a_parameter(drawn, 124, "AdamW in 8 bits", model + codes, total)
 
 
 def _one_block(drawn: Diagram) -> None:
