@@ -36,9 +36,10 @@ def tell_buckets(blocks: Iterable[Block], from_before: Iterable[Block], spans: S
         made_in = reducers.at(block.born)
         if made_in is None:
             continue
-        if block.died is None and block.operator == _SENDS:
-            # A thread of the process group may free it, where a CPU's meter sees nothing.
-            block.died = made_in.end
+        if block.operator == _SENDS:
+            # A thread of the process group may free it, where a CPU's meter sees nothing until the
+            # address is handed out again.
+            block.died = min(block.died or FOREVER, made_in.end)
         if block.operator not in ALLOCATORS or (block.died or FOREVER) <= made_in.end:
             continue
         if block.column in PRIORITY and block.column != "gradients":

@@ -1,5 +1,7 @@
 """The buckets of DistributedDataParallel, from blocks and spans alone."""
 
+import pytest
+
 from memlab.ledger import BUCKET, Block, Event, Span, build_ledger
 from memlab.ledger.buckets import tell_buckets
 from memlab.ledger.spans import Spans
@@ -34,8 +36,10 @@ def test_all_else_is_none():
     assert told(column="parameters") == ("parameters", "", None)
 
 
-def test_what_was_sent_is_gone_though_nobody_saw_it_go():
-    events = [Event(12, 1, 64)]
+@pytest.mark.parametrize("handed_out_again", [[], [Event(40, 1, 32), Event(41, 1, -32)]])
+def test_what_was_sent_is_gone_though_nobody_saw_it_go(handed_out_again):
+    events = [Event(12, 1, 64), *handed_out_again]
     spans = [Span(11, 13, "operator", "aten::flatten_dense_tensors"), *REDUCER]
     ledger, _ = build_ledger(events, spans=spans, start=0, end=100)
-    assert [(block.column, block.died) for block in ledger.blocks] == [("temporaries", 20)]
+    sent = ledger.blocks[0]
+    assert (sent.column, sent.died) == ("temporaries", 20)
