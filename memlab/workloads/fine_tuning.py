@@ -73,13 +73,11 @@ def fine_tune(
         ImportError: transformers or, for a LoRA, PEFT is not installed.
         ValueError: an unknown model, or sizes or switches that do not go together. It says which.
     """
-    config = _configuration(model, layers)
     sizes = {"batch": batch, "sequence": sequence, "sequences_on_gpu": sequences_on_gpu}
-    _check_sizes(config, model, **sizes, micro_batches=micro_batches)
+    config = _configuration(model, layers, **sizes, micro_batches=micro_batches)
     network = build_language_model(config, lora, attention, mixed_precision, bf16_weights, shard)
-    _apply(network, checkpoints, fused_loss, shard, mixed_precision)
+    saved = _apply(network, checkpoints, fused_loss, offload, shard, mixed_precision)
     optimizer = _optimizer(network, adamw_8bit, bf16_weights, fused_adamw)
-    saved = offload_activations(network) if offload else contextlib.nullcontext()
     autocast = mixed_precision and not bf16_weights and not shard
 
     for tokens in _batches(config.vocab_size, **sizes):
@@ -89,21 +87,29 @@ def fine_tune(
         yield loss
 
 
-def _configuration(model: str, layers: int | None) -> object:
+def _configuration(model: str, layers: int | None, **sizes: int) -> object:
     config = hugging_face_config(model)
     config.num_hidden_layers = config.num_hidden_layers if layers is None else layers
+    _check_sizes(config, model, **sizes)
     return config
 
 
 def _apply(
-    network: nn.Module, checkpoints: bool, fused_loss: bool, shard: bool, mixed_precision: bool
-) -> None:
+    network: nn.Module,
+    checkpoints: bool,
+    fused_loss: bool,
+    offload: bool,
+    shard: bool,
+    mixed_precision: bool,
+) -> contextlib.AbstractContextManager:
+    """Change the network, and return the context that its forward runs in."""
     if checkpoints:
         apply_gradient_checkpointing(network)
     if fused_loss:
         apply_fused_loss(network)
     if shard:
         _shard(network, mixed_precision)
+    return offload_activations(network) if offload else contextlib.nullcontext()
 
 
 def _compute_gradients(
