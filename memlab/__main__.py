@@ -206,7 +206,7 @@ def run_measure(
         return 1
     sizes = scale()
     print(sizes, flush=True)
-    of_lessons = all(path.parent == root / "notebooks" for path in chosen)
+    of_lessons = all(notebook.is_lesson(path, root) for path in chosen)
     folder = root / (LESSONS if of_lessons else "results")
     file = folder / results.file_name(results.environment(root, sizes.device), sizes.name)
     committed = results.load(file) if file.is_file() else None  # now: a run in place replaces it

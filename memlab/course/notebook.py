@@ -87,6 +87,11 @@ def lessons(root: Path) -> list[Path]:
     return [*sorted(folder.glob("[!.]*.ipynb")), *sorted(folder.glob("electives/[!.]*.ipynb"))]
 
 
+def is_lesson(path: str | Path, root: Path) -> bool:
+    """Whether a notebook is a lesson, a core one or an elective, and not one in depth."""
+    return Path(path).resolve() in {each.resolve() for each in lessons(root)}
+
+
 def read(path: str | Path) -> dict:
     """A notebook as the JSON that it is."""
     return json.loads(Path(path).read_text(encoding="utf-8"))

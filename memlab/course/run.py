@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from memlab import results
 from memlab.course.gathered import files_of
-from memlab.course.notebook import count_cells, find_root, runs, source_hash, strip
+from memlab.course.notebook import count_cells, find_root, is_lesson, runs, source_hash, strip
 
 
 @dataclass
@@ -100,7 +100,7 @@ def run(
                 copy = path if whole else output / "notebooks" / _place(path, root)
                 _save(executed, copy, for_commit=whole)
                 outcome.copy = copy
-            file = files[path.parent == (root / "notebooks").resolve()]
+            file = files[is_lesson(path, root)]
             if not outcome.failed and (left := file.add(path.stem, outcome.records)):
                 bar.write(left)
             outcomes.append(outcome)

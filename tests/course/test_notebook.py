@@ -122,6 +122,13 @@ def test_a_lesson_is_meant_by_its_path_and_the_notebook_behind_it_by_its_name(na
     assert notebook.lessons(names) == [lesson]
 
 
+def test_an_elective_lesson_is_a_lesson_and_the_notebook_behind_it_is_none(names):
+    elective = save(names / "notebooks" / "electives" / "e1_muon.ipynb")
+    core = names / "notebooks" / "03_gradient_checkpointing.ipynb"
+    assert all(notebook.is_lesson(path, names) for path in (elective, core))
+    assert not any(notebook.is_lesson(path, names) for path in notebook.in_depth(names))
+
+
 def test_a_notebook_is_found_by_its_path_from_anywhere(names, tmp_path):
     path = save(tmp_path / "elsewhere" / "mine.ipynb")
     assert notebook.select([str(path)], names) == [path]
