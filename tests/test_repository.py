@@ -430,9 +430,10 @@ def notebook_problems(path):
 
 def sections_of(path):
     """The headings that a notebook has to have."""
-    if path.parent.name == "notebooks":
+    of_another_form = topic(path) in OF_ANOTHER_FORM
+    if path.parent.name == "notebooks" or (path.parent.name == "electives" and not of_another_form):
         return LESSON_SECTIONS
-    return FEWER_SECTIONS if topic(path) in OF_ANOTHER_FORM else SECTIONS
+    return FEWER_SECTIONS if of_another_form else SECTIONS
 
 
 def shape_problems(notebook, sections):

@@ -51,17 +51,17 @@ def batches_of(lengths: Sequence[int], size: int, *, by_length: bool = False) ->
 
 
 def batches_within(lengths: Sequence[int], tokens: int, *, packed: bool = False) -> list[list[int]]:
-    """Group documents into batches of at most `tokens` places, the longest documents first.
+    """Group documents into batches of at most `tokens` tokens, padding included. The longest first.
 
-    A padded batch takes (documents x longest) places: documents of similar length go together, few
-    long or many short ones. A packed batch takes the sum of the lengths: each document goes into
-    the first row with room for it (first-fit decreasing, which takes time in proportion to
-    documents x rows: plan a part of a large data set at a time). Shuffle the batches before
-    training with one batch a step.
+    A padded batch is (documents x longest): documents of similar length go together, few long or
+    many short ones. A packed batch is the sum of the lengths: each document goes into the first
+    row with room for it (first-fit decreasing, which takes time in proportion to documents x rows:
+    plan a part of a large data set at a time). Shuffle the batches before training with one batch
+    a step.
 
     Args:
         lengths: The tokens of each document.
-        tokens: Places in a batch.
+        tokens: The most tokens in a batch, padding included.
         packed: Whether documents follow each other in one row, without padding.
 
     Returns:
