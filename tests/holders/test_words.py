@@ -11,8 +11,6 @@ from torch import nn
 
 from memlab.holders import find_holders
 
-pytestmark = pytest.mark.usefixtures("objects_frozen")
-
 ADDRESSES = []
 
 
