@@ -45,6 +45,7 @@ def fine_tune(
     bf16_weights: bool = False,
     shard: bool = False,
     sequences_on_gpu: int = 0,
+    channels: float = 1.0,
 ) -> Iterator[Tensor]:
     """Fine-tune a language model on a GPU; a run for `memlab.predict`.
 
@@ -65,6 +66,7 @@ def fine_tune(
         bf16_weights: BF16 weights, gradients and state, rounded stochastically; not for a LoRA.
         shard: divide the model's state over the ranks: `predict(fine_tune, ranks=8, shard=True)`.
         sequences_on_gpu: keep so many sequences of training data on the GPU, as int64.
+        channels: the share of the MLPs' channels that the model has, as after structured pruning.
 
     Yields:
         The loss, a scalar.
@@ -74,7 +76,7 @@ def fine_tune(
         ValueError: an unknown model, or sizes or switches that do not go together. It says which.
     """
     sizes = {"batch": batch, "sequence": sequence, "sequences_on_gpu": sequences_on_gpu}
-    config = _configuration(model, layers, **sizes, micro_batches=micro_batches)
+    config = _configuration(model, layers, channels, **sizes, micro_batches=micro_batches)
     network = build_language_model(config, lora, attention, mixed_precision, bf16_weights, shard)
     saved = _apply(network, checkpoints, fused_loss, offload, shard, mixed_precision)
     optimizer = _optimizer(network, adamw_8bit, bf16_weights, fused_adamw)
@@ -87,11 +89,21 @@ def fine_tune(
         yield loss
 
 
-def _configuration(model: str, layers: int | None, **sizes: int) -> object:
+def _configuration(model: str, layers: int | None, channels: float, **sizes: int) -> object:
     config = hugging_face_config(model)
     config.num_hidden_layers = config.num_hidden_layers if layers is None else layers
+    _cut_channels(config, channels)
     _check_sizes(config, model, **sizes)
     return config
+
+
+def _cut_channels(config: object, share: float) -> None:
+    """Let the MLPs have this share of their channels: a pruned checkpoint has such a config."""
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
+        raise ValueError(f"channels has to be a share above 0 and at most 1, not {share!r}")
+    name = "n_inner" if hasattr(config, "n_inner") else "intermediate_size"
+    whole = getattr(config, name) or 4 * config.hidden_size  # GPT-2 leaves it out
+    setattr(config, name, max(1, round(share * whole)))
 
 
 def _apply(

@@ -109,6 +109,12 @@ def test_fewer_layers_have_fewer_parameters(needs):
     assert three - two == two - one > 0 and three == needs().columns["parameters"]
 
 
+def test_half_of_the_channels_are_half_of_the_mlps_weights(needs):
+    whole, half = (needs(channels=share).columns["parameters"] for share in (1.0, 0.5))
+    mlps = 3 * SIZES["num_hidden_layers"] * SIZES["hidden_size"] * SIZES["intermediate_size"]
+    assert whole - half == 4 * mlps / 2
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -119,6 +125,7 @@ def test_fewer_layers_have_fewer_parameters(needs):
         ({"batch": 4, "micro_batches": 3}, "a batch of 4 cannot be cut into 3 equal micro-batches"),
         ({"lora": True, "bf16_weights": True}, "base of a LoRA is in BF16 already"),
         ({"layers": -1}, "layers has to be a whole number of at least 1, not -1"),
+        ({"channels": 0}, "channels has to be a share above 0 and at most 1, not 0"),
         ({"sequences_on_gpu": -1}, "sequences_on_gpu has to be a whole number of at least 0"),
     ],
 )
