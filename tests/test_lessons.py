@@ -198,6 +198,7 @@ STORIES = {
     "10_compilation_and_fusion": Story(
         "temporaries", {"forward", "backward"}, (1.4, 1.8), largest_before=False
     ),
+    "11_capstone": Story("activations", {"forward", "backward", "optimizer"}, (6.0, 20.0)),
     "e2_pruning": Story("activations", {"forward"}, (1.2, 1.7), remains=0.8),
     "e3_dynamic_length": Story("activations", {"forward"}, (1.8, 2.5), remains=0.3),
 }
@@ -218,6 +219,7 @@ RUNS = {
     "08_offloading": ({}, {"offload": "offload"}),
     "09_lean_optimizers": ({}, {"make_optimizer": "adamw_8bit"}),
     "10_compilation_and_fusion": ({}, {"change": "apply_fused_loss"}),
+    "11_capstone": ({}, {"on": "RECIPE"}),
     "e2_pruning": ({}, {"change": "halve"}),
     "e3_dynamic_length": ({}, {"cut": "within_budget"}),
 }
