@@ -10,6 +10,7 @@ import torch
 
 from memlab.run import check_run
 from memlab.workloads.geometries import hugging_face_config
+from memlab.workloads.quiet import quiet_libraries
 
 from .script import Model
 from .subject import ModelSubject, RunSubject
@@ -132,9 +133,9 @@ def _model_of(config: object, name: str, source: str) -> Model:
 
 def _count(auto: str, config: object) -> int:
     """How many numbers the model has: it is built on the meta device, where that costs nothing."""
-    import transformers
+    with quiet_libraries(), torch.device("meta"):
+        import transformers
 
-    with torch.device("meta"):
         model = getattr(transformers, auto).from_config(config)
     return sum(parameter.numel() for parameter in model.parameters())
 

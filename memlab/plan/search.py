@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from memlab.meters.gpus import GPU, find_gpu
 from memlab.predict import predict
 from memlab.prediction import Fit, Prediction
 from memlab.units import parse_bytes
+from memlab.workloads.quiet import quiet_libraries
 
 from .given import subject_of
 from .result import Plan, Rung
@@ -90,9 +92,12 @@ class _Search:
     def predict(self, on: Collection[str], micro_batch: int = 1) -> Prediction:
         key = self.subject.code(on, micro_batch)
         if key not in self._known:
-            run, options = self.subject.run(on, micro_batch)
+            # What transformers says of a script of ours is no news; of a person's own run it is.
+            ours = isinstance(self.subject, ModelSubject)
             try:
-                self._known[key] = predict(run, gpu=self.gpu, progress=self.progress, **options)
+                with quiet_libraries() if ours else contextlib.nullcontext():
+                    run, options = self.subject.run(on, micro_batch)
+                    self._known[key] = predict(run, gpu=self.gpu, progress=self.progress, **options)
             except Exception as error:
                 error.add_note(f"plan() tried: {', '.join(on) or 'no switch'}.")
                 raise

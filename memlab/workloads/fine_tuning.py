@@ -7,8 +7,6 @@ notebooks/in_depth/e8_will_it_fit.ipynb is about what it needs.
 from __future__ import annotations
 
 import contextlib
-import logging
-import warnings
 from collections.abc import Iterator
 
 import torch
@@ -21,6 +19,7 @@ from memlab.techniques.lean_optimizers import AdamW8bit
 from memlab.techniques.low_precision import StochasticRoundingAdamW, stochastic_round
 from memlab.techniques.offloading import offload_activations
 from memlab.workloads.geometries import hugging_face_config
+from memlab.workloads.quiet import quiet_libraries
 
 #: Numbers that a step of our own optimizers takes at a time. Its temporaries are 192 to 320 MiB:
 #: small beside a model of billions, and a GPU has few kernels to launch.
@@ -227,7 +226,7 @@ def build_language_model(
         )
     dtype = torch.bfloat16 if bf16_weights or (lora and mixed_precision) else torch.float32
     config.use_cache = False  # the cache is for generating text
-    with _quiet(), torch.device("meta" if on_meta else "cuda"):
+    with quiet_libraries(), torch.device("meta" if on_meta else "cuda"):
         import transformers
 
         network = transformers.AutoModelForCausalLM.from_config(
@@ -247,16 +246,3 @@ def _with_adapters(network: nn.Module, config: object) -> nn.Module:
     return peft.get_peft_model(
         network, peft.LoraConfig(r=16, target_modules="all-linear", fan_in_fan_out=turned)
     )
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what the libraries say of one another: optional packages, names that will go."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        before = logging.root.manager.disable
-        logging.disable(logging.WARNING)
-        try:
-            yield
-        finally:
-            logging.disable(before)

@@ -1,6 +1,7 @@
 """The first switches that fit, over a run whose bytes are known."""
 
 import dataclasses
+import logging
 
 import pytest
 import torch
@@ -92,6 +93,22 @@ def test_a_model_whose_state_alone_is_too_large_is_not_predicted(monkeypatch):
     assert len(tried) == 2
     every = plan(config, sequence=8, gpu=CONTEXT + 1 * MiB, progress=False, every=True)
     assert all(rung.predicted for rung in every.rungs)
+
+
+def test_what_libraries_say_is_shown_of_a_persons_run_alone(monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(n_positions=8, n_embd=8, n_layer=1, n_head=1)
+    heard = []
+
+    def predict(run, gpu, progress, **options):
+        heard.append(logging.getLogger("transformers").isEnabledFor(logging.WARNING))
+        return dataclasses.replace(nothing, gpu=gpu)
+
+    nothing = planned(40).after
+    monkeypatch.setitem(plan.__globals__["_Search"].predict.__globals__, "predict", predict)
+    plan(config, sequence=8, gpu="T4", progress=False)
+    planned(40)
+    assert heard == [False, True]
 
 
 def test_an_error_of_the_run_says_what_was_on():
