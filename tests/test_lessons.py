@@ -4,6 +4,7 @@ import ast
 import functools
 import importlib
 import inspect
+import itertools
 import re
 from typing import NamedTuple
 
@@ -73,6 +74,15 @@ def test_a_lesson_is_short(path):
 @of_each_lesson
 def test_a_lesson_speaks_the_words_of_the_field(path):
     assert PRIVATE_WORDS.findall(prose(path)) == []
+
+
+def test_a_lesson_leads_to_the_next():
+    core = [path for path in LESSONS if path.parent.name == "notebooks"]
+    for path, following in itertools.pairwise(core):
+        last = nbformat.read(path, as_version=4).cells[-1].source
+        assert re.search(rf"Next: \[{following.stem[:2]} · .+?\]\({following.name}\)\.$", last), (
+            path.stem
+        )
 
 
 @of_each_lesson
@@ -198,6 +208,7 @@ STORIES = {
     "10_compilation_and_fusion": Story(
         "temporaries", {"forward", "backward"}, (1.4, 1.8), largest_before=False
     ),
+    "11_capstone": Story("activations", {"forward", "backward"}, (4.0, 20.0)),
     "11_capstone": Story("activations", {"forward", "backward", "optimizer"}, (6.0, 20.0)),
     "e2_pruning": Story("activations", {"forward"}, (1.2, 1.7), remains=0.8),
     "e3_dynamic_length": Story("activations", {"forward"}, (1.8, 2.5), remains=0.3),
@@ -231,6 +242,7 @@ FEW_LAYERS = {
     "02_low_precision": (8, 10),
     "05_sharding": (24, 25),
     "09_lean_optimizers": (8, 10),
+    "11_capstone": (8, 10),
 }
 
 #: How many ranks a lesson's loop has. What is measured and predicted is one of them.
