@@ -209,7 +209,6 @@ STORIES = {
         "temporaries", {"forward", "backward"}, (1.4, 1.8), largest_before=False
     ),
     "11_capstone": Story("activations", {"forward", "backward"}, (4.0, 20.0)),
-    "11_capstone": Story("activations", {"forward", "backward", "optimizer"}, (6.0, 20.0)),
     "e2_pruning": Story("activations", {"forward"}, (1.2, 1.7), remains=0.8),
     "e3_dynamic_length": Story("activations", {"forward"}, (1.8, 2.5), remains=0.3),
 }
