@@ -211,6 +211,7 @@ STORIES = {
     "11_capstone": Story("activations", {"forward", "backward"}, (4.0, 20.0)),
     "e2_pruning": Story("activations", {"forward"}, (1.2, 1.7), remains=0.8),
     "e3_dynamic_length": Story("activations", {"forward"}, (1.8, 2.5), remains=0.3),
+    "e4_chunked_input": Story("activations", {"forward"}, (1.4, 1.6), remains=0.53),
 }
 
 #: The options of a lesson's loop: before, and after.
@@ -232,6 +233,7 @@ RUNS = {
     "11_capstone": ({}, {"on": "RECIPE"}),
     "e2_pruning": ({}, {"change": "halve"}),
     "e3_dynamic_length": ({}, {"cut": "within_budget"}),
+    "e4_chunked_input": ({}, {"change": "in_chunks"}),
 }
 
 #: How many layers of the 8B are predicted, where one and two are too few. If all weights are

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from memlab.techniques._blocks import _find_blocks
+from memlab.techniques.chunked_input import apply_chunked_feed_forward
 from memlab.techniques.compilation_and_fusion import apply_fused_loss
 from memlab.techniques.gradient_checkpointing import apply_gradient_checkpointing
 from memlab.techniques.lean_optimizers import AdamW8bit
@@ -45,6 +46,7 @@ def fine_tune(
     shard: bool = False,
     sequences_on_gpu: int = 0,
     channels: float = 1.0,
+    mlp_chunk: int | None = None,
 ) -> Iterator[Tensor]:
     """Fine-tune a language model on a GPU; a run for `memlab.predict`.
 
@@ -56,8 +58,7 @@ def fine_tune(
         batch, sequence: how many sequences a step has, and how many tokens a sequence has.
         micro_batches: go through the batch in so many equal parts, and add up their gradients.
         lora: train adapters of rank 16 on all linear layers (PEFT), and nothing else.
-        checkpoints: keep a block's input, and compute the block again in backward.
-        fused_loss: compute the logits and their loss a few tokens at a time.
+        checkpoints, fused_loss: compute blocks again in backward; logits a few tokens at a time.
         adamw_8bit, fused_adamw: AdamW's moments in 8 bits; its step in one kernel, not foreach.
         layers, attention: so many blocks instead of all; "eager" holds each pair of tokens' score.
         mixed_precision: compute in BF16. A LoRA's base is then held in BF16 as well.
@@ -65,7 +66,7 @@ def fine_tune(
         bf16_weights: BF16 weights, gradients and state, rounded stochastically; not for a LoRA.
         shard: divide the model's state over the ranks: `predict(fine_tune, ranks=8, shard=True)`.
         sequences_on_gpu: keep so many sequences of training data on the GPU, as int64.
-        channels: the share of the MLPs' channels that the model has, as after structured pruning.
+        channels, mlp_chunk: the share of the MLPs' channels that is left; an MLP's tokens at a time.
 
     Yields:
         The loss, a scalar.
@@ -77,7 +78,7 @@ def fine_tune(
     sizes = {"batch": batch, "sequence": sequence, "sequences_on_gpu": sequences_on_gpu}
     config = _configuration(model, layers, channels, **sizes, micro_batches=micro_batches)
     network = build_language_model(config, lora, attention, mixed_precision, bf16_weights, shard)
-    saved = _apply(network, checkpoints, fused_loss, offload, shard, mixed_precision)
+    saved = _apply(network, checkpoints, fused_loss, offload, shard, mixed_precision, mlp_chunk)
     optimizer = _optimizer(network, adamw_8bit, bf16_weights, fused_adamw)
     autocast = mixed_precision and not bf16_weights and not shard
 
@@ -112,8 +113,11 @@ def _apply(
     offload: bool,
     shard: bool,
     mixed_precision: bool,
+    mlp_chunk: int | None,
 ) -> contextlib.AbstractContextManager:
     """Change the network, and return the context that its forward runs in."""
+    if mlp_chunk is not None:
+        apply_chunked_feed_forward(network, "mlp", mlp_chunk, recompute=True)
     if checkpoints:
         apply_gradient_checkpointing(network)
     if fused_loss:

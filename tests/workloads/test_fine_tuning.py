@@ -104,6 +104,14 @@ def test_a_data_set_on_the_gpu_has_eight_bytes_a_token(needs):
     assert kept == pytest.approx(8 * count * TOKENS, abs=4096)
 
 
+def test_an_mlp_in_chunks_keeps_no_wide_tensor(needs):
+    options = {"fused_loss": True, "mixed_precision": False}
+    kept, chunked = (needs(mlp_chunk=chunk, **options) for chunk in (None, TOKENS // 4))
+    wide = 4 * TOKENS * SIZES["intermediate_size"]  # in FP32, and there are four in a layer
+    shrinks = kept.activations_at_backward - chunked.activations_at_backward
+    assert shrinks == pytest.approx(4 * wide * SIZES["num_hidden_layers"], rel=0.1)
+
+
 def test_fewer_layers_have_fewer_parameters(needs):
     one, two, three = (needs(layers=layers).columns["parameters"] for layers in (1, 2, 3))
     assert three - two == two - one > 0 and three == needs().columns["parameters"]
