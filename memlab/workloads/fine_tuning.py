@@ -66,7 +66,7 @@ def fine_tune(
         bf16_weights: BF16 weights, gradients and state, rounded stochastically; not for a LoRA.
         shard: divide the model's state over the ranks: `predict(fine_tune, ranks=8, shard=True)`.
         sequences_on_gpu: keep so many sequences of training data on the GPU, as int64.
-        channels, mlp_chunk: the share of the MLPs' channels that is left; an MLP's tokens at a time.
+        channels, mlp_chunk: the share of the MLPs' channels there is; tokens at a time of an MLP.
 
     Yields:
         The loss, a scalar.
