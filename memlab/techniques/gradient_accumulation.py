@@ -277,6 +277,11 @@ class OptimizerInBackward:
             )
         self._stepped.clear()
 
+    def zero_grad(self) -> None:
+        """Do nothing, since each gradient is gone when its parameter has stepped: so that the loop
+        of an ordinary optimizer is left as it is.
+        """
+
     @property
     def param_groups(self) -> list[dict]:
         """The groups of all optimizers, to set a learning rate in each."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from memlab.techniques._blocks import _find_blocks
 from memlab.techniques.chunked_input import apply_chunked_feed_forward
 from memlab.techniques.compilation_and_fusion import apply_fused_loss
+from memlab.techniques.gradient_accumulation import OptimizerInBackward, optimizer_in_backward
 from memlab.techniques.gradient_checkpointing import apply_gradient_checkpointing
 from memlab.techniques.lean_optimizers import AdamW8bit
 from memlab.techniques.low_precision import StochasticRoundingAdamW, stochastic_round
@@ -47,11 +48,11 @@ def fine_tune(
     sequences_on_gpu: int = 0,
     channels: float = 1.0,
     mlp_chunk: int | None = None,
+    in_backward: bool = False,
 ) -> Iterator[Tensor]:
     """Fine-tune a language model on a GPU; a run for `memlab.predict`.
 
     Full fine-tuning has FP32 weights under BF16 autocast. The base of a LoRA is frozen, in BF16.
-    Without mixed precision all is FP32, and with BF16 weights all is BF16.
 
     Args:
         model: a built-in model's name, or the path of a `config.json`.
@@ -67,6 +68,7 @@ def fine_tune(
         shard: divide the model's state over the ranks: `predict(fine_tune, ranks=8, shard=True)`.
         sequences_on_gpu: keep so many sequences of training data on the GPU, as int64.
         channels, mlp_chunk: the share of the MLPs' channels there is; tokens at a time of an MLP.
+        in_backward: step each weight as soon as its gradient is there; not with micro-batches.
 
     Yields:
         The loss, a scalar.
@@ -76,20 +78,40 @@ def fine_tune(
         ValueError: an unknown model, or sizes or switches that do not go together. It says which.
     """
     sizes = {"batch": batch, "sequence": sequence, "sequences_on_gpu": sequences_on_gpu}
-    config = _configuration(model, layers, channels, **sizes, micro_batches=micro_batches)
+    config = _configuration(
+        model, layers, channels, in_backward, **sizes, micro_batches=micro_batches
+    )
     network = build_language_model(config, lora, attention, mixed_precision, bf16_weights, shard)
     saved = _apply(network, checkpoints, fused_loss, offload, shard, mixed_precision, mlp_chunk)
-    optimizer = _optimizer(network, adamw_8bit, bf16_weights, fused_adamw)
+    optimizer = _optimizer(network, adamw_8bit, bf16_weights, fused_adamw, in_backward)
     autocast = mixed_precision and not bf16_weights and not shard
+    batches = _batches(config.vocab_size, **sizes)
+    yield from _train(network, optimizer, batches, micro_batches, saved, autocast)
 
-    for tokens in _batches(config.vocab_size, **sizes):
+
+def _train(
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Iterator[Tensor],
+    micro_batches: int,
+    saved: contextlib.AbstractContextManager,
+    autocast: bool,
+) -> Iterator[Tensor]:
+    for tokens in batches:
         loss = _compute_gradients(network, tokens, micro_batches, saved, autocast)
         optimizer.step()
         optimizer.zero_grad()
         yield loss
 
 
-def _configuration(model: str, layers: int | None, channels: float, **sizes: int) -> object:
+def _configuration(
+    model: str, layers: int | None, channels: float, in_backward: bool, **sizes: int
+) -> object:
+    if in_backward and sizes["micro_batches"] > 1:
+        raise ValueError(
+            "a gradient is complete only after the last micro-batch, so no weight can be stepped in"
+            " backward: leave in_backward out, or micro_batches"
+        )
     config = hugging_face_config(model)
     config.num_hidden_layers = config.num_hidden_layers if layers is None else layers
     _cut_channels(config, channels)
@@ -154,15 +176,23 @@ def _batches(vocabulary: int, batch: int, sequence: int, sequences_on_gpu: int) 
 
 
 def _optimizer(
-    network: nn.Module, adamw_8bit: bool, bf16_weights: bool, fused_adamw: bool
-) -> torch.optim.Optimizer:
-    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    if adamw_8bit:
-        rounding = stochastic_round if bf16_weights else None
-        return AdamW8bit(trained, lr=1e-5, rounding=rounding, slice_size=SLICE)
-    if bf16_weights:
-        return StochasticRoundingAdamW(trained, lr=1e-5, slice_size=SLICE)
-    return torch.optim.AdamW(trained, lr=1e-5, fused=fused_adamw, foreach=not fused_adamw)
+    network: nn.Module,
+    adamw_8bit: bool,
+    bf16_weights: bool,
+    fused_adamw: bool,
+    in_backward: bool,
+) -> torch.optim.Optimizer | OptimizerInBackward:
+    def make_optimizer(weights: list[nn.Parameter]) -> torch.optim.Optimizer:
+        if adamw_8bit:
+            rounding = stochastic_round if bf16_weights else None
+            return AdamW8bit(weights, lr=1e-5, rounding=rounding, slice_size=SLICE)
+        if bf16_weights:
+            return StochasticRoundingAdamW(weights, lr=1e-5, slice_size=SLICE)
+        return torch.optim.AdamW(weights, lr=1e-5, fused=fused_adamw, foreach=not fused_adamw)
+
+    if in_backward:
+        return optimizer_in_backward(network, make_optimizer)
+    return make_optimizer([weight for weight in network.parameters() if weight.requires_grad])
 
 
 def _check_sizes(config: object, model: str, **sizes: int) -> None:

@@ -265,7 +265,7 @@ def train(model, batch, in_backward, steps=3, make_optimizer=adamw):
         output.backward()
         assert (in_backward is False) or all(p.grad is None for p in model.parameters())
         optimizer.step()
-        model.zero_grad()
+        optimizer.zero_grad()
     return optimizer
 
 

@@ -89,6 +89,15 @@ def test_micro_batches_divide_the_activations_and_let_gradients_wait(needs):
     assert in_four.columns["gradients"] == pytest.approx(whole.columns["parameters"], rel=1e-2)
 
 
+def test_an_optimizer_in_backward_holds_the_gradients_of_a_few_weights(needs):
+    waiting, stepped = (
+        needs(sequence=1, in_backward=in_backward).timeline.bytes["gradients"].max()
+        for in_backward in (False, True)
+    )
+    largest = 4 * SIZES["vocab_size"] * SIZES["hidden_size"]
+    assert largest <= stepped < 1.2 * largest < 0.6 * waiting
+
+
 def test_bf16_weights_halve_the_models_state(needs):
     full, short = needs(), needs(bf16_weights=True)
     for column in ("parameters", "gradients", "optimizer_state"):
@@ -131,6 +140,7 @@ def test_half_of_the_channels_are_half_of_the_mlps_weights(needs):
         ({"batch": 0}, "batch has to be a whole number of at least 1, not 0"),
         ({"sequence": 1.5}, "sequence has to be a whole number of at least 1, not 1.5"),
         ({"batch": 4, "micro_batches": 3}, "a batch of 4 cannot be cut into 3 equal micro-batches"),
+        ({"batch": 2, "micro_batches": 2, "in_backward": True}, "leave in_backward out"),
         ({"lora": True, "bf16_weights": True}, "base of a LoRA is in BF16 already"),
         ({"layers": -1}, "layers has to be a whole number of at least 1, not -1"),
         ({"channels": 0}, "channels has to be a share above 0 and at most 1, not 0"),
