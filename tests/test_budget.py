@@ -158,6 +158,23 @@ def test_the_exact_budget_is_enough_and_a_byte_less_is_not():
     assert sum(error.columns.values()) == 4 * MiB
 
 
+@pytest.mark.parametrize("short", [0, 1])
+def test_gradients_of_a_weight_that_is_used_twice_are_added_up_in_place(short):
+    weight = torch.zeros(64, 64, requires_grad=True)
+    first, second = torch.ones(2, 1, 64)
+    alive = bytes_alive("cpu")
+    both = (first @ weight).sum() + (second @ weight).sum()
+    # Two gradients at once, and never a third; what is smaller is less than half of one.
+    room = 2 * weight.nbytes + weight.nbytes // 2
+    with budget(alive + room - short * weight.nbytes):
+        if short:
+            with pytest.raises(OverBudget):
+                both.backward()
+        else:
+            both.backward()
+            assert weight.grad.sum() == 2 * 64 * 64
+
+
 def test_views_and_in_place_operators_cost_nothing():
     with budget(bytes_alive(CPU) + 4 * MiB + KiB, device="cpu"):
         held = torch.ones(1024, 1024)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from memlab.meters.gradient_sums import is_gradient_sum
 from memlab.meters.live import live_storages, storages, tensors_in
 
 
@@ -52,6 +53,8 @@ class Counter(TorchDispatchMode):
         # By the storage's identity, since its address changes when it is resized.
         self._alive: dict[int, Held] = {}
         self._total = 0
+        #: A sum of gradients that passed the limit: the bytes asked for, and the operator.
+        self._waiting: tuple[int, str] | None = None
 
     def start(self) -> None:
         """Count what is alive, and from now on what operators make."""
@@ -94,6 +97,7 @@ class Counter(TorchDispatchMode):
         return added
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self._settle()
         result = function(*args, **(kwargs or {}))
         for tensor in tensors_in(result):
             if tensor.device != self.device:
@@ -104,5 +108,15 @@ class Counter(TorchDispatchMode):
                     if storage.device == self.device:  # else it is fake
                         added += self._add(storage)
             if added > 0 and self._total > self.limit:
-                raise self._passed(added, str(function.overloadpacket))
+                self._waiting = (added, str(function.overloadpacket))
+                # Autograd adds gradients up in place, but not under a mode like this one. Here the
+                # first of the two goes when the sum is there: what counts is what is left then.
+                if not is_gradient_sum(function, args):
+                    self._settle()
         return result
+
+    def _settle(self) -> None:
+        """Raise if too many bytes are alive since the last operator."""
+        waiting, self._waiting = self._waiting, None
+        if waiting is not None and self._total > self.limit:
+            raise self._passed(*waiting)
