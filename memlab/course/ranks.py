@@ -183,7 +183,10 @@ class _Found:
         source = _source_of(function)
         known = _globals_of(function)
         for node in ast.walk(ast.parse(source)):
-            if isinstance(node, ast.Name) and node.id in known and node.id not in self._names:
+            # What is only assigned is no global: the `_` of a loop is a notebook's last output.
+            if not isinstance(node, ast.Name) or not isinstance(node.ctx, ast.Load):
+                continue
+            if node.id in known and node.id not in self._names:
                 self._add_value(node.id, known[node.id], function)
         self.sources.append(source)
 

@@ -1,5 +1,7 @@
 """A rank is measured without the others, and a notebook's functions run on real ones."""
 
+import threading
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -108,6 +110,14 @@ def check(change, budget=LIMIT):
     assert exercises.history[before:] == [result]
     del exercises.history[before:]
     return result
+
+
+def test_a_name_that_is_only_assigned_is_not_taken_along(monkeypatch):
+    # A notebook's last output is its global `_`, and a widget cannot be sent to another process.
+    monkeypatch.setitem(shard.__globals__, "_", threading.Lock())
+    found = ranks._Found()
+    found.add(Gather)
+    assert "_" not in found.values and found.sources
 
 
 def test_no_answer_and_one_that_is_too_large():
