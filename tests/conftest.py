@@ -53,23 +53,15 @@ def _few_threads():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _objects_frozen():
+@pytest.fixture(scope="module")
+def objects_frozen():
     """The meter walks the objects that the garbage collector knows: those of the imported libraries
-    are set aside, which makes the tests a third shorter.
+    are set aside.
     """
     gc.collect()
     gc.freeze()
     yield
     gc.unfreeze()
-
-
-@pytest.fixture
-def nothing_frozen(_objects_frozen):
-    """As in a process that has set nothing aside."""
-    gc.unfreeze()
-    yield
-    gc.freeze()
 
 
 @pytest.fixture(scope="session")

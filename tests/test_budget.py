@@ -28,6 +28,9 @@ WEIGHT = WIDTH * WIDTH * FLOAT  # 256 KiB
 LAYER = WEIGHT + WIDTH * FLOAT
 
 
+pytestmark = pytest.mark.usefixtures("objects_frozen")
+
+
 @pytest.fixture(autouse=True)
 def _everything_is_off_afterwards():
     gc.collect()

@@ -86,7 +86,7 @@ SOLUTION = builder(checkpointed)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def peaks():
+def peaks(objects_frozen):
     runs = {"reference": REFERENCE, "solution": SOLUTION}
     found = {name: measure(run, device="cpu").peak_bytes for name, run in runs.items()}
     proof.first_step(SOLUTION)

@@ -16,6 +16,9 @@ from tests.helpers import global_hooks
 BATCH, INPUTS, OUTPUTS = 8, 16, 4
 
 
+pytestmark = pytest.mark.usefixtures("objects_frozen")
+
+
 def two_layers():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(INPUTS, 32), nn.Tanh(), nn.Linear(32, OUTPUTS))

@@ -896,7 +896,6 @@ def collected():
     return build
 
 
-@pytest.mark.usefixtures("nothing_frozen")
 def test_what_is_alive_already_is_set_aside_and_comes_back():
     kept = [torch.zeros(10)]
     cycle = {"tensor": kept[0]}
@@ -910,7 +909,6 @@ def test_what_is_alive_already_is_set_aside_and_comes_back():
     assert reference() is None
 
 
-@pytest.mark.usefixtures("nothing_frozen")
 def test_it_comes_back_after_an_error():
     before = gc.get_freeze_count()
     with pytest.raises(ZeroDivisionError):
@@ -918,7 +916,6 @@ def test_it_comes_back_after_an_error():
     assert gc.get_freeze_count() == before
 
 
-@pytest.mark.usefixtures("nothing_frozen")
 def test_what_somebody_else_has_frozen_stays_frozen():
     plain = measure(collected(), device="cpu")
     gc.freeze()
@@ -930,7 +927,6 @@ def test_what_somebody_else_has_frozen_stays_frozen():
         gc.unfreeze()
 
 
-@pytest.mark.usefixtures("nothing_frozen")
 def test_a_model_from_before_is_still_found_while_it_is_set_aside():
     model = nn.Linear(8, 8)
     with objects_set_aside():

@@ -20,6 +20,9 @@ LAYER = (WIDTH * WIDTH + WIDTH) * FLOAT
 INPUTS = BATCH * WIDTH * FLOAT
 
 
+pytestmark = pytest.mark.usefixtures("objects_frozen")
+
+
 @pytest.fixture(autouse=True)
 def _everything_is_off_afterwards():
     gc.collect()

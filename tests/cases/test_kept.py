@@ -392,7 +392,6 @@ def test_c3_whole_outputs_are_kept_from_step_to_step():
     assert "list `outputs`" in measured.verdict.holder
 
 
-@pytest.mark.usefixtures("nothing_frozen")
 def test_d17_what_is_alive_already_is_set_aside_while_a_watch_looks_around(monkeypatch):
     look, set_aside = Sightings.look_around, []
 

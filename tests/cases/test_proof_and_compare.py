@@ -93,7 +93,7 @@ def first_gradients(make, transformers, *, micro_batches=1, autocast=False):
     ],
 )
 def test_zero_in_theory_is_no_difference_and_what_is_wrong_is_found(
-    make, zeros, in_bf16, smallest, transformers
+    make, zeros, in_bf16, smallest, transformers, objects_frozen
 ):
     reference = first_gradients(make, transformers)
     accumulated = first_gradients(make, transformers, micro_batches=4)
@@ -180,7 +180,7 @@ def train_resnet(trained=None):
         yield loss
 
 
-def test_frozen_layers_in_a_resnet_keep_their_inputs():
+def test_frozen_layers_in_a_resnet_keep_their_inputs(objects_frozen):
     trained, half, norms = (measure(train_resnet, trained=t) for t in (None, "first half", "norms"))
     assert trained.activations_at_backward == 14_145_356
     # The last linear layer lets go of its input, 8 x 512 floats. The frozen convolutions do not,
@@ -236,7 +236,7 @@ def train_the_first_convolution(activation, lean):
 
 
 @pytest.mark.parametrize(("activation", "share"), [(nn.ReLU, 0.504), (nn.SiLU, 0.458)])
-def test_frozen_layers_that_keep_no_input_halve_a_resnet(activation, share):
+def test_frozen_layers_that_keep_no_input_halve_a_resnet(activation, share, objects_frozen):
     """The share depends on the activations: a ReLU keeps what the next convolution keeps anyway.
 
     (Hugging Face's ResNet has a ReLU in each block whatever `hidden_act` says: with "silu" it is
@@ -308,7 +308,7 @@ def train_round_the_head(fused_loss=False, autocast=False):
         yield loss
 
 
-def test_a_loss_that_goes_round_the_head_it_was_applied_to():
+def test_a_loss_that_goes_round_the_head_it_was_applied_to(objects_frozen):
     plain, fused = (measure(train_round_the_head, fused_loss=fused) for fused in (False, True))
     saved_nothing = compare(plain, fused).verdict
     assert "the tensors seen were in FP32" in saved_nothing
@@ -317,7 +317,7 @@ def test_a_loss_that_goes_round_the_head_it_was_applied_to():
     assert "the tensors seen were in BF16 and FP32" in compare(rounded, rounded).verdict
 
 
-def test_checkpointing_that_is_switched_on_in_eval_mode():
+def test_checkpointing_that_is_switched_on_in_eval_mode(objects_frozen):
     def verdict(mode):
         on_and_off = [
             measure(train_gpt2, mode=mode, checkpointing=checkpointing)

@@ -17,6 +17,8 @@ from memlab.techniques.in_place import apply_in_place_activations
 from memlab.techniques.offloading import stream_parameters
 
 # The libraries stay what they were before the measurement: it walks all objects that are alive.
+pytestmark = pytest.mark.usefixtures("objects_frozen")
+
 
 # --- Log-probabilities of single tokens -----------------------------------------------------------
 

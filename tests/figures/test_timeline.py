@@ -39,6 +39,7 @@ def real(checkpointed):
     return measure(build, device="cpu")
 
 
+@pytest.mark.usefixtures("objects_frozen")
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_a_real_run(checkpointed):
     run = real(checkpointed)

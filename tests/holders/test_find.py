@@ -10,6 +10,8 @@ from torch import nn
 from memlab.holders import Holder, find_holders
 from memlab.meters.live import live_objects, objects_set_aside
 
+pytestmark = pytest.mark.usefixtures("objects_frozen")
+
 HERE = "at test_find.py:"
 
 
@@ -144,9 +146,9 @@ def test_what_the_collector_has_not_found_is_a_cycle():
 KEPT = []
 
 
-@pytest.mark.usefixtures("nothing_frozen")
 def test_inside_a_run_that_is_measured():
     """Its objects from before are set aside; and a generator that runs is no suspended one."""
+    gc.unfreeze()  # the objects of this file's tests: `objects_set_aside` does nothing else
     found = []
 
     def train():

@@ -8,6 +8,8 @@ from memlab.holders import find_holders
 from memlab.holders.frees import KEEP_DETACHED, KEEP_NUMBER, REMOVE_HOOK
 from tests.holders.test_words import ADDRESSES, CASES
 
+pytestmark = pytest.mark.usefixtures("objects_frozen")
+
 #: The lines to be had for what hangs at a variable `kept` (tests/holders/test_words.py).
 LINES = {
     "a variable": "del kept",

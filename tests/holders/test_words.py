@@ -11,6 +11,8 @@ from torch import nn
 
 from memlab.holders import find_holders
 
+pytestmark = pytest.mark.usefixtures("objects_frozen")
+
 ADDRESSES = []
 
 

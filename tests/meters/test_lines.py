@@ -10,6 +10,8 @@ from memlab.meters.lines import Lines
 from memlab.workloads import gpt
 from tests.helpers import global_hooks
 
+pytestmark = pytest.mark.usefixtures("objects_frozen")
+
 
 class Net(nn.Module):
     def __init__(self):
